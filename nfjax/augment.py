@@ -1,0 +1,31 @@
+"""Augmentation on the device: pure functions `(key, images) -> images` on uint8 [B, H, W, C], each example with its own randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
+    """Pads `padding` zeros on every side and cuts a window of the original size at a random place (the paper: 4 on 32x32)."""
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
+
+    def cut(image: jax.Array, offset: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (offset[0], offset[1], jnp.zeros_like(offset[0])), images.shape[1:])
+
+    return jax.vmap(cut)(padded, offsets)
+
+
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirrors each image left to right with probability 1/2."""
+    mirrored = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+    return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """uint8 [B, H, W, C] to float32, (images / 255 - mean) / std by channel."""
+    scale, shift = jnp.asarray(std, jnp.float32), jnp.asarray(mean, jnp.float32)
+    return (images.astype(jnp.float32) / 255 - shift) / scale
