@@ -1,0 +1,24 @@
+# make train: set up .venv and train on real images.   make test: set up .venv, lint, run the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: train test clean
+
+train: .venv/installed
+	$(BIN)/python -m nfjax.main --config=configs/digits_convshort.py --workdir=runs/digits_convshort
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# Installed once, from the pinned versions, and again only when one of these two files changes.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("nfjax needs Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,84 @@
+"""Saves and restores a pytree of arrays with orbax: atomically, asynchronously, the newest few and the best one kept."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The numbered checkpoints of a run, under `workdir/checkpoints/<step>`.
+
+    keep: how many of the newest are kept, besides the one with the highest accuracy.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 1, read_only: bool = False):
+        self.directory = pathlib.Path(workdir).absolute() / FOLDER
+        policies = ocp.checkpoint_managers
+        newest = policies.LatestN(keep)
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+            best_fn=lambda metrics: metrics["accuracy"],
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+        )
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that can be restored, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the highest accuracy, the newest where none was saved with one, None if there is no checkpoint."""
+        best = self.manager.best_step()
+        return self.manager.latest_step() if best is None else best
+
+    def save(self, step: int, tree: Any, accuracy: float | None = None) -> None:
+        """Starts to save; the arrays may be changed or donated as soon as this returns."""
+        metrics = None if accuracy is None else {"accuracy": accuracy}
+        self.manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics, force=True)
+
+    def restore(self, template: Any, step: int) -> Any:
+        """The pytree saved at `step`, with the structure, dtypes and shardings of `template`."""
+        return self.manager.restore(step, args=ocp.args.StandardRestore(template))
+
+    def restore_newest(self, template: Any) -> tuple[int, Any] | None:
+        """The newest checkpoint that can be read, as (step, pytree); None if none was ever saved.
+
+        A damaged one is moved to `damaged_checkpoints`, with a warning, and the one before it is tried.
+        Raises ValueError if there are checkpoints and none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return step, self.restore(template, step)
+            except Exception as error:  # orbax and tensorstore raise many types for damaged files
+                damaged = self.directory.parent / "damaged_checkpoints" / str(step)
+                damaged.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(damaged)
+                self.manager.reload()
+                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                logging.warning("checkpoint %d is damaged (%s); moved to %s; falling back to the one before it", step, reason, damaged)
+        if steps:
+            raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read; start again with another --workdir")
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def template(tree: Any) -> Any:
+    """What `restore` needs to know of a pytree: shapes, dtypes and shardings, for NumPy arrays the arrays themselves."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x, tree)

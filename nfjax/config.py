@@ -1,0 +1,109 @@
+"""Every setting of a run, once, with its source. A config file starts from one of these and changes what differs.
+
+"paper" stands for Civitelli et al., "A Robust Initialization of Residual Blocks for Effective ResNet Training without Batch Normalization".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+CIFAR_EPOCHS = 200  # not stated by the paper
+IMAGENET_EPOCHS = 90  # not stated by the paper
+
+
+def base() -> ConfigDict:
+    """Every field with its default. Values that a paper does not give are marked so."""
+    config = ConfigDict()
+    config.seed = 0  # of initialization, order and augmentation; paper: three runs, seeds not stated
+    config.batch_size = 128  # over all devices; paper, section 4
+    config.epochs = CIFAR_EPOCHS
+
+    config.model = ConfigDict()
+    config.model.depth = 18  # 18, 34, 50, 101 or 152
+    config.model.residual = "convshort"  # a name in nfjax.residual.RESIDUALS; paper, section 3.3
+    config.model.norm = config_dict.placeholder(str)  # None or "batch"
+    config.model.init = "he_fan_out"  # a name in nfjax.initializers.INITIALIZERS; paper, eq. 2
+    config.model.stem = "cifar"  # "cifar" (3x3) or "imagenet" (7x7, stride 2, and max-pooling)
+    config.model.width = 64  # channels of the first stage
+    config.model.dtype = "float32"  # of activations: "float32" or "bfloat16"; parameters stay float32
+
+    config.data = ConfigDict()
+    config.data.source = "folder"  # a name in nfjax.data.DATASETS
+    config.data.dir = ""  # of the files, for sources that have any
+    config.data.image_size = 32  # height and width in pixels
+    config.data.mean = (0.4914, 0.4822, 0.4465)  # CIFAR-10's, per channel, of pixels scaled to [0, 1]
+    config.data.std = (0.2470, 0.2435, 0.2616)
+    config.data.on_device = True  # keep the images in the device's memory; False sends every batch from the host
+
+    config.augment = ConfigDict()
+    config.augment.crop_padding = 4  # zeros around the image before a random crop; 0 for none; paper: "standard"
+    config.augment.flip = True  # mirror left to right at random; paper: "standard"
+
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 0.01  # paper, section 4
+    config.optim.momentum = 0.9  # paper, section 4
+    config.optim.anneal = "epoch"  # cosine to zero, changed after every "epoch" (paper, section 4) or every "step"
+    config.optim.weight_decay = 0.0  # on kernels; not stated by the paper ("without further regularization")
+    config.optim.clip_norm = config_dict.placeholder(float)  # global gradient norm; paper: none
+    config.optim.adaptive_clip = config_dict.placeholder(float)  # Brock et al. 2021's lambda, such as 0.01; paper: none
+    config.optim.label_smoothing = 0.0  # paper: for ImageNet only
+
+    # Training steps per dispatch where the data is on the device. None: all up to the next log step on an accelerator, 1 on CPU, where
+    # XLA runs convolutions inside a loop many times slower than outside.
+    config.steps_per_dispatch = config_dict.placeholder(int)
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50  # training steps between two lines of metrics.jsonl
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_epochs = 1
+    config.checkpoint.keep = 2  # how many of the newest are kept, besides the one with the best test accuracy
+    return config
+
+
+def cifar() -> ConfigDict:
+    """CIFAR-10 (paper, section 4, figures 3 and 7)."""
+    return base()
+
+
+def cifar100() -> ConfigDict:
+    """CIFAR-100 (paper, section 4, figure 4). The number of classes comes from the data."""
+    config = base()
+    config.data.mean = (0.5071, 0.4866, 0.4409)  # CIFAR-100's
+    config.data.std = (0.2673, 0.2564, 0.2762)
+    return config
+
+
+def imagenet() -> ConfigDict:
+    """ImageNet (paper, section 4, figure 5)."""
+    config = base()
+    config.batch_size = 100  # paper, section 4
+    config.epochs = IMAGENET_EPOCHS
+    config.model.depth = 50
+    config.model.stem = "imagenet"
+    config.data.image_size = 224
+    config.data.mean = (0.485, 0.456, 0.406)  # ImageNet's, as torchvision publishes them
+    config.data.std = (0.229, 0.224, 0.225)
+    config.augment.crop_padding = 0
+    config.optim.label_smoothing = 0.1  # paper: "Label Smoothing"; 0.1 not stated by the paper (Szegedy et al. 2016)
+    return config
+
+
+def parse_arguments(text: str | None, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a parameterised config: "depth=101,residual=idshort" over `defaults`, whose types they take; "none" is None.
+
+    Raises ValueError that lists the known names for an unknown one, and for a value that cannot be converted.
+    """
+    values = dict(defaults)
+    for part in filter(None, (text or "").split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name not in defaults:
+            known = ", ".join(f"{k}={v}" for k, v in defaults.items())
+            raise ValueError(f"unknown config argument {part!r}: expected name=value, separated by commas, of {known}")
+        try:
+            values[name] = None if value.lower() == "none" else type(defaults[name])(value) if defaults[name] is not None else value
+        except ValueError:
+            raise ValueError(f"config argument {part!r}: expected {type(defaults[name]).__name__}, such as {name}={defaults[name]}") from None
+    return values

@@ -1,0 +1,139 @@
+"""Where a run stands: its position and sums, the bar that shows them, and Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from nfjax import data, metrics
+
+NAMES = ("loss", "correct", "count", "grad_norm")
+
+
+class Progress:
+    """The position of a run, a step number, and what was summed since the last log step ("interval") and since the epoch began ("epoch").
+
+    `sums` is saved with every checkpoint, in float64, so that a run that goes on reports the same numbers as one never stopped.
+    """
+
+    def __init__(self, size: int, batch_size: int, epochs: int, log_every: int):
+        self.size, self.batch_size, self.log_every = size, batch_size, log_every
+        self.epoch_ends = [data.epoch_end(epoch, size, batch_size) for epoch in range(1, epochs + 1)]
+        self.step = 0
+        self.sums = {"interval": _zeros(), "epoch": _zeros()}
+
+    @property
+    def total(self) -> int:
+        """Steps in the whole run."""
+        return self.epoch_ends[-1]
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.step * self.batch_size / self.size
+
+    def next_stop(self) -> int:
+        """The next step at which something is reported: a multiple of `log_every`, or the end of an epoch."""
+        epoch_end = self.epoch_ends[np.searchsorted(self.epoch_ends, self.step, side="right")]
+        return min(epoch_end, (self.step // self.log_every + 1) * self.log_every)
+
+    def epochs_ended(self) -> int | None:
+        """The number of the epoch that ends with this step, counted from 1; None within an epoch."""
+        number = int(np.searchsorted(self.epoch_ends, self.step, side="right"))
+        return number if number and self.epoch_ends[number - 1] == self.step else None
+
+    def add(self, sums: Mapping[str, np.ndarray]) -> None:
+        """Counts steps with their sums, one array [n] per name."""
+        self.step += len(sums["count"])
+        for part in self.sums.values():
+            for name in NAMES:
+                part[name] = part[name] + np.sum(sums[name], dtype=np.float64)
+            part["steps"] = part["steps"] + len(sums["count"])
+
+    def take(self, part: str) -> dict[str, float]:
+        """Mean loss, accuracy and gradient norm of "interval" or "epoch", which starts anew."""
+        sums, self.sums[part] = self.sums[part], _zeros()
+        return metrics.means(sums) | {"grad_norm": float(sums["grad_norm"] / sums["steps"])}
+
+
+def _zeros() -> dict[str, np.ndarray]:
+    return {name: np.zeros((), np.float64) for name in (*NAMES, "steps")}
+
+
+class Bar:
+    """A progress bar with epoch, loss, accuracy, images/s and time left, and one line per epoch; without a terminal only the lines."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.epochs = len(progress.epoch_ends)
+        self.tqdm = tqdm.tqdm(
+            total=progress.total, initial=progress.step, disable=None, unit="step", dynamic_ncols=True, leave=False, file=sys.stderr,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
+        )  # fmt: skip
+        self.rate = self.overall_rate = 0.0
+        self._pending, self._since = 0, time.perf_counter()
+        self._steps, self._seconds = 0, 0.0
+
+    def __enter__(self) -> Bar:
+        self.tqdm.set_description_str(f"epoch {int(self.progress.epoch) + 1}/{self.epochs}")
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.tqdm.close()
+
+    def advance(self, steps: int) -> None:
+        """Steps that were dispatched."""
+        self._pending += steps
+        self.tqdm.update(steps)
+
+    def settle(self) -> None:
+        """The device is done with all dispatched steps: sets `rate`, in images/s since the last report, compilation included."""
+        seconds = time.perf_counter() - self._since
+        self._steps, self._seconds = self._steps + self._pending, self._seconds + seconds
+        self.rate = self._pending * self.progress.batch_size / seconds
+        self.overall_rate = self._steps * self.progress.batch_size / self._seconds
+        self._pending = 0
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Puts the numbers of the last interval behind the bar."""
+        self.tqdm.set_description_str(f"epoch {min(int(values['epoch']) + 1, self.epochs)}/{self.epochs}", refresh=False)
+        self.tqdm.set_postfix_str(f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.1%}, {self.rate:,.0f} images/s")
+        self._since = time.perf_counter()
+
+    def line(self, values: Mapping[str, float]) -> None:
+        """One line for an epoch that ended."""
+        width = len(str(self.epochs))
+        tqdm.tqdm.write(
+            f"epoch {values['epoch']:{width}d}/{self.epochs}  train loss {values['train_loss']:.4f} accuracy {values['train_accuracy']:7.2%}   "
+            f"test loss {values['test_loss']:.4f} accuracy {values['test_accuracy']:7.2%}   {self.rate:,.0f} images/s",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+        self._since = time.perf_counter()
+
+
+class Interrupts(contextlib.AbstractContextManager):
+    """Within it, the first Ctrl-C sets `pending`; a second one interrupts at once, as usual."""
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.pending = True
+        signal.signal(signal.SIGINT, self._before)
+        tqdm.tqdm.write("Ctrl-C: finishing this step and saving; press again to stop at once", file=sys.stderr)

@@ -1,0 +1,163 @@
+"""One step of training and of evaluation, and the two ways to feed them: many steps per dispatch from the device's memory, or batch by batch from the host.
+
+A training step knows no data set and no settings: it is built from a network, an optimizer and a preprocessing function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nfjax import metrics
+from nfjax.data import Images
+
+State = dict[str, Any]  # {"params", "batch_stats", "opt", "step"}, plain dicts of arrays
+Batch = dict[str, jax.Array]  # {"image": uint8 [B, H, W, 3], "label": int32 [B]}; training adds "step", evaluation "mask" [B]
+Sums = dict[str, Any]  # of a batch: "loss", "correct", "count"; training adds "grad_norm"
+Step = Callable[[State, Batch], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A Flax NNX model as functions of plain dicts: NNX is at work only while they are traced, which keeps a dispatch short."""
+
+    train_graph: nnx.GraphDef
+    eval_graph: nnx.GraphDef
+    structures: tuple[Any, Any]  # of the NNX states of parameters and batch statistics
+
+    def train(self, params: Any, batch_stats: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        """Logits [B, classes] and the updated batch statistics."""
+        model = self._merge(self.train_graph, params, batch_stats)
+        logits = model(images)
+        return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    def predict(self, params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
+        """Logits [B, classes], from running statistics where there is batch norm."""
+        return self._merge(self.eval_graph, params, batch_stats)(images)
+
+    def _merge(self, graph: nnx.GraphDef, *states: Any) -> nnx.Module:
+        unflattened = (jax.tree.unflatten(s, jax.tree.leaves(x)) for s, x in zip(self.structures, states, strict=True))
+        return nnx.merge(graph, *unflattened)
+
+
+def as_functions(model: nnx.Module) -> tuple[Network, Any, Any]:
+    """(network, params, batch_stats) of a model; the last two are plain dicts."""
+    model.train()
+    train_graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    model.eval()
+    eval_graph, _, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
+    structures = (jax.tree.structure(params), jax.tree.structure(batch_stats))
+    return Network(train_graph, eval_graph, structures), nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+def initial_state(params: Any, batch_stats: Any, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    return {"params": params, "batch_stats": batch_stats, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def make_train_step(
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    preprocess: Callable[[jax.Array, jax.Array], jax.Array],
+    seed: int,
+    label_smoothing: float,
+) -> Step:
+    """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`.
+
+    A step whose loss or gradient is not finite leaves the state as it was, and so does every later one, because a batch counts only
+    if its "step" is the state's: nothing is trained on after a NaN, however many steps were already on their way to the device.
+    """
+
+    def loss_of(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> Any:
+        logits, batch_stats = network.train(params, batch_stats, images)
+        losses = metrics.cross_entropy(logits, labels, label_smoothing)
+        return losses.mean(), (losses, logits, batch_stats)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Sums]:
+        images = preprocess(jax.random.fold_in(jax.random.key(seed), state["step"]), batch["image"])
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (losses, logits, batch_stats)), grads = gradient(state["params"], state["batch_stats"], images, batch["label"])
+        grad_norm = optax.global_norm(grads)
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        new = {"params": optax.apply_updates(state["params"], updates), "batch_stats": batch_stats, "opt": opt, "step": state["step"] + 1}
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (batch["step"] == state["step"])
+        state = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
+        return state, metrics.sums(losses, logits, batch["label"], jnp.ones_like(losses)) | {"grad_norm": grad_norm}
+
+    return train_step
+
+
+def make_eval_step(network: Network, preprocess: Callable[[jax.Array], jax.Array]) -> Step:
+    """`eval_step(state, batch) -> sums` over the examples whose mask is 1, without label smoothing."""
+
+    def eval_step(state: State, batch: Batch) -> Sums:
+        logits = network.predict(state["params"], state["batch_stats"], preprocess(batch["image"]))
+        return metrics.sums(metrics.cross_entropy(logits, batch["label"]), logits, batch["label"], batch["mask"])
+
+    return eval_step
+
+
+class Feed:
+    """Images of one split, on the device or on the host, from which batches are taken by index."""
+
+    def __init__(self, split: Images, mesh: Mesh, on_device: bool):
+        self.by_batch = NamedSharding(mesh, PartitionSpec("data"))
+        self.on_device = on_device
+        self.split: dict[str, Any] = {"image": split.images, "label": split.labels}
+        if on_device:
+            self.split = jax.device_put(self.split, NamedSharding(mesh, PartitionSpec()))
+
+    def each(self, step: Step, donate: bool) -> Callable[..., Any]:
+        """`call(state, indices [B], **rest)`: one step per dispatch; rest completes the batch. donate: the state's memory is reused."""
+        donated = 0 if donate else ()
+        if not self.on_device:
+            jitted = jax.jit(step, donate_argnums=donated)
+            return lambda state, indices, **rest: jitted(
+                state, jax.device_put({name: x[indices] for name, x in self.split.items()}, self.by_batch) | rest
+            )
+        jitted = jax.jit(lambda state, split, indices, rest: step(state, self._gather(split, indices) | rest), donate_argnums=donated)
+        return lambda state, indices, **rest: jitted(state, self.split, indices, rest)
+
+    def many(self, step: Step, length: int) -> Callable[[State, np.ndarray, int], tuple[State, Sums]]:
+        """`call(state, indices [n, B], first_step)`: n <= length training steps in one dispatch, the sums of each stacked to [n].
+
+        n is an argument of the compiled loop, so that epochs of unequal length do not compile again.
+        """
+
+        def loop(state: State, split: Any, indices: jax.Array, first_step: jax.Array, n: jax.Array) -> tuple[State, Sums]:
+            def at(state: State, i: Any) -> tuple[State, Sums]:
+                return step(state, self._gather(split, indices[i]) | {"step": first_step + i})
+
+            _, shapes = jax.eval_shape(at, state, 0)
+            stacked = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
+
+            def body(i: jax.Array, carry: tuple[State, Sums]) -> tuple[State, Sums]:
+                state, sums = at(carry[0], i)
+                return state, jax.tree.map(lambda all, one: all.at[i].set(one), carry[1], sums)
+
+            return jax.lax.fori_loop(0, n, body, (state, stacked))
+
+        jitted = jax.jit(loop, donate_argnums=0)
+
+        def call(state: State, indices: np.ndarray, first_step: int) -> tuple[State, Sums]:
+            n = len(indices)
+            padded = np.zeros((length, indices.shape[1]), np.int32)
+            padded[:n] = indices
+            state, stacked = jitted(state, self.split, padded, np.int32(first_step), np.int32(n))
+            return state, {name: x[:n] for name, x in jax.device_get(stacked).items()}
+
+        return call
+
+    def __len__(self) -> int:
+        return len(self.split["label"])
+
+    def _gather(self, split: Any, indices: jax.Array) -> Batch:
+        return jax.lax.with_sharding_constraint({name: x[indices] for name, x in split.items()}, self.by_batch)
