@@ -1,4 +1,5 @@
-"""ConvShort, without batch normalization, on the handwritten digits that ship with scikit-learn. Not in the paper: a first run.
+"""ConvShort, without batch normalization, on the handwritten digits that ship with scikit-learn. Not in the paper: a
+first run.
 
     python -m nfjax.main --config=configs/digits_convshort.py --workdir=runs/digits_convshort
 
@@ -10,7 +11,7 @@ from nfjax import config as base
 
 def get_config():
     config = base.cifar()
-    config.batch_size = 64
+    config.batch_size = 32
     config.epochs = 40
     config.model.width = 16
     config.data.source = "digits"
@@ -19,7 +20,7 @@ def get_config():
     config.data.std = (0.376, 0.376, 0.376)
     config.augment.crop_padding = 1
     config.augment.flip = False
-    config.optim.learning_rate = 0.02
-    config.log.every_steps = 10
+    config.optim.learning_rate = 0.04
+    config.log.every_steps = 15
     config.checkpoint.every_epochs = 5
     return config

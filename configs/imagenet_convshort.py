@@ -2,7 +2,8 @@
 
     python -m nfjax.main --config=configs/imagenet_convshort.py --config.data.dir=DIR --workdir=WORKDIR
 
-Expected: in line with the 76.13 % that torchvision reports for ResNet-50 with batch normalization (the dashed line of figure 5).
+Expected: in line with the 76.13 % that torchvision reports for ResNet-50 with batch normalization (the dashed line of
+figure 5).
 """
 
 from nfjax import config as base

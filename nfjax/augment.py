@@ -1,4 +1,6 @@
-"""Augmentation on the device: pure functions `(key, images) -> images` on uint8 [B, H, W, C], each example with its own randomness."""
+"""Augmentation on the device: pure functions `(key, images) -> images` on uint8 [B, H, W, C], each example with its own
+randomness.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import jax.numpy as jnp
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-    """Pads `padding` zeros on every side and cuts a window of the original size at a random place (the paper: 4 on 32x32)."""
+    """Pads `padding` zeros on every side and cuts a window of the original size at a random place (the paper: 4 on
+    32x32).
+    """
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
 

@@ -1,4 +1,4 @@
-"""Saves and restores a pytree of arrays with orbax: atomically, asynchronously, the newest few and the best one kept."""
+"""Saves and restores a pytree of arrays with orbax: atomically, asynchronously, keeping the newest few and the best."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class Checkpoints:
         self.directory = pathlib.Path(workdir).absolute() / FOLDER
         policies = ocp.checkpoint_managers
         newest = policies.LatestN(keep)
-        best = policies.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["accuracy"], n=1, keep_checkpoints_without_metrics=False
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             best_fn=lambda metrics: metrics["accuracy"],
@@ -37,7 +39,7 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the highest accuracy, the newest where none was saved with one, None if there is no checkpoint."""
+        """The step with the highest accuracy; the newest where none has one, None if there is no checkpoint."""
         best = self.manager.best_step()
         return self.manager.latest_step() if best is None else best
 
@@ -66,9 +68,16 @@ class Checkpoints:
                 (self.directory / str(step)).rename(damaged)
                 self.manager.reload()
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                logging.warning("checkpoint %d is damaged (%s); moved to %s; falling back to the one before it", step, reason, damaged)
+                logging.warning(
+                    "checkpoint %d is damaged (%s); moved to %s; falling back to the one before it",
+                    step,
+                    reason,
+                    damaged,
+                )
         if steps:
-            raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read; start again with another --workdir")
+            raise ValueError(
+                f"none of the checkpoints {steps} in {self.directory} can be read; start again with another --workdir"
+            )
         return None
 
     def wait(self) -> None:
@@ -80,5 +89,7 @@ class Checkpoints:
 
 
 def template(tree: Any) -> Any:
-    """What `restore` needs to know of a pytree: shapes, dtypes and shardings, for NumPy arrays the arrays themselves."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x, tree)
+    """What `restore` needs to know of a pytree: shapes, dtypes and shardings; NumPy arrays stand for themselves."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x, tree
+    )

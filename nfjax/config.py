@@ -1,6 +1,7 @@
 """Every setting of a run, once, with its source. A config file starts from one of these and changes what differs.
 
-"paper" stands for Civitelli et al., "A Robust Initialization of Residual Blocks for Effective ResNet Training without Batch Normalization".
+"paper" stands for Civitelli et al., "A Robust Initialization of Residual Blocks for Effective ResNet Training without
+Batch Normalization".
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def base() -> ConfigDict:
     config.optim.adaptive_clip = config_dict.placeholder(float)  # Brock et al. 2021's lambda, such as 0.01; paper: none
     config.optim.label_smoothing = 0.0  # paper: for ImageNet only
 
-    # Training steps per dispatch where the data is on the device. None: all up to the next log step on an accelerator, 1 on CPU, where
+    # Training steps per dispatch where the data is on the device. None: all up to the next log step on an accelerator,
+    # 1 on CPU, where
     # XLA runs convolutions inside a loop many times slower than outside.
     config.steps_per_dispatch = config_dict.placeholder(int)
 
@@ -92,7 +94,8 @@ def imagenet() -> ConfigDict:
 
 
 def parse_arguments(text: str | None, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a parameterised config: "depth=101,residual=idshort" over `defaults`, whose types they take; "none" is None.
+    """The arguments of a parameterised config: "depth=101,residual=idshort" over `defaults`, whose types they take;
+    "none" is None.
 
     Raises ValueError that lists the known names for an unknown one, and for a value that cannot be converted.
     """
@@ -103,7 +106,15 @@ def parse_arguments(text: str | None, defaults: dict[str, Any]) -> dict[str, Any
             known = ", ".join(f"{k}={v}" for k, v in defaults.items())
             raise ValueError(f"unknown config argument {part!r}: expected name=value, separated by commas, of {known}")
         try:
-            values[name] = None if value.lower() == "none" else type(defaults[name])(value) if defaults[name] is not None else value
+            values[name] = (
+                None
+                if value.lower() == "none"
+                else type(defaults[name])(value)
+                if defaults[name] is not None
+                else value
+            )
         except ValueError:
-            raise ValueError(f"config argument {part!r}: expected {type(defaults[name]).__name__}, such as {name}={defaults[name]}") from None
+            raise ValueError(
+                f"config argument {part!r}: expected {type(defaults[name]).__name__}, such as {name}={defaults[name]}"
+            ) from None
     return values

@@ -1,7 +1,9 @@
-"""Parameters and multiply-accumulates of any Flax model, counted from its jaxpr: nothing is computed, nothing allocated.
+"""Parameters and multiply-accumulates of any Flax model, counted from its jaxpr: nothing is computed, nothing
+allocated.
 
 Counted are the multiply-accumulates of convolutions and matrix products, with the taps that fall on padding, as the
-literature counts them (XLA's own `cost_analysis` leaves those out). Elementwise work, pooling and reductions are not counted.
+literature counts them (XLA's own `cost_analysis` leaves those out). Elementwise work, pooling and reductions are not
+counted.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ NORMS = (
 class Cost:
     """What a model costs: exact integers, and the same as the paper's tables print it.
 
-    parameters: every trainable number (batch statistics are none). norm_parameters: those of them that belong to normalization layers.
-    macs: multiply-accumulates of convolutions and matrix products for the input given, padding included.
+    parameters: every trainable number (batch statistics are none). norm_parameters: those of them that belong to
+    normalization layers. macs: multiply-accumulates of convolutions and matrix products for the input given, padding
+    included.
     """
 
     parameters: int
@@ -46,18 +49,22 @@ class Cost:
 
     @property
     def paper_flops(self) -> float:
-        """In units of 1e9: twice the multiply-accumulates after these were rounded to two decimals, as tables 1 and 2 of the paper count."""
+        """In units of 1e9: twice the multiply-accumulates after these were rounded to two decimals, as tables 1 and 2
+        of the paper count.
+        """
         return round(2 * round(self.macs / 1e9, 2), 2)
 
 
 def count(model: Any, *inputs: Any, variables: Mapping[str, Any] | None = None, **kwargs: Any) -> Cost:
     """Counts a Flax model, NNX or Linen, called as `model(*inputs, **kwargs)`.
 
-    inputs: a shape such as (1, 32, 32, 3), meaning float32, or anything with shape and dtype, or a pytree of these. variables: those of a Linen module;
-    left out, `model.init` is traced for them. An NNX model may be abstract (`nnx.eval_shape`).
-    Multiply-accumulates are those of the whole batch given: pass batch size 1 for the cost of one example.
+    inputs: a shape such as (1, 32, 32, 3), meaning float32, or anything with shape and dtype, or a pytree of these.
+    variables: those of a Linen module; left out, `model.init` is traced for them. An NNX model may be abstract
+    (`nnx.eval_shape`). Multiply-accumulates are those of the whole batch given: pass batch size 1 for the cost of one
+    example.
 
-    Raises TypeError for a model that is neither, and NotImplementedError for a loop whose length the jaxpr does not hold.
+    Raises TypeError for a model that is neither, and NotImplementedError for a loop whose length the jaxpr does not
+    hold.
     """
     arguments = [_abstract(x) for x in inputs]
     if isinstance(model, nnx.Module):
@@ -78,7 +85,9 @@ def _count_nnx(model: nnx.Module, arguments: list[Any], kwargs: Mapping[str, Any
     )
 
 
-def _count_linen(model: linen.Module, arguments: list[Any], variables: Mapping[str, Any] | None, kwargs: Mapping[str, Any]) -> Cost:
+def _count_linen(
+    model: linen.Module, arguments: list[Any], variables: Mapping[str, Any] | None, kwargs: Mapping[str, Any]
+) -> Cost:
     norm_paths: set[tuple[str, ...]] = set()
 
     def note_norms(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -117,7 +126,11 @@ def _abstract(x: Any) -> Any:
         return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
 
     def leaf(node: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(node, jnp.float32) if is_shape(node) else jax.ShapeDtypeStruct(jnp.shape(node), jnp.result_type(node))
+        return (
+            jax.ShapeDtypeStruct(node, jnp.float32)
+            if is_shape(node)
+            else jax.ShapeDtypeStruct(jnp.shape(node), jnp.result_type(node))
+        )
 
     return jax.tree.map(leaf, x, is_leaf=is_shape)
 
@@ -144,7 +157,8 @@ def _macs(jaxpr: Any) -> int:
         elif name == "while":
             if any(_macs(eqn.params[part].jaxpr) for part in ("cond_jaxpr", "body_jaxpr")):
                 raise NotImplementedError(
-                    "the model multiplies matrices inside a while loop, whose number of rounds is known only when it runs; use jax.lax.scan or a Python loop"
+                    "the model multiplies matrices inside a while loop, whose number of rounds is known only when it "
+                    "runs; use jax.lax.scan or a Python loop"
                 )
         else:
             rounds = eqn.params["length"] if name == "scan" else 1

@@ -14,14 +14,17 @@ import jax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nfjax import checkpoint, data, steps, train, workdir as workdirs
+from nfjax import checkpoint, data, steps, train
+from nfjax import workdir as workdirs
 from nfjax.progress import Progress
 
 
 def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
-    """{"step", "loss", "accuracy", "images"} of the checkpoint at `step`, by default the one with the best test accuracy.
+    """{"step", "loss", "accuracy", "images"} of the checkpoint at `step`, by default the one with the best test
+    accuracy.
 
-    data_dir replaces the data directory of the run, where the images have moved. Raises FileNotFoundError if there is no run or no checkpoint.
+    data_dir replaces the data directory of the run, where the images have moved. Raises FileNotFoundError if there is
+    no run or no checkpoint.
     """
     folder = pathlib.Path(workdir)
     config = workdirs.read_config(folder)
@@ -34,7 +37,10 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     known = checkpoints.steps()
     step = checkpoints.best_step() if step is None else step
     if step not in known:
-        raise FileNotFoundError(f"{folder} has no checkpoint at step {step}: expected one of {', '.join(map(str, known)) or 'none, there are none'}")
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint at step {step}: expected one of "
+            f"{', '.join(map(str, known)) or 'none, there are none'}"
+        )
 
     dataset = data.load(config.data.source, config.data.dir, config.data.image_size)
     mesh = train.make_mesh()
@@ -45,10 +51,14 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     try:
         state = checkpoints.restore(checkpoint.template({"state": state, "sums": progress.sums}), step)["state"]
     except Exception as error:  # orbax and tensorstore raise many types for damaged files
-        raise ValueError(f"the checkpoint at step {step} of {folder} cannot be read; others are {known}: choose one with --step") from error
+        raise ValueError(
+            f"the checkpoint at step {step} of {folder} cannot be read; others are {known}: choose one with --step"
+        ) from error
     finally:
         checkpoints.close()
-    score = train.make_evaluation(config, steps.Feed(dataset.test, mesh, config.data.on_device), network, len(dataset.test))
+    score = train.make_evaluation(
+        config, steps.Feed(dataset.test, mesh, config.data.on_device), network, len(dataset.test)
+    )
     return {"step": step, "images": len(dataset.test), **score(state)}
 
 
@@ -63,7 +73,10 @@ def main() -> None:
         score = evaluate(arguments.workdir, arguments.step, arguments.data_dir)
     except (ValueError, OSError) as error:
         sys.exit(f"nfjax: {error}")
-    print(f"step {score['step']:,}: test accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}, of {score['images']:,} images")
+    print(
+        f"step {score['step']:,}: test accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}, of "
+        f"{score['images']:,} images"
+    )
 
 
 if __name__ == "__main__":

@@ -8,14 +8,18 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with arguments behind a colon where it takes any.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/, with arguments behind a colon where it takes any.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its config, metrics, checkpoints and curves.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error was raised, not only what it says.")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: settings are flags, such as --config.optim.learning_rate=0.1")
+        raise app.UsageError(
+            f"unexpected argument {argv[1]!r}: settings are flags, such as --config.optim.learning_rate=0.1"
+        )
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below tell much; --verbosity=0 shows it
     from nfjax import train  # after the flags are parsed, so that --help is quick

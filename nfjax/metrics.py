@@ -1,4 +1,6 @@
-"""What a run measures and how it is told: sums on the device; JSON Lines, TensorBoard events, a progress bar and a picture on the host."""
+"""What a run measures and how it is told: sums on the device; JSON Lines, TensorBoard events, a progress bar and a
+picture on the host.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Per-example loss [B] of logits [B, C] and labels [B]; smoothing mixes the one-hot target with the uniform one (Szegedy et al. 2016)."""
+    """Per-example loss [B] of logits [B, C] and labels [B]; smoothing mixes the one-hot target with the uniform one
+    (Szegedy et al. 2016).
+    """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), smoothing)
     return optax.softmax_cross_entropy(logits, targets)
 
@@ -49,7 +53,7 @@ class Writer:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, self.path)
-        self.stream = open(self.path, "a")
+        self.stream = open(self.path, "a")  # noqa: SIM115  closed in close()
         self.events = SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -90,7 +94,13 @@ def plot_curves(records: Iterable[Mapping[str, Any]], title: str) -> Figure:
     for split, colour, style in (("train", "#E69F00", "--"), ("test", "#0072B2", "-")):
         left.plot(x, [record[f"{split}_loss"] for record in epochs], color=colour, linestyle=style, label=split)
         accuracies = [100 * record[f"{split}_accuracy"] for record in epochs]
-        right.plot(x, accuracies, color=colour, linestyle=style, label=f"{split}, {accuracies[-1]:.2f} % at the end" if epochs else split)
+        right.plot(
+            x,
+            accuracies,
+            color=colour,
+            linestyle=style,
+            label=f"{split}, {accuracies[-1]:.2f} % at the end" if epochs else split,
+        )
     left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(_lower_limit(epochs), 100.5))
     for axes in (left, right):

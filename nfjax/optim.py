@@ -41,9 +41,10 @@ def sgd(
 ) -> optax.GradientTransformation:
     """SGD with heavy-ball momentum, as PyTorch's: v <- momentum v + g, w <- w - rate v.
 
-    weight_decay: adds weight_decay * w to the gradient of kernels; biases, scalars and normalization scales (rank below 2) are spared.
-    clip_norm: largest global norm of the gradient, applied first. adaptive_clip: adaptive gradient clipping (Brock et al. 2021):
-    largest ratio of gradient norm to weight norm per output unit, with the classifier exempt, as in that paper.
+    weight_decay: adds weight_decay * w to the gradient of kernels; biases, scalars and normalization scales (rank below
+    2) are spared. clip_norm: largest global norm of the gradient, applied first. adaptive_clip: adaptive gradient
+    clipping (Brock et al. 2021): largest ratio of gradient norm to weight norm per output unit, with the classifier
+    exempt, as in that paper.
     """
     parts = []
     if clip_norm is not None:

@@ -18,9 +18,11 @@ NAMES = ("loss", "correct", "count", "grad_norm")
 
 
 class Progress:
-    """The position of a run, a step number, and what was summed since the last log step ("interval") and since the epoch began ("epoch").
+    """The position of a run, a step number, and what was summed since the last log step ("interval") and since the
+    epoch began ("epoch").
 
-    `sums` is saved with every checkpoint, in float64, so that a run that goes on reports the same numbers as one never stopped.
+    `sums` is saved with every checkpoint, in float64, so that a run that goes on reports the same numbers as one never
+    stopped.
     """
 
     def __init__(self, size: int, batch_size: int, epochs: int, log_every: int):
@@ -68,15 +70,22 @@ def _zeros() -> dict[str, np.ndarray]:
 
 
 class Bar:
-    """A progress bar with epoch, loss, accuracy, images/s and time left, and one line per epoch; without a terminal only the lines."""
+    """A progress bar with epoch, loss, accuracy, images/s and time left, and one line per epoch; without a terminal
+    only the lines.
+    """
 
     def __init__(self, progress: Progress):
         self.progress = progress
         self.epochs = len(progress.epoch_ends)
         self.tqdm = tqdm.tqdm(
-            total=progress.total, initial=progress.step, disable=None, unit="step", dynamic_ncols=True, leave=False, file=sys.stderr,
+            total=progress.total,
+            initial=progress.step,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
-        )  # fmt: skip
+            disable=None,  # shown only on a terminal
+            dynamic_ncols=True,
+            leave=False,
+            file=sys.stderr,
+        )
         self.rate = self.overall_rate = 0.0
         self._pending, self._since = 0, time.perf_counter()
         self._steps, self._seconds = 0, 0.0
@@ -95,7 +104,9 @@ class Bar:
         self.tqdm.update(steps)
 
     def settle(self) -> None:
-        """The device is done with all dispatched steps: sets `rate`, in images/s since the last report, compilation included."""
+        """The device is done with all dispatched steps: sets `rate`, in images/s since the last report, compilation
+        included.
+        """
         seconds = time.perf_counter() - self._since
         self._steps, self._seconds = self._steps + self._pending, self._seconds + seconds
         self.rate = self._pending * self.progress.batch_size / seconds
@@ -104,15 +115,20 @@ class Bar:
 
     def show(self, values: Mapping[str, float]) -> None:
         """Puts the numbers of the last interval behind the bar."""
-        self.tqdm.set_description_str(f"epoch {min(int(values['epoch']) + 1, self.epochs)}/{self.epochs}", refresh=False)
-        self.tqdm.set_postfix_str(f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.1%}, {self.rate:,.0f} images/s")
+        self.tqdm.set_description_str(
+            f"epoch {min(int(values['epoch']) + 1, self.epochs)}/{self.epochs}", refresh=False
+        )
+        self.tqdm.set_postfix_str(
+            f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.1%}, {self.rate:,.0f} images/s"
+        )
         self._since = time.perf_counter()
 
     def line(self, values: Mapping[str, float]) -> None:
         """One line for an epoch that ended."""
         width = len(str(self.epochs))
         tqdm.tqdm.write(
-            f"epoch {values['epoch']:{width}d}/{self.epochs}  train loss {values['train_loss']:.4f} accuracy {values['train_accuracy']:7.2%}   "
+            f"epoch {values['epoch']:{width}d}/{self.epochs}  train loss {values['train_loss']:.4f} accuracy "
+            f"{values['train_accuracy']:7.2%}   "
             f"test loss {values['test_loss']:.4f} accuracy {values['test_accuracy']:7.2%}   {self.rate:,.0f} images/s",
             file=sys.stdout,
         )

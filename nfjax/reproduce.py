@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -18,7 +19,8 @@ from nfjax import cost, resnet
 INPUT = (1, 32, 32, 3)  # the paper's input resolution, one image
 CLASSES = 10
 
-# (residual, norm) of the paper's rows. BatchNorm's printed numbers hold only with a convolutional shortcut in every block.
+# (residual, norm) of the paper's rows. BatchNorm's printed numbers hold only with a convolutional shortcut in every
+# block.
 SCHEMES = {
     "BatchNorm": ("conv", "batch"),
     "IdShort": ("idshort", None),
@@ -44,61 +46,75 @@ TABLE_2 = {
 }
 
 COLUMNS = (
-    "model", "params (M), paper", "params (M), ours", "FLOPs (G), paper", "FLOPs (G), ours", "agrees",
-    "parameters, all", "multiply-accumulates", "FLOPs",
-)  # fmt: skip
-NOTE = (
-    "The columns \"ours\" follow the paper's convention: batch norm's own parameters are left out, and FLOPs are twice the giga-multiply-accumulates "
-    "after these were rounded to two decimals. The last three columns are exact: every parameter, and two operations per multiply-accumulate. "
-    "The BatchNorm rows have a 1x1 convolution as shortcut in every block, as the printed numbers require."
+    "model",
+    "params (M), paper",
+    "params (M), ours",
+    "FLOPs (G), paper",
+    "FLOPs (G), ours",
+    "agrees",
+    "parameters, all",
+    "multiply-accumulates",
+    "FLOPs",
 )
+NOTE = (
+    "The columns \"ours\" follow the paper's convention: batch norm's own parameters are left out, and FLOPs are twice the "
+    "giga-multiply-accumulates after these were rounded to two decimals. The last three columns are exact: every "
+    "parameter, and two operations per multiply-accumulate. The BatchNorm rows have a 1x1 convolution as shortcut in "
+    "every block, as the printed numbers require."
+)
+
+Cell = str | int | float
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text cells and what is to be known when reading it."""
+    """Rows of text and numbers under a title, and what is to be known when reading them."""
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Cell]]
     note: str
 
+    def _lines(self) -> list[list[str]]:
+        def show(cell: Cell) -> str:
+            return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+        return [list(self.columns), *([show(cell) for cell in row] for row in self.rows)]
+
     def markdown(self) -> str:
-        """As Markdown."""
-        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1), *self.rows]
-        return f"{self.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.note}\n"
+        """As Markdown, title and note included."""
+        head, *body = self._lines()
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        return (
+            f"{self.title}\n\n"
+            + "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
+            + f"\n\n{self.note}\n"
+        )
 
     def text(self) -> str:
-        """For the screen."""
-        widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
-        lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in (self.columns, *self.rows)
-        ]
-        return f"{self.title}\n\n" + "\n".join(lines) + "\n"
+        """For the screen: aligned columns under the title."""
+        lines = self._lines()
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+        return f"{self.title}\n\n" + "\n".join(map("  ".join, aligned)) + "\n"
 
     def write(self, path: pathlib.Path) -> None:
-        """`path` with .csv and .md."""
+        """To `path` with .csv (plain numbers) and .md."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".csv"), "w", newline="") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([self.columns, *(([cell.replace(",", "") for cell in row]) for row in self.rows)])
+            csv.writer(stream, lineterminator="\n").writerows([self.columns, *self.rows])
         path.with_suffix(".md").write_text(self.markdown())
 
 
 def cost_table(title: str, printed: dict[tuple[int, str], tuple[float, float]]) -> Table:
     """Table 1 or 2 of the paper, counted from networks that are traced but never allocated."""
-    rows = []
+    rows: list[list[Cell]] = []
     for (depth, scheme), (parameters, flops) in printed.items():
-        residual, norm = SCHEMES[scheme]
-        model = nnx.eval_shape(lambda d=depth, r=residual, n=norm: resnet.PreActResNet(d, r, n, num_classes=CLASSES, rngs=nnx.Rngs(0)))
-        ours = cost.count(model, INPUT)
-        agrees = "yes" if (ours.paper_parameters, ours.paper_flops) == (parameters, flops) else "NO"
-        rows.append(
-            [
-                f"ResNet-{depth} {scheme}", f"{parameters:.2f}", f"{ours.paper_parameters:.2f}", f"{flops:g}", f"{ours.paper_flops:g}", agrees,
-                f"{ours.parameters:,}", f"{ours.macs:,}", f"{ours.flops:,}",
-            ]
-        )  # fmt: skip
+        build = functools.partial(resnet.PreActResNet, depth, *SCHEMES[scheme], num_classes=CLASSES)
+        ours = cost.count(nnx.eval_shape(lambda build=build: build(rngs=nnx.Rngs(0))), INPUT)
+        agrees = (ours.paper_parameters, ours.paper_flops) == (parameters, flops)
+        as_printed = [parameters, ours.paper_parameters, flops, ours.paper_flops, "yes" if agrees else "NO"]
+        rows.append([f"ResNet-{depth} {scheme}", *as_printed, ours.parameters, ours.macs, ours.flops])
     return Table(title, COLUMNS, rows, NOTE)
 
 
@@ -109,8 +125,12 @@ REPRODUCTIONS: dict[str, Callable[[], Table]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nfjax.reproduce", description="The paper's tables, our numbers beside each printed one.")
-    parser.add_argument("names", nargs="+", choices=REPRODUCTIONS, metavar="NAME", help=f"what to reproduce: {', '.join(REPRODUCTIONS)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m nfjax.reproduce", description="The paper's tables, our numbers beside each printed one."
+    )
+    parser.add_argument(
+        "names", nargs="+", choices=REPRODUCTIONS, metavar="NAME", help=f"what to reproduce: {', '.join(REPRODUCTIONS)}"
+    )
     parser.add_argument("--out", default="results", help="folder for the CSV and Markdown files (default: results)")
     arguments = parser.parse_args()
     for name in arguments.names:

@@ -1,14 +1,15 @@
 """Residual rules: how a block joins its skip path and its residual branch.
 
-Every rule is x_l = c (h(x_{l-1}) + f_l(x_{l-1})) (eq. 5 of the paper) and states its own c and h. Where a block changes resolution or
-width, h is a strided 1x1 convolution under every rule (the paper's footnote 2), and c multiplies these blocks too.
+Every rule is x_l = c (h(x_{l-1}) + f_l(x_{l-1})) (eq. 5 of the paper) and states its own c and h. Where a block changes
+resolution or width, h is a strided 1x1 convolution under every rule (the paper's footnote 2), and c multiplies these
+blocks too.
 
-The shortcut convolution reads z = ReLU(x) (with batch norm ReLU(BN(x))), as in the pre-activation ResNet of He et al. 2016b. The paper
-writes W_s x, but only behind a ReLU does He's fan-out initialization give Var[dh/dx] = 1: reading x itself, it would be 2, and the
-gradient would grow by 3/2 in every block.
+The shortcut convolution reads z = ReLU(x) (with batch norm ReLU(BN(x))), as in the pre-activation ResNet of He et al.
+2016b. The paper writes W_s x, but only behind a ReLU does He's fan-out initialization give Var[dh/dx] = 1: reading x
+itself, it would be 2, and the gradient would grow by 3/2 in every block.
 
-A new rule is one subclass of `Residual` and one line in `RESIDUALS`. It may use another h (`skip`), call the branch on something
-else than x (`__call__`), and wrap or re-initialize the branch's convolutions (`branch_convolution`).
+A new rule is one subclass of `Residual` and one line in `RESIDUALS`. It may use another h (`skip`), call the branch on
+something else than x (`__call__`), and wrap or re-initialize the branch's convolutions (`branch_convolution`).
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Residual(nnx.Module):
     convolutional_skip: bool = False  # in every block; a transition always has it
 
     def __init__(self, position: Position, conv: ConvFactory, rngs: nnx.Rngs):
-        """conv: `(in_features, out_features, kernel_size, stride, spatial_size, rngs=) -> layer`, set up by the network."""
+        """conv: `(in_features, out_features, kernel_size, stride, spatial_size, rngs=) -> layer`, set up by the
+        network.
+        """
         self.shortcut = (
             conv(position.in_features, position.out_features, 1, position.stride, position.spatial_size, rngs=rngs)
             if position.transition or self.convolutional_skip
@@ -70,7 +73,9 @@ class Residual(nnx.Module):
         return x if self.shortcut is None else self.shortcut(z)
 
     def branch_convolution(self, index: int, layer: nnx.Module) -> nnx.Module:
-        """What stands in the branch for its convolution number `index`, counted from 0; the convolution itself by default."""
+        """What stands in the branch for its convolution number `index`, counted from 0; the convolution itself by
+        default.
+        """
         del index
         return layer
 
@@ -108,7 +113,9 @@ class ConvShort(Residual):
 
 
 class Conv(Residual):
-    """W_s ReLU(x) + f(x): the classical sum with a convolution in every block, as the BatchNorm rows of the paper's tables count it."""
+    """W_s ReLU(x) + f(x): the classical sum with a convolution in every block, as the BatchNorm rows of the paper's
+    tables count it.
+    """
 
     convolutional_skip = True
 
@@ -123,5 +130,7 @@ RESIDUALS: dict[str, type[Residual]] = {
 
 
 def get(residual: str | Callable[..., Residual]) -> Callable[..., Residual]:
-    """The rule of that name in `RESIDUALS`, or `residual` itself if it is a class or callable `(position, conv, rngs) -> Residual`."""
+    """The rule of that name in `RESIDUALS`, or `residual` itself if it is a class or callable `(position, conv, rngs)
+    -> Residual`.
+    """
     return initializers.lookup("residual", residual, RESIDUALS)

@@ -1,8 +1,8 @@
 """Pre-activation ResNets, 18 to 152 layers, with any residual rule, with or without batch normalization.
 
 x_l = c (h(x_{l-1}) + f_l(x_{l-1})), the branch f_l two (basic) or three (bottleneck) convolutions, each preceded by
-(norm and) ReLU; no convolution has a bias. Before the first block there is neither ReLU nor norm. The head is (norm), ReLU,
-global average pooling and a dense layer.
+(norm and) ReLU; no convolution has a bias. Before the first block there is neither ReLU nor norm. The head is (norm),
+ReLU, global average pooling and a dense layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfjax import initializers, residual as residual_rules
+from nfjax import initializers
+from nfjax import residual as residual_rules
 from nfjax.residual import ConvFactory, Position
 
 # Momentum and epsilon as PyTorch counts 0.1 and 1e-5, which the paper trained with.
@@ -65,7 +66,7 @@ class Activation(nnx.Module):
 
 
 class Branch(nnx.Module):
-    """f without its first activation: convolutions with (norm and) ReLU between them, [B, H, W, C] -> [B, H', W', C']."""
+    """f without its first activation: convolutions, (norm and) ReLU between them; [B, H, W, C] -> [B, H', W', C']."""
 
     def __init__(self, convolutions: list[nnx.Module], activations: list[Activation]):
         self.convolutions = nnx.List(convolutions)
@@ -89,7 +90,15 @@ class Block(nnx.Module):
         """(in_features, out_features, kernel_size, stride) of each convolution of the branch."""
         raise NotImplementedError
 
-    def __init__(self, position: Position, rule: Callable[..., residual_rules.Residual], norm: Any, conv: ConvFactory, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        position: Position,
+        rule: Callable[..., residual_rules.Residual],
+        norm: Any,
+        conv: ConvFactory,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.residual = rule(position, conv, rngs)
         self.activation = Activation(position.in_features, norm, rngs=rngs)
         convolutions, activations, size = [], [], position.spatial_size
@@ -171,11 +180,11 @@ class PreActResNet(nnx.Module):
 
     depth: a key of `STAGES`. residual: a name in `residual.RESIDUALS` or a rule. norm: None or "batch" (or a callable
     `(features, rngs=) -> layer`); with "batch", `model.train()` and `model.eval()` choose batch or running statistics.
-    init: a name in `initializers.INITIALIZERS` or any `(key, shape, dtype) -> kernel`; it draws the convolutions, while the
-    dense layer has variance 1 / n_in, standardized, and zero bias. stem: "cifar" or "imagenet". width: channels of
+    init: a name in `initializers.INITIALIZERS` or any `(key, shape, dtype) -> kernel`; it draws the convolutions, while
+    the dense layer has variance 1 / n_in, standardized, and zero bias. stem: "cifar" or "imagenet". width: channels of
     the first stage, doubled in each of the next three. image_size: height and width in pixels that the network is
-    initialized for, an integer or a pair (32 or 224 by default, by the stem); only `he_effective_fan_out` depends on it.
-    dtype: of activations and arithmetic; parameters are float32.
+    initialized for, an integer or a pair (32 or 224 by default, by the stem); only `he_effective_fan_out` depends on
+    it. dtype: of activations and arithmetic; parameters are float32.
 
     `model.blocks` lists the residual blocks in execution order.
     """

@@ -1,6 +1,8 @@
-"""One step of training and of evaluation, and the two ways to feed them: many steps per dispatch from the device's memory, or batch by batch from the host.
+"""One step of training and of evaluation, and the two ways to feed them: many steps per dispatch from the device's
+memory, or batch by batch from the host.
 
-A training step knows no data set and no settings: it is built from a network, an optimizer and a preprocessing function.
+A training step knows no data set and no settings: it is built from a network, an optimizer and a preprocessing
+function.
 """
 
 from __future__ import annotations
@@ -20,14 +22,18 @@ from nfjax import metrics
 from nfjax.data import Images
 
 State = dict[str, Any]  # {"params", "batch_stats", "opt", "step"}, plain dicts of arrays
-Batch = dict[str, jax.Array]  # {"image": uint8 [B, H, W, 3], "label": int32 [B]}; training adds "step", evaluation "mask" [B]
+Batch = dict[
+    str, jax.Array
+]  # {"image": uint8 [B, H, W, 3], "label": int32 [B]}; training adds "step", evaluation "mask" [B]
 Sums = dict[str, Any]  # of a batch: "loss", "correct", "count"; training adds "grad_norm"
 Step = Callable[[State, Batch], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A Flax NNX model as functions of plain dicts: NNX is at work only while they are traced, which keeps a dispatch short."""
+    """A Flax NNX model as functions of plain dicts: NNX is at work only while they are traced, which keeps a dispatch
+    short.
+    """
 
     train_graph: nnx.GraphDef
     eval_graph: nnx.GraphDef
@@ -60,7 +66,12 @@ def as_functions(model: nnx.Module) -> tuple[Network, Any, Any]:
 
 def initial_state(params: Any, batch_stats: Any, optimizer: optax.GradientTransformation) -> State:
     """The state before the first step."""
-    return {"params": params, "batch_stats": batch_stats, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    return {
+        "params": params,
+        "batch_stats": batch_stats,
+        "opt": optimizer.init(params),
+        "step": jnp.zeros((), jnp.int32),
+    }
 
 
 def make_train_step(
@@ -72,8 +83,9 @@ def make_train_step(
 ) -> Step:
     """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`.
 
-    A step whose loss or gradient is not finite leaves the state as it was, and so does every later one, because a batch counts only
-    if its "step" is the state's: nothing is trained on after a NaN, however many steps were already on their way to the device.
+    A step whose loss or gradient is not finite leaves the state as it was, and so does every later one, because a batch
+    counts only if its "step" is the state's: nothing is trained on after a NaN, however many steps were already on
+    their way to the device.
     """
 
     def loss_of(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> Any:
@@ -84,10 +96,17 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, Sums]:
         images = preprocess(jax.random.fold_in(jax.random.key(seed), state["step"]), batch["image"])
         gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (losses, logits, batch_stats)), grads = gradient(state["params"], state["batch_stats"], images, batch["label"])
+        (loss, (losses, logits, batch_stats)), grads = gradient(
+            state["params"], state["batch_stats"], images, batch["label"]
+        )
         grad_norm = optax.global_norm(grads)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        new = {"params": optax.apply_updates(state["params"], updates), "batch_stats": batch_stats, "opt": opt, "step": state["step"] + 1}
+        new = {
+            "params": optax.apply_updates(state["params"], updates),
+            "batch_stats": batch_stats,
+            "opt": opt,
+            "step": state["step"] + 1,
+        }
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (batch["step"] == state["step"])
         state = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
         return state, metrics.sums(losses, logits, batch["label"], jnp.ones_like(losses)) | {"grad_norm": grad_norm}
@@ -116,23 +135,30 @@ class Feed:
             self.split = jax.device_put(self.split, NamedSharding(mesh, PartitionSpec()))
 
     def each(self, step: Step, donate: bool) -> Callable[..., Any]:
-        """`call(state, indices [B], **rest)`: one step per dispatch; rest completes the batch. donate: the state's memory is reused."""
+        """`call(state, indices [B], **rest)`: one step per dispatch; rest completes the batch. donate: the state's
+        memory is reused.
+        """
         donated = 0 if donate else ()
         if not self.on_device:
             jitted = jax.jit(step, donate_argnums=donated)
             return lambda state, indices, **rest: jitted(
                 state, jax.device_put({name: x[indices] for name, x in self.split.items()}, self.by_batch) | rest
             )
-        jitted = jax.jit(lambda state, split, indices, rest: step(state, self._gather(split, indices) | rest), donate_argnums=donated)
+        jitted = jax.jit(
+            lambda state, split, indices, rest: step(state, self._gather(split, indices) | rest), donate_argnums=donated
+        )
         return lambda state, indices, **rest: jitted(state, self.split, indices, rest)
 
     def many(self, step: Step, length: int) -> Callable[[State, np.ndarray, int], tuple[State, Sums]]:
-        """`call(state, indices [n, B], first_step)`: n <= length training steps in one dispatch, the sums of each stacked to [n].
+        """`call(state, indices [n, B], first_step)`: n <= length training steps in one dispatch, the sums of each
+        stacked to [n].
 
         n is an argument of the compiled loop, so that epochs of unequal length do not compile again.
         """
 
-        def loop(state: State, split: Any, indices: jax.Array, first_step: jax.Array, n: jax.Array) -> tuple[State, Sums]:
+        def loop(
+            state: State, split: Any, indices: jax.Array, first_step: jax.Array, n: jax.Array
+        ) -> tuple[State, Sums]:
             def at(state: State, i: Any) -> tuple[State, Sums]:
                 return step(state, self._gather(split, indices[i]) | {"step": first_step + i})
 

@@ -1,8 +1,8 @@
 """The training loop: reads a config, writes a workdir.
 
-The workdir holds config.json, versions.json (one entry per start), parameters.txt, classes.json, metrics.jsonl, TensorBoard events,
-checkpoints/ and curves.png. Whatever is random or ordered in a run follows from (seed, step), so a run that was stopped goes on from its newest
-checkpoint as if it had never been stopped.
+The workdir holds config.json, versions.json (one entry per start), parameters.txt, classes.json, metrics.jsonl,
+TensorBoard events, checkpoints/ and curves.png. Whatever is random or ordered in a run follows from (seed, step), so a
+run that was stopped goes on from its newest checkpoint as if it had never been stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nfjax import augment, checkpoint, cost, data, metrics, optim, resnet, steps, workdir as workdirs
+from nfjax import augment, checkpoint, cost, data, metrics, optim, resnet, steps
+from nfjax import workdir as workdirs
 from nfjax.progress import Bar, Interrupts, Progress
 from nfjax.steps import Feed, State, Sums
 
@@ -37,15 +38,20 @@ class TrainingInterruptedError(RuntimeError):
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains what `config` describes, or goes on where the run in `workdir` stopped; returns the summary that it prints at the end.
+    """Trains what `config` describes, or goes on where the run in `workdir` stopped; returns the summary that it prints
+    at the end.
 
-    Raises ValueError or OSError for settings, data or a workdir that cannot be used, TrainingDivergedError, TrainingInterruptedError.
+    Raises ValueError or OSError for settings, data or a workdir that cannot be used, TrainingDivergedError,
+    TrainingInterruptedError.
     """
     check(config)
     folder = workdirs.open_for(config, workdir)
     dataset = data.load(config.data.source, config.data.dir, config.data.image_size)
     if len(dataset.train) < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size} is more than the {len(dataset.train)} training images; choose a smaller one")
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than the {len(dataset.train)} training images; choose a smaller "
+            "one"
+        )
     (folder / "classes.json").write_text(json.dumps(dataset.class_names, indent=1) + "\n")
     (folder / "skipped_files.txt").write_text("".join(f"{path}\n" for path in dataset.skipped))
 
@@ -67,7 +73,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         print(f"resumed at step {progress.step:,}, epoch {progress.epoch:.2f}", flush=True)
     workdirs.note_start(folder, progress.step)
 
-    train_step = steps.make_train_step(network, optimizer, preprocessing(config, train=True), config.seed, config.optim.label_smoothing)
+    train_step = steps.make_train_step(
+        network, optimizer, preprocessing(config, train=True), config.seed, config.optim.label_smoothing
+    )
     run_steps = make_runner(config, Feed(dataset.train, mesh, config.data.on_device), train_step)
     evaluate = make_evaluation(config, Feed(dataset.test, mesh, config.data.on_device), network, len(dataset.test))
     writer = metrics.Writer(folder, progress.step)
@@ -82,7 +90,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     raise TrainingDivergedError(divergence(int(state["step"]), sums, checkpoints, config))
                 if progress.step < stop:
                     break  # interrupted between two log steps
-                values = {"epoch": round(progress.epoch, 4), "learning_rate": float(schedule(progress.step - 1))} | progress.take("interval")
+                values = {
+                    "epoch": round(progress.epoch, 4),
+                    "learning_rate": float(schedule(progress.step - 1)),
+                } | progress.take("interval")
                 writer.write("train", progress.step, values | {"images_per_second": round(bar.rate, 1)})
                 bar.show(values)
                 if (number := progress.epochs_ended()) is None:
@@ -98,7 +109,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     checkpoints.save(progress.step, {"state": state, "sums": progress.sums})
                 checkpoints.wait()
                 raise TrainingInterruptedError(
-                    f"interrupted: saved at step {progress.step:,} of {progress.total:,} in {folder}; the same command goes on from there"
+                    f"interrupted: saved at step {progress.step:,} of {progress.total:,} in {folder}; the same "
+                    "command goes on from there"
                 )
             checkpoints.wait()
             best_step = checkpoints.best_step()
@@ -120,7 +132,8 @@ def check(config: ConfigDict) -> None:
     if config.batch_size % jax.device_count():
         near = max(config.batch_size // jax.device_count(), 1) * jax.device_count()
         raise ValueError(
-            f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices; choose a multiple, such as --config.batch_size={near}"
+            f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices; choose a multiple, "
+            f"such as --config.batch_size={near}"
         )
     try:
         jnp.dtype(config.model.dtype)
@@ -155,11 +168,15 @@ def build_optimizer(config: ConfigDict, progress: Progress) -> tuple[optax.Gradi
     if settings.anneal not in schedules:
         raise ValueError(f"unknown optim.anneal={settings.anneal!r}: expected one of {', '.join(schedules)}")
     schedule = schedules[settings.anneal]()
-    return optim.sgd(schedule, settings.momentum, settings.weight_decay, settings.clip_norm, settings.adaptive_clip), schedule
+    return optim.sgd(
+        schedule, settings.momentum, settings.weight_decay, settings.clip_norm, settings.adaptive_clip
+    ), schedule
 
 
 def preprocessing(config: ConfigDict, train: bool) -> Callable[..., jax.Array]:
-    """uint8 [B, H, W, 3] to normalised float32: `(key, images)` with augmentation for training, `(images)` for evaluation."""
+    """uint8 [B, H, W, 3] to normalised float32: `(key, images)` with augmentation for training, `(images)` for
+    evaluation.
+    """
 
     def normalize(images: jax.Array) -> jax.Array:
         return augment.normalize(images, config.data.mean, config.data.std)
@@ -176,7 +193,9 @@ def preprocessing(config: ConfigDict, train: bool) -> Callable[..., jax.Array]:
 
 
 def make_runner(config: ConfigDict, feed: Feed, train_step: steps.Step) -> Callable[..., tuple[State, Sums]]:
-    """`run(state, step, stop, bar, interrupts) -> (state, sums [n])`: the steps from `step` to `stop`, fewer only after an interrupt."""
+    """`run(state, step, stop, bar, interrupts) -> (state, sums [n])`: the steps from `step` to `stop`, fewer only after
+    an interrupt.
+    """
     indices = functools.partial(data.train_indices, config.seed, len(feed), config.batch_size)
     per_dispatch = config.steps_per_dispatch
     if per_dispatch is None:
@@ -207,7 +226,9 @@ def make_runner(config: ConfigDict, feed: Feed, train_step: steps.Step) -> Calla
     return run
 
 
-def make_evaluation(config: ConfigDict, feed: Feed, network: steps.Network, size: int) -> Callable[[State], dict[str, float]]:
+def make_evaluation(
+    config: ConfigDict, feed: Feed, network: steps.Network, size: int
+) -> Callable[[State], dict[str, float]]:
     """`evaluate(state) -> {"loss", "accuracy"}` over all `size` examples, each counted exactly once."""
     step = feed.each(steps.make_eval_step(network, preprocessing(config, train=False)), donate=False)
 
@@ -229,9 +250,11 @@ def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, mode
     norm = f" with {config.model.norm} norm" if config.model.norm else " without normalization"
     device = jax.devices()[0]
     return (
-        f"model   ResNet-{config.model.depth} {config.model.residual}{norm}, {config.model.init}, width {config.model.width}: "
+        f"model   ResNet-{config.model.depth} {config.model.residual}{norm}, {config.model.init}, width "
+        f"{config.model.width}: "
         f"{spent.parameters:,} parameters, {spent.macs / 1e6:,.1f} M multiply-accumulates per image\n"
-        f"data    {config.data.source} {config.data.dir}: {len(dataset.train):,} training and {len(dataset.test):,} test images of {size}x{size}, "
+        f"data    {config.data.source} {config.data.dir}: {len(dataset.train):,} training and {len(dataset.test):,} "
+        f"test images of {size}x{size}, "
         f"{len(dataset.class_names)} classes\n"
         f"device  {jax.device_count()} x {device.device_kind}, {config.model.dtype}, batch {config.batch_size}\n"
         f"run     {folder}, {config.epochs} epochs"
@@ -243,15 +266,24 @@ def divergence(step: int, sums: Sums, checkpoints: checkpoint.Checkpoints, confi
     bad = int(np.argmin(np.isfinite(sums["loss"]) & np.isfinite(sums["grad_norm"])))
     checkpoints.wait()
     saved = checkpoints.steps()
-    good = f"the last good checkpoint is at step {saved[-1]:,} in {checkpoints.directory}" if saved else "no checkpoint was saved yet"
+    good = (
+        f"the last good checkpoint is at step {saved[-1]:,} in {checkpoints.directory}"
+        if saved
+        else "no checkpoint was saved yet"
+    )
     return (
-        f"at step {step:,} the loss is {sums['loss'][bad] / sums['count'][bad]:.4g} and the gradient norm {sums['grad_norm'][bad]:.4g}; nothing was trained on it; {good}. "
-        f"Try a smaller --config.optim.learning_rate (now {config.optim.learning_rate:g}), --config.optim.clip_norm=1.0, or an initialization "
-        f"that keeps the gradient variance (--config.model.init=he_fan_out with residual idshort, learnscalar or convshort), with a new --workdir"
+        f"at step {step:,} the loss is {sums['loss'][bad] / sums['count'][bad]:.4g} and the gradient norm "
+        f"{sums['grad_norm'][bad]:.4g}; nothing was trained on it; {good}. "
+        f"Try a smaller --config.optim.learning_rate (now {config.optim.learning_rate:g}), "
+        "--config.optim.clip_norm=1.0, or an initialization "
+        "that keeps the gradient variance (--config.model.init=he_fan_out with residual idshort, learnscalar or "
+        "convshort), with a new --workdir"
     )
 
 
-def finish(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best_step: int | None, seconds: float, rate: float) -> dict[str, Any]:
+def finish(
+    config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best_step: int | None, seconds: float, rate: float
+) -> dict[str, Any]:
     """Draws curves.png, prints and returns the summary."""
     records = metrics.read(folder)
     epochs = [record for record in records if record["kind"] == "epoch"]
@@ -259,8 +291,10 @@ def finish(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best
     title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
     metrics.plot_curves(records, title).savefig(folder / "curves.png", dpi=150)
     lines = [
-        f"done    {config.epochs} epochs, {last['step']:,} steps" + (f", {seconds:.0f} s, {rate:,.0f} images/s" if rate else " (already complete)"),
-        f"test    {last['test_accuracy']:.2%} at the end, best {best['test_accuracy']:.2%} after epoch {best['epoch']}, of {len(dataset.test):,} images",
+        f"done    {config.epochs} epochs, {last['step']:,} steps"
+        + (f", {seconds:.0f} s, {rate:,.0f} images/s" if rate else " (already complete)"),
+        f"test    {last['test_accuracy']:.2%} at the end, best {best['test_accuracy']:.2%} after epoch "
+        f"{best['epoch']}, of {len(dataset.test):,} images",
         f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
         f"curves  {folder / 'curves.png'}",
         f"score   python -m nfjax.evaluate --workdir={folder}   (the best checkpoint, step {best_step:,})",
@@ -268,7 +302,12 @@ def finish(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best
     if dataset.skipped:
         lines.append(f"skipped {len(dataset.skipped)} files that are no images: {folder / 'skipped_files.txt'}")
     print("\n".join(lines), flush=True)
-    return {"test_accuracy": last["test_accuracy"], "best_test_accuracy": best["test_accuracy"], "best_epoch": best["epoch"], "steps": last["step"]}
+    return {
+        "test_accuracy": last["test_accuracy"],
+        "best_test_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "steps": last["step"],
+    }
 
 
 def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

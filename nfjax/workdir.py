@@ -31,7 +31,9 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"the workdir {folder} cannot be written ({error.strerror}); choose another with --workdir=DIR") from error
+        raise OSError(
+            f"the workdir {folder} cannot be written ({error.strerror}); choose another with --workdir=DIR"
+        ) from error
     if (folder / CONFIG).exists():
         before, now = _flat(read_config(folder)), _flat(config)
         differing = [
@@ -41,9 +43,8 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
         ]
         if differing:
             raise ValueError(
-                f"the workdir {folder} holds a run with another config; nothing was changed there. These fields differ:\n"
-                + "\n".join(differing)
-                + "\nchoose another --workdir, or the settings of that run"
+                f"the workdir {folder} holds a run with another config; nothing was changed there. These fields "
+                "differ:\n" + "\n".join(differing) + "\nchoose another --workdir, or the settings of that run"
             )
     (folder / CONFIG).write_text(config.to_json_best_effort(indent=2) + "\n")
     return folder
@@ -94,7 +95,13 @@ def _commit() -> str | None:
     """The git commit of this source tree, None outside of one."""
     here = pathlib.Path(__file__).parent
     try:
-        result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except OSError:
         return None
     return result.stdout.strip() or None if result.returncode == 0 else None

@@ -1,8 +1,8 @@
 """Image data in memory, and the order in which training and evaluation visit it.
 
-The order of training is a function of (seed, position): example number p of a run, counted over all epochs, is number p mod n of the
-permutation of epoch p // n. Batches are cut from this endless stream, so every epoch visits each example exactly once, a batch may span
-two epochs, and the position in a run is a single number.
+The order of training is a function of (seed, position): example number p of a run, counted over all epochs, is number p
+mod n of the permutation of epoch p // n. Batches are cut from this endless stream, so every epoch visits each example
+exactly once, a batch may span two epochs, and the position in a run is a single number.
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ class Images:
     labels: np.ndarray
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3 or len(self.images) != len(self.labels):
+        if (
+            self.images.dtype != np.uint8
+            or self.images.ndim != 4
+            or self.images.shape[-1] != 3
+            or len(self.images) != len(self.labels)
+        ):
             raise ValueError(
-                f"images {self.images.dtype} {self.images.shape} with {len(self.labels)} labels: expected uint8 [N, H, W, 3] and N labels"
+                f"images {self.images.dtype} {self.images.shape} with {len(self.labels)} labels: "
+                "expected uint8 [N, H, W, 3] and N labels"
             )
 
     def __len__(self) -> int:
@@ -47,7 +53,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def train_indices(seed: int, size: int, batch_size: int, step: int, steps: int) -> np.ndarray:
-    """The examples of training steps `step` to `step + steps - 1`, int32 [steps, batch_size], out of `size` examples."""
+    """The examples of training steps `step` to `step + steps - 1` out of `size` examples, int32 [steps, batch_size]."""
     positions = np.arange(step * batch_size, (step + steps) * batch_size, dtype=np.int64)
     indices = np.empty(len(positions), np.int32)
     for epoch in range(int(positions[0] // size), int(positions[-1] // size) + 1):
@@ -62,7 +68,9 @@ def epoch_end(epoch: int, size: int, batch_size: int) -> int:
 
 
 def eval_indices(size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(indices, mask) of each evaluation batch, [batch_size]: every example once, the last batch padded with masked entries."""
+    """(indices, mask) of each evaluation batch, [batch_size]: every example once, the last batch padded with masked
+    entries.
+    """
     for start in range(0, size, batch_size):
         indices = np.arange(start, start + batch_size, dtype=np.int32)
         yield np.minimum(indices, size - 1), (indices < size).astype(np.float32)

@@ -3,8 +3,9 @@
     DIR/train/<class>/*.jpg
     DIR/test/<class>/*.jpg     (or DIR/val/<class>/*.jpg)
 
-Any format that Pillow reads. A file that cannot be decoded is skipped and named; more than 1 % of a split is an error. The
-decoded arrays are cached under `cache_directory()`, keyed by the names, sizes and times of all files and by the image size.
+Any format that Pillow reads. A file that cannot be decoded is skipped and named; more than 1 % of a split is an error.
+The decoded arrays are cached under `cache_directory()`, keyed by the names, sizes and times of all files and by the
+image size.
 """
 
 from __future__ import annotations
@@ -36,13 +37,19 @@ def cache_directory() -> pathlib.Path:
 def load(directory: str, image_size: int) -> Dataset:
     """Reads `directory/train` and `directory/test` (or `val`); class names are the folder names, sorted.
 
-    Each image becomes RGB uint8 [image_size, image_size, 3]: the short side resized (antialiased, bilinear), the centre cut out.
-    Raises FileNotFoundError, NotADirectoryError or ValueError that name the folder and the layout expected.
+    Each image becomes RGB uint8 [image_size, image_size, 3]: the short side resized (antialiased, bilinear), the centre
+    cut out. Raises FileNotFoundError, NotADirectoryError or ValueError that name the folder and the layout expected.
     """
     root = pathlib.Path(directory)
-    expected = f"expected the layout\n  {root}/train/<class>/*.jpg\n  {root}/test/<class>/*.jpg   (or {root}/val/<class>/*.jpg)"
+    expected = (
+        f"expected the layout\n  {root}/train/<class>/*.jpg\n  {root}/test/<class>/*.jpg   "
+        f"(or {root}/val/<class>/*.jpg)"
+    )
     if not directory:
-        raise ValueError("no data directory given; set it with --config.data.dir=DIR, where DIR has the layout DIR/{train,test}/<class>/*.jpg")
+        raise ValueError(
+            "no data directory given; set it with --config.data.dir=DIR, where DIR has the layout "
+            "DIR/{train,test}/<class>/*.jpg"
+        )
     if not root.exists():
         raise FileNotFoundError(f"the data directory {root} does not exist; {expected}")
     if not root.is_dir():
@@ -58,7 +65,8 @@ def load(directory: str, image_size: int) -> Dataset:
     if unknown:
         raise ValueError(
             f"{root / test_name} has class folders that {root / 'train'} lacks: {', '.join(unknown[:8])}"
-            f"{' and more' if len(unknown) > 8 else ''}; a network cannot predict a class it never sees: add them to train, or remove them"
+            f"{' and more' if len(unknown) > 8 else ''}; a network cannot predict a class it never sees: add them to "
+            "train, or remove them"
         )
     files = {split: _files(root, split, class_names) for split in ("train", test_name)}
     for split, listed in files.items():
@@ -100,8 +108,10 @@ def _check_memory(count: int, image_size: int) -> None:
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if needed > limit:
         raise ValueError(
-            f"{count} images of {image_size}x{image_size} pixels take {needed / 2**30:.1f} GiB, more than half of this machine's memory "
-            f"({limit / 2**30:.1f} GiB); this loader keeps them in memory: use a smaller --config.data.image_size or fewer images"
+            f"{count} images of {image_size}x{image_size} pixels take {needed / 2**30:.1f} GiB, more than half of "
+            "this machine's memory "
+            f"({limit / 2**30:.1f} GiB); this loader keeps them in memory: use a smaller --config.data.image_size or "
+            "fewer images"
         )
 
 
@@ -128,7 +138,9 @@ def _decode(path: pathlib.Path, image_size: int) -> np.ndarray:
         return np.asarray(image)
 
 
-def _decode_all(root: pathlib.Path, files: dict[str, list[File]], test_name: str, image_size: int) -> dict[str, np.ndarray]:
+def _decode_all(
+    root: pathlib.Path, files: dict[str, list[File]], test_name: str, image_size: int
+) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     skipped: list[str] = []
     total = sum(map(len, files.values()))
@@ -154,7 +166,8 @@ def _decode_all(root: pathlib.Path, files: dict[str, list[File]], test_name: str
             bad = [path for (path, _), ok in zip(listed, good, strict=True) if not ok]
             if len(bad) > SKIPPED_SHARE * len(listed):
                 raise ValueError(
-                    f"{len(bad)} of the {len(listed)} files in {root / split} cannot be read as images, more than {SKIPPED_SHARE:.0%}: "
+                    f"{len(bad)} of the {len(listed)} files in {root / split} cannot be read as images, more than "
+                    f"{SKIPPED_SHARE:.0%}: "
                     f"{', '.join(bad[:10])}{' and more' if len(bad) > 10 else ''}; remove or repair them"
                 )
             skipped += bad
@@ -167,7 +180,9 @@ def _decode_all(root: pathlib.Path, files: dict[str, list[File]], test_name: str
 def _read_cache(cache: pathlib.Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(cache, allow_pickle=False) as stored:
-            return {name: stored[name] for name in ("train_images", "train_labels", "test_images", "test_labels", "skipped")}
+            return {
+                name: stored[name] for name in ("train_images", "train_labels", "test_images", "test_labels", "skipped")
+            }
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -184,4 +199,6 @@ def _write_cache(cache: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         os.replace(temporary, cache)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        logging.warning("the decoded images cannot be cached in %s (%s); the next run decodes them again", cache.parent, error)
+        logging.warning(
+            "the decoded images cannot be cached in %s (%s); the next run decodes them again", cache.parent, error
+        )

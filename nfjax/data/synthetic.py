@@ -10,7 +10,9 @@ CLASSES, TRAIN, TEST = 10, 1024, 250
 
 
 def load(directory: str, image_size: int) -> Dataset:
-    """1 024 training and 250 test images in 10 classes: a fixed 4x4 colour pattern per class, scaled up, under strong noise."""
+    """1 024 training and 250 test images in 10 classes: a fixed 4x4 colour pattern per class, scaled up, under strong
+    noise.
+    """
     del directory  # nothing to read
     rng = np.random.default_rng(0)
     patterns = rng.uniform(64, 192, (CLASSES, 4, 4, 3))

@@ -1,0 +1,42 @@
+"""Weight initializers for networks without batch normalization.
+
+Every initializer is called like those of `jax.nn.initializers`, `init(key, shape, dtype)`, for kernels of shape
+`[*window, c_in, c_out]` (dense, 1-D to 3-D convolutions), in Flax NNX, Flax Linen and plain JAX, eagerly or under
+`jit`, `vmap` and `eval_shape`.
+
+    kernel_init = initializers.standardize(initializers.he_normal("fan_out"))
+    kernel_init = initializers.brock_normal()
+    kernel_init = initializers.he_effective_fan_out(stride=2, padding="SAME", spatial_size=32)
+"""
+
+from __future__ import annotations
+
+from nfjax.initializers.gains import ACTIVATIONS, Gain, gain
+from nfjax.initializers.kernels import (
+    Initializer,
+    at_layer,
+    brock_normal,
+    he_effective_fan_out,
+    he_normal,
+    standardize,
+)
+from nfjax.initializers.names import lookup
+from nfjax.initializers.taps import effective_taps
+
+INITIALIZERS: dict[str, Initializer] = {
+    "he_fan_in": standardize(he_normal("fan_in")),
+    "he_fan_out": standardize(he_normal("fan_out")),
+    "brock": brock_normal(),
+    "he_effective_fan_out": he_effective_fan_out(),
+}
+
+
+def get(init: str | Initializer) -> Initializer:
+    """The initializer of that name in `INITIALIZERS`, or `init` itself if it is a callable."""
+    return lookup("init", init, INITIALIZERS)
+
+
+__all__ = [
+    "ACTIVATIONS", "INITIALIZERS", "Gain", "Initializer", "at_layer", "brock_normal", "effective_taps", "gain", "get",
+    "he_effective_fan_out", "he_normal", "lookup", "standardize",
+]  # fmt: skip

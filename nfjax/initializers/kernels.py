@@ -1,0 +1,234 @@
+"""The initializers: the variance that each wants, and the exact statistics that `standardize` gives them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nfjax.initializers.gains import Gain, gain
+from nfjax.initializers.stream import sample
+from nfjax.initializers.taps import Padding, effective_taps
+
+Shape = Sequence[int]
+Initializer = Callable[..., jax.Array]
+Mode = Literal["fan_in", "fan_out"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Draws an untruncated normal kernel with mean 0 and the variance that `variance(shape)` gives.
+
+    `jax.nn.initializers.he_normal` draws a TRUNCATED normal, hence this class.
+    """
+
+    variance: Callable[[Shape], float]
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
+        _check_kernel(shape)
+        return _finish(sample(key, shape) * np.float32(math.sqrt(self.variance(shape))), dtype, out_sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeVariance:
+    """gain / n_in or gain / n_out (eq. 1 and 2)."""
+
+    mode: Mode
+    gain: Gain
+
+    def __call__(self, shape: Shape) -> float:
+        c_in, c_out = _check_kernel(shape)
+        taps = math.prod(shape[:-2])
+        return self.gain.forward / (taps * c_in) if self.mode == "fan_in" else self.gain.backward / (taps * c_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class BrockVariance:
+    """gamma^2 / n_in (eq. 3 and 11)."""
+
+    gain: Gain
+
+    def __call__(self, shape: Shape) -> float:
+        c_in, _ = _check_kernel(shape)
+        return self.gain.channel / (math.prod(shape[:-2]) * c_in)
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectiveFanOutVariance:
+    """gain / (c_out * mean number of outputs that one input position feeds)."""
+
+    gain: Gain
+    stride: int | tuple[int, ...]
+    padding: Padding
+    spatial_size: int | tuple[int, ...] | None
+
+    def __call__(self, shape: Shape) -> float:
+        _, c_out = _check_kernel(shape)
+        return self.gain.backward / (c_out * effective_taps(shape[:-2], self.stride, self.padding, self.spatial_size))
+
+
+def he_normal(mode: Mode = "fan_in", activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Normal:
+    """He et al. 2015, eq. 1 ("fan_in") and eq. 2 ("fan_out") of the paper, before standardization.
+
+    The variance is 2 / n_in or 2 / n_out for ReLU, with n_in = k^2 c_in and n_out = k^2 c_out.
+    Wrap it in `standardize` for the paper's scheme.
+    """
+    if mode not in ("fan_in", "fan_out"):
+        raise ValueError(f"unknown mode {mode!r}: expected 'fan_in' (eq. 1, forward) or 'fan_out' (eq. 2, backward)")
+    return Normal(HeVariance(mode, gain(activation)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Standardized:
+    """`init`, shifted and scaled to exactly zero mean and exactly the wanted variance. See `standardize`."""
+
+    init: Initializer
+    variance: Callable[[Shape], float]
+    per: Literal["kernel", "channel"] = "kernel"
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
+        _, c_out = _check_kernel(shape)
+        size = math.prod(shape)
+        if size // (c_out if self.per == "channel" else 1) < 2:
+            whole = (
+                f"output channel of a kernel of shape {tuple(shape)}"
+                if self.per == "channel"
+                else f"kernel of shape {tuple(shape)}"
+            )
+            raise ValueError(
+                f"cannot standardize a {whole}: it has one element, whose variance is 0 whatever it is; "
+                "use an initializer without standardize for this layer"
+            )
+        # A Normal starts from its sample: its own scale would be undone at once.
+        kernel = sample(key, shape) if isinstance(self.init, Normal) else self.init(key, shape, jnp.float32)
+        if isinstance(kernel, jax.core.Tracer):
+            kernel = _standardize_traced(kernel, self.variance(shape), self.per)
+        else:
+            kernel = kernel if isinstance(kernel, np.ndarray) else np.array(kernel)
+            kernel = _standardize_values(kernel, self.variance(shape), self.per)
+        return _finish(kernel, dtype, out_sharding)
+
+
+def standardize(
+    init: Initializer,
+    per: Literal["kernel", "channel"] = "kernel",
+    variance: float | Callable[[Shape], float] | None = None,
+) -> Standardized:
+    """Wraps an initializer so that the drawn kernel has exactly zero mean and exactly the wanted population variance.
+
+    init: `(key, shape, dtype) -> kernel`. per: "kernel" for statistics over the whole kernel, "channel" for each output
+    channel (the last axis) on its own. variance: a number or `shape -> number`; left out, that of `init` (any
+    initializer of this module has one). The statistics are computed in float32, before the cast to `dtype`.
+
+    Raises ValueError for a kernel of one element or of rank below 2, and where no variance is known.
+    """
+    if per not in ("kernel", "channel"):
+        raise ValueError(f"unknown per={per!r}: expected 'kernel' or 'channel'")
+    if variance is None:
+        variance = getattr(init, "variance", None)
+        if variance is None:
+            raise ValueError(f"{init} does not say the variance it draws with; pass standardize(init, variance=...)")
+    if not callable(variance):
+        if not (math.isfinite(variance) and variance > 0):
+            raise ValueError(f"variance={variance} must be finite and positive")
+        variance = functools.partial(_constant, float(variance))
+    return Standardized(init, variance, per)
+
+
+def brock_normal(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
+    """Brock et al. 2020, eq. 3 and 11: each output channel has mean 0 and variance gamma^2 / n_in, gamma^2 = 2 / (1 -
+    1/pi) for ReLU.
+    """
+    return standardize(Normal(BrockVariance(gain(activation))), per="channel")
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectiveFanOut(Standardized):
+    """He's fan-out with the taps that a strided, zero-padded convolution really has. See `he_effective_fan_out`."""
+
+    def at(
+        self, stride: int | tuple[int, ...], padding: Padding, spatial_size: int | tuple[int, ...]
+    ) -> EffectiveFanOut:
+        """This initializer for a layer with the given geometry."""
+        variance = dataclasses.replace(self.variance, stride=stride, padding=padding, spatial_size=spatial_size)
+        return EffectiveFanOut(Normal(variance), variance)
+
+
+def he_effective_fan_out(
+    stride: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    spatial_size: int | Sequence[int] | None = None,
+    activation: str | Callable[[jax.Array], jax.Array] = "relu",
+) -> EffectiveFanOut:
+    """Variance 2 / n_out with n_out counted, not assumed: the mean number of outputs that one input element feeds.
+
+    The paper's n_out = k^2 c_out holds for stride 1 and no border. A stride s leaves k^2 c_out / s^2, and zero padding
+    drops the taps beyond the image (`effective_taps`). Beyond the paper; Henmi et al. 2020 (arXiv 2008.06885) is a
+    relative for plain CNNs. Standardized over the whole kernel.
+
+    stride, padding: as for the layer. spatial_size: height and width of the layer's INPUT in pixels;
+    None means an image without borders, where only the stride counts.
+    """
+    stride = stride if isinstance(stride, int) else tuple(stride)
+    spatial_size = spatial_size if spatial_size is None or isinstance(spatial_size, int) else tuple(spatial_size)
+    variance = EffectiveFanOutVariance(gain(activation), stride, padding, spatial_size)
+    return EffectiveFanOut(Normal(variance), variance)
+
+
+def at_layer(
+    init: Initializer, stride: int | tuple[int, ...], padding: Padding, spatial_size: int | tuple[int, ...]
+) -> Initializer:
+    """The initializer for one convolution: `init` itself, unless it depends on the layer's geometry
+    (`he_effective_fan_out`).
+    """
+    return init.at(stride, padding, spatial_size) if hasattr(init, "at") else init
+
+
+def _constant(value: float, shape: Shape) -> float:
+    del shape
+    return value
+
+
+def _check_kernel(shape: Shape) -> tuple[int, int]:
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(
+            f"shape {tuple(shape)} is no kernel: expected [*window, c_in, c_out], rank 2 or more, no empty axis"
+        )
+    return shape[-2], shape[-1]
+
+
+def _standardize_values(kernel: Any, variance: float, per: str) -> Any:
+    """In place for a NumPy kernel. Averages in stages (c_in, window, c_out), so that float32 sums of millions of terms
+    stay exact to rounding.
+    """
+    taps = kernel.reshape(-1, *kernel.shape[-2:])
+
+    def over(means: Any) -> Any:  # [window, c_out], over c_in -> [c_out] or [1]
+        means = means.mean(axis=0)
+        return means if per == "channel" else means.mean(keepdims=True)
+
+    taps -= over(taps.mean(axis=1))
+    # On the host without a temporary of the kernel's size: fresh memory costs more than the arithmetic.
+    squares = (
+        np.einsum("kio,kio->ko", taps, taps) / taps.shape[1]
+        if isinstance(taps, np.ndarray)
+        else (taps * taps).mean(axis=1)
+    )
+    taps *= math.sqrt(variance) / over(squares) ** 0.5
+    return taps.reshape(kernel.shape)
+
+
+_standardize_traced = jax.jit(_standardize_values, static_argnames=("variance", "per"))
+
+
+def _finish(kernel: Any, dtype: Any, out_sharding: Any) -> jax.Array:
+    kernel = kernel.astype(jnp.float32 if dtype is None else dtype, copy=False)
+    if isinstance(kernel, np.ndarray) or out_sharding is not None:
+        return jax.device_put(kernel, out_sharding, may_alias=True)
+    return kernel
