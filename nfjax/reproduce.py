@@ -57,7 +57,7 @@ COLUMNS = (
     "FLOPs",
 )
 NOTE = (
-    "The columns \"ours\" follow the paper's convention: batch norm's own parameters are left out, and FLOPs are twice the "
+    "The columns \"ours\" follow the paper's convention: batch norm's own parameters are left out, FLOPs are twice the "
     "giga-multiply-accumulates after these were rounded to two decimals. The last three columns are exact: every "
     "parameter, and two operations per multiply-accumulate. The BatchNorm rows have a 1x1 convolution as shortcut in "
     "every block, as the printed numbers require."
