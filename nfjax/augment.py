@@ -31,5 +31,5 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """uint8 [B, H, W, C] to float32, (images / 255 - mean) / std by channel."""
-    scale, shift = jnp.asarray(std, jnp.float32), jnp.asarray(mean, jnp.float32)
+    shift, scale = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (mean, std))
     return (images.astype(jnp.float32) / 255 - shift) / scale

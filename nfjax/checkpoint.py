@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Any
 
@@ -22,17 +23,38 @@ class Checkpoints:
         self.directory = pathlib.Path(workdir).absolute() / FOLDER
         policies = ocp.checkpoint_managers
         newest = policies.LatestN(keep)
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["accuracy"], n=1, keep_checkpoints_without_metrics=False
-        )
+        best = policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-            best_fn=lambda metrics: metrics["accuracy"],
+            best_fn=_accuracy,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
         )
+        self._check_metrics(read_only)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _check_metrics(self, read_only: bool) -> None:
+        """Sets aside checkpoints whose metrics cannot be parsed: orbax would not open the whole folder."""
+        for path in sorted(self.directory.glob("*/metrics/metrics")):
+            try:
+                json.loads(path.read_text())
+            except ValueError:
+                step = path.parent.parent.name
+                if read_only:
+                    raise ValueError(
+                        f"checkpoint {step} in {self.directory} is damaged; move it away, or start the training "
+                        "command again, which sets it aside and goes on from the one before it"
+                    ) from None
+                self._set_aside(step, "its metrics are cut short")
+
+    def _set_aside(self, step: int | str, reason: str) -> None:
+        damaged = self.directory.parent / "damaged_checkpoints" / str(step)
+        damaged.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(damaged)
+        logging.warning(
+            "checkpoint %s is damaged (%s); moved to %s; falling back to the one before it", step, reason, damaged
+        )
 
     def steps(self) -> list[int]:
         """The steps that can be restored, ascending."""
@@ -63,20 +85,12 @@ class Checkpoints:
             try:
                 return step, self.restore(template, step)
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
-                damaged = self.directory.parent / "damaged_checkpoints" / str(step)
-                damaged.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(damaged)
+                self._set_aside(step, str(error).strip().partition("\n")[0][:200] or type(error).__name__)
                 self.manager.reload()
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                logging.warning(
-                    "checkpoint %d is damaged (%s); moved to %s; falling back to the one before it",
-                    step,
-                    reason,
-                    damaged,
-                )
-        if steps:
+        if steps or (self.directory.parent / "damaged_checkpoints").exists():
             raise ValueError(
-                f"none of the checkpoints {steps} in {self.directory} can be read; start again with another --workdir"
+                f"none of the checkpoints of {self.directory.parent} can be read (they are in damaged_checkpoints); "
+                "start again with another --workdir"
             )
         return None
 
@@ -86,6 +100,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    return metrics["accuracy"]
 
 
 def template(tree: Any) -> Any:

@@ -99,7 +99,7 @@ def make_train_step(
         (loss, (losses, logits, batch_stats)), grads = gradient(
             state["params"], state["batch_stats"], images, batch["label"]
         )
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         new = {
             "params": optax.apply_updates(state["params"], updates),

@@ -11,6 +11,7 @@ image size.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -179,10 +180,9 @@ def _decode_all(
 
 def _read_cache(cache: pathlib.Path) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(cache, allow_pickle=False) as stored:
-            return {
-                name: stored[name] for name in ("train_images", "train_labels", "test_images", "test_labels", "skipped")
-            }
+        with open(cache, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            names = ("train_images", "train_labels", "test_images", "test_labels", "skipped")
+            return {name: stored[name] for name in names}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -198,7 +198,8 @@ def _write_cache(cache: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
             np.savez(stream, **arrays)
         os.replace(temporary, cache)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         logging.warning(
             "the decoded images cannot be cached in %s (%s); the next run decodes them again", cache.parent, error
         )

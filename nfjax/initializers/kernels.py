@@ -209,16 +209,17 @@ def _standardize_values(kernel: Any, variance: float, per: str) -> Any:
     """
     taps = kernel.reshape(-1, *kernel.shape[-2:])
 
-    def over(means: Any) -> Any:  # [window, c_out], over c_in -> [c_out] or [1]
-        means = means.mean(axis=0)
-        return means if per == "channel" else means.mean(keepdims=True)
+    def over(means: Any) -> Any:  # over c_in, [window, 1, c_out] -> [1, 1, c_out] or [1, 1, 1]
+        means = means.mean(axis=0, keepdims=True)
+        return means if per == "channel" else means.mean(axis=2, keepdims=True)
 
-    taps -= over(taps.mean(axis=1))
+    for _ in range(2):  # the second time takes away what rounding left of a large mean
+        taps -= over(taps.mean(axis=1, keepdims=True))
     # On the host without a temporary of the kernel's size: fresh memory costs more than the arithmetic.
     squares = (
-        np.einsum("kio,kio->ko", taps, taps) / taps.shape[1]
+        np.einsum("kio,kio->ko", taps, taps)[:, None] / taps.shape[1]
         if isinstance(taps, np.ndarray)
-        else (taps * taps).mean(axis=1)
+        else (taps * taps).mean(axis=1, keepdims=True)
     )
     taps *= math.sqrt(variance) / over(squares) ** 0.5
     return taps.reshape(kernel.shape)

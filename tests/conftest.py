@@ -1,0 +1,41 @@
+"""Strict numerics for every test, and a tiny network and config for those that train."""
+
+import jax
+import pytest
+
+from nfjax import config as configs
+from nfjax import resnet
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TINY = 10  # depth of a network with one basic block per stage, for tests only
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """The same program is compiled once per test session, in this process and in those it starts."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        patch.setenv("NFJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def tiny_config(monkeypatch):
+    """Two epochs of 16 steps on made-up images, with a network that compiles in a few seconds."""
+    monkeypatch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
+    config = configs.base()
+    config.batch_size = 64
+    config.epochs = 2
+    config.model.depth = TINY
+    config.model.width = 4
+    config.data.source = "synthetic"
+    config.data.image_size = 8
+    config.augment.crop_padding = 1
+    config.log.every_steps = 5
+    return config

@@ -1,0 +1,91 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nfjax import checkpoint
+
+
+def tree(value):
+    return {
+        "state": {"blocks": {0: jnp.full((64, 64), value), 10: jnp.full((3,), value), 2: jnp.float32(value)}},
+        "sums": np.array(value / 3, np.float64),
+    }
+
+
+def saved(folder, accuracies, keep=2):
+    checkpoints = checkpoint.Checkpoints(folder, keep)
+    for step, accuracy in accuracies.items():
+        checkpoints.save(step, tree(float(step)), accuracy)
+    checkpoints.wait()
+    return checkpoints
+
+
+def test_round_trip_keeps_structure_types_and_digits(tmp_path):
+    checkpoints = saved(tmp_path, {7: 0.5})
+    restored = checkpoints.restore(checkpoint.template(tree(0.0)), 7)
+    checkpoints.close()
+    assert list(restored["state"]["blocks"]) == [0, 10, 2] or set(restored["state"]["blocks"]) == {0, 2, 10}
+    np.testing.assert_array_equal(restored["state"]["blocks"][10], np.full(3, 7.0, np.float32))
+    assert restored["sums"].dtype == np.float64
+    assert float(restored["sums"]) == 7 / 3
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    checkpoints = saved(tmp_path, {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.6, 5: 0.4, 6: None})
+    assert checkpoints.steps() == [2, 5, 6]
+    assert checkpoints.best_step() == 2
+    checkpoints.close()
+    reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+    assert (reader.steps(), reader.best_step()) == ([2, 5, 6], 2)
+    reader.close()
+
+
+def test_nothing_saved(tmp_path):
+    checkpoints = saved(tmp_path, {})
+    assert checkpoints.restore_newest(checkpoint.template(tree(0.0))) is None
+    assert checkpoints.best_step() is None
+    checkpoints.close()
+
+
+def truncate(folder, step, pattern="*"):
+    """Cuts the files of a checkpoint in half."""
+    files = [path for path in (folder / checkpoint.FOLDER / str(step)).rglob(pattern) if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # orbax's event loop, after a failed read
+@pytest.mark.parametrize("pattern", ["*", "d/*", "metrics", "manifest.ocdbt", "_METADATA"])
+def test_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, pattern):
+    saved(tmp_path, {1: 0.1, 2: 0.2}).close()
+    truncate(tmp_path, 2, pattern)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+    step, restored = checkpoints.restore_newest(checkpoint.template(tree(0.0)))
+    assert step == 1
+    assert float(restored["state"]["blocks"][2]) == 1.0
+    assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
+    assert "checkpoint 2 is damaged" in caplog.text
+    checkpoints.save(2, tree(20.0), 0.3)  # the number is free again
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.close()
+
+
+def test_reading_a_folder_with_a_damaged_checkpoint_changes_nothing(tmp_path):
+    saved(tmp_path, {1: 0.1, 2: 0.2}).close()
+    truncate(tmp_path, 2, "metrics")
+    with pytest.raises(ValueError, match=r"checkpoint 2 .* is damaged"):
+        checkpoint.Checkpoints(tmp_path, read_only=True)
+    assert (tmp_path / checkpoint.FOLDER / "2").is_dir()
+
+
+def test_no_checkpoint_can_be_read(tmp_path):
+    saved(tmp_path, {1: 0.1}).close()
+    truncate(tmp_path, 1)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"none of the checkpoints of .* can be read"):
+        checkpoints.restore_newest(checkpoint.template(tree(0.0)))
+    checkpoints.close()

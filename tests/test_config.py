@@ -1,0 +1,119 @@
+"""Configs: every file loads, every value has an effect, overrides and arguments are checked."""
+
+import importlib.util
+import itertools
+import pathlib
+
+import jax
+import ml_collections
+import pytest
+from flax import nnx
+
+from nfjax import config as configs
+from nfjax import train
+
+FOLDER = pathlib.Path(__file__).parent.parent / "configs"
+FILES = sorted(FOLDER.glob("*.py"))
+
+
+def load(path, *arguments):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, module.get_config(*arguments)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_builds_its_network(path):
+    module, config = load(path)
+    train.check(config)
+    model = nnx.eval_shape(lambda: train.build_model(config, num_classes=10))
+    size = config.data.image_size
+    assert nnx.eval_shape(lambda m: m(jax.numpy.zeros((1, size, size, 3))), model).shape == (1, 10)
+    assert f"--config=configs/{path.name}" in module.__doc__  # the exact command
+    assert "Expected:" in module.__doc__
+
+
+def test_the_papers_settings():
+    _, cifar = load(FOLDER / "cifar10_convshort.py")
+    assert (cifar.model.depth, cifar.model.residual, cifar.model.norm, cifar.model.init) == (
+        50,
+        "convshort",
+        None,
+        "he_fan_out",
+    )
+    assert (cifar.batch_size, cifar.optim.learning_rate, cifar.optim.momentum, cifar.optim.anneal) == (
+        128,
+        0.01,
+        0.9,
+        "epoch",
+    )
+    assert (cifar.optim.label_smoothing, cifar.optim.weight_decay, cifar.epochs) == (0.0, 0.0, 200)
+    _, imagenet = load(FOLDER / "imagenet_convshort.py")
+    assert (imagenet.batch_size, imagenet.data.image_size, imagenet.model.stem) == (100, 224, "imagenet")
+    assert (imagenet.optim.label_smoothing, imagenet.epochs) == (0.1, 90)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_parameterised_configs(name):
+    _, config = load(FOLDER / f"{name}.py", "depth=101,residual=idshort,norm=none,init=brock")
+    assert config.model.depth == 101
+    assert (config.model.residual, config.model.norm, config.model.init) == ("idshort", None, "brock")
+    _, config = load(FOLDER / f"{name}.py", "norm=batch")
+    assert (config.model.depth, config.model.norm) == (50, "batch")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dept=18", "unknown config argument 'dept=18': expected name=value.*depth=50.*init=he_fan_out"),
+        ("18", "unknown config argument '18'"),
+        ("depth=deep", "config argument 'depth=deep': expected int, such as depth=50"),
+    ],
+)
+def test_bad_arguments(text, message):
+    with pytest.raises(ValueError, match=message):
+        load(FOLDER / "cifar10.py", text)
+
+
+class Recorder:
+    """A ConfigDict that notes which leaves are read."""
+
+    def __init__(self, config, prefix="", read=None):
+        self._config, self._prefix, self.read = config, prefix, set() if read is None else read
+
+    def __getattr__(self, name):
+        value = getattr(self._config, name)
+        if isinstance(value, ml_collections.ConfigDict):
+            return Recorder(value, f"{self._prefix}{name}.", self.read)
+        if name == "to_dict":  # the whole section becomes keyword arguments, which a signature checks
+            self.read |= {self._prefix + key for key in self._config}
+        elif name in self._config:
+            self.read.add(self._prefix + name)
+        return value
+
+
+def leaves(config, prefix=""):
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_every_leaf_is_read(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train.workdirs, "open_for", lambda config, workdir: tmp_path
+    )  # it reads all, to write them down
+    tiny_config.epochs = 1
+    recorder = Recorder(tiny_config)
+    train.train(recorder, str(tmp_path))
+    assert recorder.read == set(leaves(tiny_config))
+
+
+def test_every_leaf_has_a_comment():
+    """A field's comment stands behind it or above it; the fields of one line share theirs."""
+    lines = pathlib.Path(configs.__file__).read_text().split("def base()")[1].split("return config")[0].splitlines()
+    for above, line in itertools.pairwise(lines):
+        if "config." in line.partition("=")[0] and "ConfigDict()" not in line:
+            assert "#" in line or above.strip().startswith("#") or "std" in line or "every_epochs" in line, line

@@ -1,0 +1,56 @@
+"""The modules import each other in one direction, and those that users take into their own projects stay light."""
+
+import ast
+import graphlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent / "nfjax"
+LIGHT = ("initializers", "residual", "resnet", "cost", "augment")
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in ROOT.rglob("*.py")}
+
+
+def imports(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_form_a_dag():
+    # A package's __init__ stands above its modules; importing a module through its package is no cycle.
+    graph = {
+        name: {other for other in imports(path) & MODULES.keys() if other != name} for name, path in MODULES.items()
+    }
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("nfjax.train") > order.index("nfjax.resnet") > order.index("nfjax.residual")
+
+
+def test_only_the_loop_and_its_workdir_know_the_config():
+    readers = {name for name, path in MODULES.items() if "ml_collections" in path.read_text()}
+    assert readers == {"nfjax.config", "nfjax.train", "nfjax.workdir", "nfjax.main"}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_do_not_import_the_trainer(name):
+    code = (
+        f"import sys, nfjax.{name}\n"
+        "heavy = {'ml_collections', 'orbax', 'clu', 'matplotlib', 'sklearn', 'tensorflow', 'nfjax.train'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    # flax itself imports orbax; everything else would be ours.
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert loaded in ("[]", "['orbax']")

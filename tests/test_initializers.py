@@ -1,0 +1,198 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from nfjax import initializers
+from nfjax.initializers import INITIALIZERS, effective_taps, gain
+
+SHAPES = [(64, 32), (5, 8, 16), (3, 3, 16, 32), (1, 1, 64, 16), (3, 3, 3, 4, 8), (3, 3, 128, 256)]
+
+
+def moments(kernel, axis=None):
+    kernel = np.asarray(kernel, np.float64)
+    return kernel.mean(axis), kernel.var(axis)
+
+
+def wanted_variance(name, shape):
+    taps, c_in, c_out = math.prod(shape[:-2]), shape[-2], shape[-1]
+    return {
+        "he_fan_in": 2 / (taps * c_in),
+        "he_fan_out": 2 / (taps * c_out),
+        "brock": 2 / (1 - 1 / math.pi) / (taps * c_in),
+        "he_effective_fan_out": 2 / (taps * c_out),  # without strides and borders
+    }[name]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_mean_is_zero_and_variance_exact(name, shape):
+    kernel = INITIALIZERS[name](jax.random.key(0), shape)
+    assert kernel.shape == shape
+    assert kernel.dtype == jnp.float32
+    mean, variance = moments(kernel)
+    std = math.sqrt(wanted_variance(name, shape))
+    assert abs(mean) < 1e-7 * std
+    assert variance == pytest.approx(std**2, rel=1e-6)
+    if name == "brock":
+        mean, variance = moments(kernel, tuple(range(len(shape) - 1)))
+        np.testing.assert_allclose(mean, 0, atol=2e-7 * std)
+        np.testing.assert_allclose(variance, std**2, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_traced_equals_eager(name):
+    init, key, shape = INITIALIZERS[name], jax.random.key(3), (3, 3, 96, 128)  # more than one block of the stream
+    eager = init(key, shape)
+    std = math.sqrt(wanted_variance(name, shape))
+    np.testing.assert_allclose(jax.jit(init, static_argnums=1)(key, shape), eager, atol=1e-6 * std)
+    keys = jax.random.split(key, 3)
+    batch = jax.vmap(lambda k: init(k, shape))(keys)
+    np.testing.assert_allclose(batch[1], init(keys[1], shape), atol=1e-6 * std)
+    abstract = jax.eval_shape(lambda k: init(k, shape, jnp.bfloat16), key)
+    assert (abstract.shape, abstract.dtype) == (shape, jnp.bfloat16)
+
+
+def test_stream_is_the_documented_one():
+    key, shape = jax.random.key(5), (3, 3, 96, 128)
+    blocks = [jax.random.normal(jax.random.fold_in(key, i), (2**16,)) for i in range(2)]
+    expected = np.concatenate(blocks)[: math.prod(shape)].reshape(shape) * math.sqrt(2 / (9 * 96))
+    np.testing.assert_allclose(initializers.he_normal("fan_in")(key, shape), expected, rtol=1e-6)
+
+
+def test_many_blocks_at_once_continue_the_stream():
+    key = jax.random.key(6)
+    small, large = (initializers.he_normal()(key, (n, 1024)) * math.sqrt(n) for n in (1000, 1100))
+    np.testing.assert_allclose(large[:1000], small, rtol=1e-6)  # 16 and 17 blocks of 2**16, and 16 as singles
+
+
+def test_old_style_keys_work():
+    kernel = INITIALIZERS["he_fan_out"](jax.random.PRNGKey(0), (16, 16))
+    assert float(kernel.var()) == pytest.approx(2 / 16, rel=1e-6)
+
+
+def test_he_normal_is_untruncated():
+    kernel = initializers.he_normal("fan_in")(jax.random.key(0), (1000, 1000))
+    assert float(jnp.abs(kernel).max()) > 4.2 * math.sqrt(2 / 1000)  # a truncated normal stops at 2 standard deviations
+    _, variance = moments(kernel)
+    assert variance == pytest.approx(2 / 1000, rel=0.01)
+
+
+def test_bfloat16_statistics_are_exact_before_the_cast():
+    init, key, shape = INITIALIZERS["he_fan_out"], jax.random.key(1), (3, 3, 64, 64)
+    np.testing.assert_array_equal(init(key, shape, jnp.bfloat16), init(key, shape).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("per", ["kernel", "channel"])
+def test_standardize_foreign_initializer(per):
+    init = initializers.standardize(jax.nn.initializers.uniform(3.0), per, variance=lambda shape: 7 / shape[-1])
+    for kernel in (init(jax.random.key(0), (30, 50)), jax.jit(lambda k: init(k, (30, 50)))(jax.random.key(0))):
+        mean, variance = moments(kernel, 0 if per == "channel" else None)
+        np.testing.assert_allclose(mean, 0, atol=1e-7)
+        np.testing.assert_allclose(variance, 7 / 50, rtol=2e-6)
+    with pytest.raises(ValueError, match="variance="):
+        initializers.standardize(jax.nn.initializers.uniform(3.0))
+
+
+def test_standardize_leaves_the_wrapped_array_alone():
+    source = np.arange(12, dtype=np.float32).reshape(3, 4)
+    init = initializers.standardize(lambda key, shape, dtype: jnp.asarray(source), variance=1.0)
+    assert float(init(jax.random.key(0), (3, 4)).var()) == pytest.approx(1.0, rel=1e-6)
+    np.testing.assert_array_equal(source, np.arange(12).reshape(3, 4))
+
+
+def test_in_flax_and_plain_jax():
+    init = initializers.standardize(initializers.he_normal("fan_out"))
+    conv = nnx.Conv(4, 8, (3, 3), kernel_init=init, rngs=nnx.Rngs(0))
+    dense = linen.Dense(8, kernel_init=init).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    assert float(conv.kernel[...].var()) == pytest.approx(2 / 72, rel=1e-6)
+    assert float(dense["kernel"].var()) == pytest.approx(2 / 8, rel=1e-6)
+    assert float(init(jax.random.key(0), (4, 8)).var()) == pytest.approx(2 / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: INITIALIZERS["he_fan_out"](jax.random.key(0), (1, 1)), "one element"),
+        (lambda: INITIALIZERS["brock"](jax.random.key(0), (1, 8)), "one element"),
+        (lambda: INITIALIZERS["he_fan_in"](jax.random.key(0), (8,)), "rank 2"),
+        (lambda: INITIALIZERS["he_fan_in"](jax.random.key(0), (0, 8)), "no empty axis"),
+        (lambda: initializers.he_normal("fan_avg"), "unknown mode 'fan_avg'.*fan_in.*fan_out"),
+        (lambda: initializers.standardize(initializers.he_normal(), per="row"), "unknown per='row'"),
+        (lambda: initializers.standardize(initializers.he_normal(), variance=-1.0), "finite and positive"),
+        (lambda: initializers.get("he_fan_ot"), "unknown init 'he_fan_ot'.*brock"),
+        (lambda: initializers.gain("swoosh"), "unknown activation 'swoosh'.*relu"),
+        (lambda: initializers.gain(lambda x: x * 0), "no finite gain"),
+        (lambda: effective_taps((3, 3), padding="FULL", spatial_size=8), "unknown padding 'FULL'"),
+        (lambda: effective_taps((3, 3), padding="VALID", spatial_size=2), "does not fit"),
+        (lambda: effective_taps((3, 3), stride=(1, 2, 3), spatial_size=8), "3 entries"),
+        (lambda: effective_taps((3, 3), stride=0), "must be positive"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_relu_gain_in_closed_form_agrees_with_quadrature():
+    exact, quadrature = gain("relu"), gain(lambda x: jnp.maximum(x, 0))
+    assert exact == initializers.Gain(2.0, 2.0, 2 / (1 - 1 / math.pi))
+    for name in ("forward", "backward", "channel"):
+        assert getattr(quadrature, name) == pytest.approx(getattr(exact, name), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", initializers.ACTIVATIONS)
+def test_gains_against_sampling(name):
+    z = jax.random.normal(jax.random.key(0), (1_000_000,))
+    value = np.asarray(initializers.ACTIVATIONS[name](z), np.float64)
+    slope = np.asarray(jax.vmap(jax.grad(initializers.ACTIVATIONS[name]))(z), np.float64)
+    gains = gain(name)
+    assert gains.forward * (value**2).mean() == pytest.approx(1, rel=0.01)
+    assert gains.backward * (slope**2).mean() == pytest.approx(1, rel=0.01)
+    assert gains.channel * value.var() == pytest.approx(1, rel=0.01)
+
+
+def test_gain_under_jit():
+    kernel = jax.jit(lambda key: initializers.he_normal("fan_in", jax.nn.gelu)(key, (64, 64)))(jax.random.key(0))
+    assert float(kernel.var()) == pytest.approx(gain("gelu").forward / 64, rel=0.1)
+
+
+def counted_taps(window, stride, padding, size):
+    """The mean number of outputs that an input position feeds: a convolution with ones of every unit impulse."""
+    impulses = jnp.eye(size * size).reshape(-1, size, size, 1)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    ones = jnp.ones((*window, 1, 1))
+    fed = jax.lax.conv_general_dilated(impulses, ones, (stride, stride), padding, dimension_numbers=dimensions)
+    return float(fed.sum() / size**2)
+
+
+@pytest.mark.parametrize("size", [4, 7, 8])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 1), (1, 1)), ((0, 2), (1, 0))])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("window", [(1, 1), (3, 3), (3, 2)])
+def test_effective_taps_against_a_convolution(window, stride, padding, size):
+    assert effective_taps(window, stride, padding, size) == pytest.approx(
+        counted_taps(window, stride, padding, size), rel=1e-6
+    )
+
+
+def test_effective_taps_by_hand():
+    assert effective_taps((3, 3), 1, 1, 32) == pytest.approx(
+        (94 / 32) ** 2
+    )  # the border loses 2 of 96 taps on each axis
+    assert effective_taps((3, 3), 2, "CIRCULAR", 8) == pytest.approx(9 / 4)
+    assert effective_taps((3, 3), 2) == pytest.approx(9 / 4)
+    assert effective_taps((3,), 1, "SAME", 4) == pytest.approx(10 / 4)
+    assert effective_taps(()) == 1
+
+
+def test_effective_fan_out_variance():
+    init = initializers.he_effective_fan_out(stride=2, padding=1, spatial_size=32)
+    kernel = init(jax.random.key(0), (3, 3, 16, 32))
+    assert float(kernel.var()) == pytest.approx(2 / (32 * effective_taps((3, 3), 2, 1, 32)), rel=1e-6)
+    bound = initializers.at_layer(INITIALIZERS["he_effective_fan_out"], 2, 1, 32)
+    np.testing.assert_array_equal(bound(jax.random.key(0), (3, 3, 16, 32)), kernel)
+    assert initializers.at_layer(INITIALIZERS["brock"], 2, 1, 32) is INITIALIZERS["brock"]

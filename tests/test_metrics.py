@@ -1,0 +1,60 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nfjax import metrics
+
+
+def test_cross_entropy_with_smoothing():
+    logits, labels = jax.random.normal(jax.random.key(0), (6, 5)), jnp.array([0, 1, 2, 3, 4, 0])
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    plain = -log_p[np.arange(6), labels]
+    np.testing.assert_allclose(metrics.cross_entropy(logits, labels), plain, rtol=1e-5)
+    smoothed = 0.9 * plain + 0.1 * -log_p.mean(axis=1)
+    np.testing.assert_allclose(metrics.cross_entropy(logits, labels, 0.1), smoothed, rtol=1e-5)
+
+
+def test_masked_examples_do_not_count():
+    logits = jnp.array([[2.0, 1.0], [1.0, 2.0], [jnp.nan, jnp.nan]])
+    labels, losses = jnp.array([0, 0, 0]), jnp.array([1.0, 2.0, jnp.nan])
+    sums = metrics.sums(losses, logits, labels, jnp.array([1.0, 1.0, 0.0]))
+    assert {name: float(value) for name, value in sums.items()} == {"loss": 3.0, "correct": 1.0, "count": 2.0}
+    assert metrics.means(sums) == {"loss": 1.5, "accuracy": 0.5}
+
+
+def test_writer_drops_what_came_after_the_step_it_goes_on_from(tmp_path):
+    writer = metrics.Writer(tmp_path, 0)
+    for step in (1, 2, 3):
+        writer.write("train", step, {"loss": 0.1 * step})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "train", "st')  # cut short by a crash
+    writer = metrics.Writer(tmp_path, 2)
+    writer.write("train", 3, {"loss": 7.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.1), (2, 0.2), (3, 7.0)]
+    assert metrics.read(tmp_path) == lines
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_plot_shows_both_splits():
+    record = {"kind": "epoch", "train_loss": 1.0, "test_loss": 1.1, "train_accuracy": 0.5}
+    records = [record | {"epoch": epoch, "test_accuracy": 0.4 + 0.1 * epoch} for epoch in (1, 2, 3)]
+    figure = metrics.plot_curves([*records, {"kind": "train"}], "a run")
+    loss, accuracy = figure.axes
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[1.0] * 3, [1.1] * 3]
+    np.testing.assert_allclose(accuracy.lines[1].get_ydata(), [50, 60, 70])
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()][1] == "test, 70.00 % at the end"
+
+
+def test_reading_a_workdir_without_metrics(tmp_path):
+    assert metrics.read(tmp_path) == []
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_keeps_its_dtype(smoothing):
+    assert metrics.cross_entropy(jnp.ones((2, 3)), jnp.array([0, 1]), smoothing).dtype == jnp.float32

@@ -1,0 +1,370 @@
+"""The loop learns, resumes bit for bit, never trains on NaN, and gives the same numbers however it is dispatched."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nfjax import checkpoint, evaluate, metrics, steps, train
+from nfjax import workdir as workdirs
+from nfjax.progress import Interrupts, Progress
+
+TIMING = {"images_per_second"}
+
+
+def records(folder):
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in metrics.read(folder)]
+
+
+def final_state(config, folder):
+    """The arrays of the newest checkpoint."""
+    reader = checkpoint.Checkpoints(folder, read_only=True)
+    tree = reader.manager.restore(reader.steps()[-1])
+    reader.close()
+    return jax.tree.leaves(tree)
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def interrupt_at(monkeypatch, step):
+    """Presses Ctrl-C once when the run reaches `step`."""
+    add = Progress.add
+
+    def pressing(self, sums):
+        add(self, sums)
+        if self.step >= step and not pressing.done:
+            pressing.done = True
+            signal.raise_signal(signal.SIGINT)
+
+    pressing.done = False
+    monkeypatch.setattr(Progress, "add", pressing)
+
+
+@pytest.fixture
+def whole(tiny_config, tmp_path):
+    """A run that is never stopped: its config, folder, records."""
+    folder = tmp_path / "whole"
+    summary = train.train(tiny_config, str(folder))
+    return tiny_config, folder, summary
+
+
+def test_a_run_learns_and_leaves_everything_in_its_workdir(tiny_config, tmp_path, capsys):
+    tiny_config.epochs = 6
+    tiny_config.optim.learning_rate = 0.05
+    summary = train.train(tiny_config, str(tmp_path))
+    assert summary["test_accuracy"] > 0.9
+    assert summary["steps"] == 6 * 1024 // 64
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {
+        "config.json",
+        "versions.json",
+        "parameters.txt",
+        "classes.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "curves.png",
+    }
+    epochs = [record for record in metrics.read(tmp_path) if record["kind"] == "epoch"]
+    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4, 5, 6]
+    assert epochs[-1]["test_accuracy"] == summary["test_accuracy"]
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert versions[0]["packages"]["jax"] == jax.__version__
+    assert versions[0]["device"]["platform"] == "cpu"
+    assert json.loads((tmp_path / "classes.json").read_text())[3] == "pattern 3"
+    assert "classifier/kernel" in (tmp_path / "parameters.txt").read_text()
+    printed = capsys.readouterr().out
+    assert "epoch 6/6  train loss" in printed
+    assert "test    " in printed
+    score = evaluate.evaluate(str(tmp_path))
+    assert score["images"] == 250
+    best = max(epochs, key=lambda record: record["test_accuracy"])
+    assert score["accuracy"] == best["test_accuracy"]
+
+
+@pytest.mark.parametrize("step", [3, 16, 21], ids=["in epoch 1", "at the boundary", "in epoch 2"])
+def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, monkeypatch, step):
+    config, folder, _ = whole
+    config.steps_per_dispatch = None
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(train.TrainingInterruptedError, match="the same command goes on from there"):
+            train.train(config, str(tmp_path / "stopped"))
+    assert len(records(tmp_path / "stopped")) < len(records(folder))
+    train.train(config, str(tmp_path / "stopped"))
+    assert records(tmp_path / "stopped") == records(folder)
+    assert_equal(final_state(config, tmp_path / "stopped"), final_state(config, folder))
+    assert len(json.loads((tmp_path / "stopped" / "versions.json").read_text())) == 2
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path, monkeypatch):
+    """What was logged after that checkpoint is dropped, and logged again: each step stands in the metrics once."""
+    config, folder, _ = whole
+
+    class KilledError(BaseException):
+        pass
+
+    take = Progress.take
+
+    def dying(self, part):
+        if self.step > 25:
+            raise KilledError
+        return take(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "take", dying)
+        with pytest.raises(KilledError):
+            train.train(config, str(tmp_path / "killed"))
+    assert records(tmp_path / "killed")[-1]["step"] > 16
+    train.train(config, str(tmp_path / "killed"))
+    assert records(tmp_path / "killed") == records(folder)
+    assert_equal(final_state(config, tmp_path / "killed"), final_state(config, folder))
+
+
+def test_a_finished_run_is_not_trained_again(whole, capsys):
+    config, folder, summary = whole
+    before = (folder / "metrics.jsonl").read_text()
+    assert train.train(config, str(folder)) == summary
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert "already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{"steps_per_dispatch": 3}, {"on_device": False}], ids=["loop", "host"])
+def test_other_ways_of_dispatch_give_the_same_run(whole, tmp_path, settings):
+    config, folder, _ = whole
+    config.steps_per_dispatch = settings.get("steps_per_dispatch")
+    config.data.on_device = settings.get("on_device", True)
+    train.train(config, str(tmp_path / "other"))
+    for ours, other in zip(records(folder), records(tmp_path / "other"), strict=True):
+        assert ours.keys() == other.keys()
+        for name, value in ours.items():
+            # Correct predictions are counts of a few hundred examples: rounding may move one of them.
+            tolerance = 0.01 if name.endswith("accuracy") else 0
+            assert other[name] == pytest.approx(value, rel=2e-3, abs=tolerance), name
+
+
+def test_resume_with_the_loop_is_exact_too(tiny_config, tmp_path, monkeypatch):
+    tiny_config.steps_per_dispatch = 3
+    train.train(tiny_config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 12)
+        with pytest.raises(train.TrainingInterruptedError):
+            train.train(tiny_config, str(tmp_path / "stopped"))
+    train.train(tiny_config, str(tmp_path / "stopped"))
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    assert_equal(final_state(tiny_config, tmp_path / "stopped"), final_state(tiny_config, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("per_dispatch", [None, 4])
+def test_divergence_stops_the_run_before_it_is_trained_on(tiny_config, tmp_path, per_dispatch):
+    tiny_config.optim.learning_rate = 1e4
+    tiny_config.model.residual = "identity"
+    tiny_config.steps_per_dispatch = per_dispatch
+    tiny_config.log.every_steps = 8
+    with pytest.raises(
+        train.TrainingDivergedError, match=r"at step \d+ the loss is .*no checkpoint was saved yet.*_rate"
+    ) as caught:
+        train.train(tiny_config, str(tmp_path))
+    assert "1e+04" in str(caught.value) or "10000" in str(caught.value)
+    assert not any("nan" in line.lower() for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_divergence_names_the_last_good_checkpoint(tiny_config, tmp_path, monkeypatch):
+    tiny_config.epochs = 1
+    train.train(tiny_config, str(tmp_path))
+    tiny_config.epochs = 2
+    monkeypatch.setattr(workdirs, "MAY_CHANGE", (*workdirs.MAY_CHANGE, "epochs", "optim."))
+    tiny_config.optim.learning_rate = float("inf")
+    with pytest.raises(train.TrainingDivergedError, match="the last good checkpoint is at step 16"):
+        train.train(tiny_config, str(tmp_path))
+
+
+def quadratic_step():
+    """A train step over one parameter, without a network: loss = (w - image mean)^2 per example."""
+
+    class Line:
+        def train(self, params, batch_stats, images):
+            return params["w"] * images.mean((1, 2)), batch_stats
+
+    return steps.make_train_step(
+        Line(), optax.sgd(0.1), lambda key, images: images.astype(jnp.float32), seed=0, label_smoothing=0.0
+    )
+
+
+def test_a_step_out_of_turn_changes_nothing():
+    step = jax.jit(quadratic_step())
+    params = {"w": jnp.ones((3,))[None]}
+    state = steps.initial_state(params, {}, optax.sgd(0.1))
+    image = jnp.arange(24, dtype=jnp.uint8).reshape(1, 2, 4, 3)
+    batch = {"image": image, "label": jnp.zeros((1,), jnp.int32)}
+    skipped, _ = step(state, batch | {"step": np.int32(1)})
+    assert_equal(jax.tree.leaves(skipped), jax.tree.leaves(state))
+    moved, sums = step(state, batch | {"step": np.int32(0)})
+    assert int(moved["step"]) == 1
+    assert float(jnp.abs(moved["params"]["w"] - 1).max()) > 0
+    assert float(sums["count"]) == 1
+
+
+def test_gradient_norm_and_loss_are_finite_or_the_state_stays():
+    step = jax.jit(quadratic_step())
+    state = steps.initial_state({"w": jnp.full((1, 3), jnp.inf)}, {}, optax.sgd(0.1))
+    image = jnp.ones((1, 2, 4, 3), jnp.uint8)
+    after, sums = step(state, {"image": image, "label": jnp.zeros((1,), jnp.int32), "step": np.int32(0)})
+    assert not np.isfinite(float(sums["loss"]))
+    assert_equal(jax.tree.leaves(after), jax.tree.leaves(state))
+
+
+def test_batch_norm_trains_and_keeps_running_statistics(tiny_config, tmp_path):
+    tiny_config.model.residual, tiny_config.model.norm = "identity", "batch"
+    tiny_config.epochs = 4
+    tiny_config.optim.learning_rate = 0.05
+    summary = train.train(tiny_config, str(tmp_path))
+    assert summary["test_accuracy"] > 0.9
+    reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+    stats = reader.manager.restore(reader.steps()[-1])["state"]["batch_stats"]
+    reader.close()
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(stats))
+
+
+def test_all_of_the_optimizer_and_loss_settings(tiny_config, tmp_path):
+    tiny_config.epochs = 1
+    tiny_config.optim.update({"anneal": "step", "weight_decay": 1e-3, "label_smoothing": 0.1})
+    tiny_config.optim.clip_norm, tiny_config.optim.adaptive_clip = 1.0, 0.01
+    tiny_config.model.dtype = "bfloat16"
+    tiny_config.augment.flip, tiny_config.augment.crop_padding = False, 0
+    summary = train.train(tiny_config, str(tmp_path))
+    assert 0 <= summary["test_accuracy"] <= 1
+    rates = [record["learning_rate"] for record in metrics.read(tmp_path) if record["kind"] == "train"]
+    assert rates == sorted(rates, reverse=True)
+    assert len(set(rates)) == len(rates)
+
+
+def test_four_devices_equal_one(tiny_config, tmp_path):
+    """The same run on one device and on four simulated ones, in processes of their own."""
+    code = """
+import sys, json
+sys.path.insert(0, "tests")
+import jax, pytest
+from nfjax import resnet, train
+from ml_collections import ConfigDict
+resnet.STAGES[10] = (resnet.BasicBlock, (1, 1, 1, 1))
+assert jax.device_count() == int(sys.argv[3])
+train.train(ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
+"""
+    tiny_config.model.residual, tiny_config.model.norm = "convshort", "batch"  # global statistics under jit
+    for devices in (1, 4):
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        arguments = [tiny_config.to_json(), str(tmp_path / str(devices)), str(devices)]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for one, four in zip(records(tmp_path / "1"), records(tmp_path / "4"), strict=True):
+        assert four["step"] == one["step"]
+        for name in one.keys() - {"kind"}:
+            tolerance = 0.01 if name.endswith("accuracy") else 0
+            assert four[name] == pytest.approx(one[name], rel=5e-3, abs=tolerance), name
+
+
+def test_another_config_in_the_workdir_is_refused(whole):
+    config, folder, _ = whole
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    config.model.width, config.optim.learning_rate = 8, 0.5
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)another config.*model.width: 4 there, 8 now.*optim.learning_rate: 0.01 there",
+    ) as caught:
+        train.train(config, str(folder))
+    assert "batch_size" not in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_how_often_it_reports_may_change(whole):
+    config, folder, summary = whole
+    config.log.every_steps = 7
+    assert train.train(config, str(folder)) == summary
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.residual": "convshot"}, "unknown residual 'convshot'.*convshort"),
+        ({"model.init": "he"}, "unknown init 'he'.*he_fan_out"),
+        ({"model.depth": 19}, "unknown depth 19.*18, 34"),
+        ({"model.norm": "group"}, "unknown norm 'group'"),
+        ({"model.dtype": "float23"}, "unknown model.dtype='float23': expected float32"),
+        ({"data.source": "cifar"}, "unknown data.source='cifar': expected one of digits, synthetic, folder"),
+        ({"optim.anneal": "never"}, "unknown optim.anneal='never': expected one of epoch, step"),
+        ({"batch_size": 0}, "batch_size=0 must be positive"),
+        ({"batch_size": 2000}, "batch_size=2000 is more than the 1024 training images"),
+        ({"epochs": 0}, "epochs=0 must be positive"),
+        ({"checkpoint.keep": 0}, "checkpoint.keep=0 must be positive"),
+        ({"steps_per_dispatch": -1}, "steps_per_dispatch=-1 must be positive"),
+    ],
+)
+def test_bad_settings(tiny_config, tmp_path, change, message):
+    tiny_config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        train.train(tiny_config, str(tmp_path / "run"))
+
+
+def test_batch_that_the_devices_do_not_divide(tiny_config, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    tiny_config.batch_size = 100
+    with pytest.raises(
+        ValueError,
+        match=r"batch_size=100 cannot be divided over 8 devices; choose a multiple, such as --config.batch_size=96",
+    ):
+        train.check(tiny_config)
+
+
+def test_workdir_that_cannot_be_written(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"the workdir .* cannot be written .*choose another with --workdir"):
+        train.train(tiny_config, str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # orbax's event loop, after a failed read
+def test_truncated_checkpoint_falls_back(whole, caplog):
+    config, folder, _ = whole
+    expected = records(folder), final_state(config, folder)
+    for path in (folder / checkpoint.FOLDER / "32" / "default").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    train.train(config, str(folder))  # trains the second epoch again
+    assert "checkpoint 32 is damaged" in caplog.text
+    assert records(folder) == expected[0]
+    assert_equal(final_state(config, folder), expected[1])
+
+
+def test_evaluate_a_chosen_checkpoint(whole):
+    _, folder, _ = whole
+    epochs = [record for record in metrics.read(folder) if record["kind"] == "epoch"]
+    for record in epochs:
+        score = evaluate.evaluate(str(folder), step=record["step"])
+        assert (score["accuracy"], score["loss"]) == (record["test_accuracy"], record["test_loss"])
+    with pytest.raises(FileNotFoundError, match="has no checkpoint at step 5: expected one of 16, 32"):
+        evaluate.evaluate(str(folder), step=5)
+
+
+def test_evaluate_without_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        evaluate.evaluate(str(tmp_path))
+
+
+def test_second_interrupt_is_not_caught():
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.pending
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
