@@ -1,4 +1,4 @@
-"""python -m nfjax.main --config=configs/digits_convshort.py --workdir=DIR [--config.optim.lr=…]
+"""python -m nfjax.main --config=configs/digits_convshort.py --workdir=DIR [--config.optim.learning_rate=0.1 ...]
 
 Trains what a config file describes; run again with the same workdir, it goes on where it stopped.
 """
@@ -6,20 +6,55 @@ Trains what a config file describes; run again with the same workdir, it goes on
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/, with arguments behind a colon where it takes any.", lock_config=True
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with arguments behind a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its config, metrics, checkpoints and curves.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error was raised, not only what it says.")
 
+INTERRUPTED = 130  # as shells report Ctrl-C
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; what cannot be parsed ends the program with one message, not with a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+    except AttributeError:
+        sys.exit(f"nfjax: {_unknown_fields(argv)}")
+    except flags.Error as error:
+        # Where a config file itself raises, absl's message is a traceback; its last line says what is wrong.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        sys.exit(f"nfjax: {lines[-1] if any(line.startswith('Traceback') for line in lines) else ' '.join(lines)}")
+    if len(rest) > 1:
+        sys.exit(
+            f"nfjax: unexpected argument {rest[1]!r}: settings are flags, such as --config.optim.learning_rate=0.1"
+        )
+    if not (flags.FLAGS.help or flags.FLAGS.helpfull or flags.FLAGS.helpshort):
+        for name, example in (("config", "configs/digits_convshort.py"), ("workdir", "runs/digits")):
+            if not flags.FLAGS[name].present:
+                sys.exit(f"nfjax: --{name} is missing, such as --{name}={example}; --help tells more")
+    return rest
+
+
+def _unknown_fields(argv: list[str]) -> str:
+    """Which --config.… flags name no field, and which fields there are."""
+    overrides = [arg.partition("=")[0].removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
+    sys.argv = [arg for arg in argv if not arg.startswith("--config.")]
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(sys.argv)
+    for path in overrides:
+        node = _CONFIG.value
+        for i, name in enumerate(path.split(".")):
+            if not isinstance(node, ConfigDict) or name not in node:
+                known = ", ".join(node) if isinstance(node, ConfigDict) else "nothing below it"
+                above = ".".join(["config", *path.split(".")[:i]])
+                return f"unknown config field {path!r}: {above} has {known}"
+            node = node[name]
+    return f"one of the flags {', '.join(overrides)} cannot be set"
+
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument {argv[1]!r}: settings are flags, such as --config.optim.learning_rate=0.1"
-        )
+    del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below tell much; --verbosity=0 shows it
     from nfjax import train  # after the flags are parsed, so that --help is quick
@@ -30,9 +65,8 @@ def main(argv: list[str]) -> None:
         if _TRACEBACK.value:
             raise
         print(f"nfjax: {error}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, train.TrainingInterruptedError) else 1)
+        sys.exit(INTERRUPTED if isinstance(error, train.TrainingInterruptedError) else 1)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -29,7 +29,8 @@ def cosine_by_epoch(peak: float, epoch_ends: np.ndarray) -> optax.Schedule:
 
 def cosine_by_step(peak: float, steps: int) -> optax.Schedule:
     """Cosine annealing from `peak` to zero over `steps` steps."""
-    return optax.cosine_decay_schedule(peak, steps)
+    decay = optax.cosine_decay_schedule(peak, steps)
+    return lambda step: decay(jnp.asarray(step, jnp.float32))
 
 
 def sgd(

@@ -52,6 +52,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             f"batch_size={config.batch_size} is more than the {len(dataset.train)} training images; choose a smaller "
             "one"
         )
+    workdirs.write_config(folder, config)
     (folder / "classes.json").write_text(json.dumps(dataset.class_names, indent=1) + "\n")
     (folder / "skipped_files.txt").write_text("".join(f"{path}\n" for path in dataset.skipped))
 

@@ -20,7 +20,7 @@ PACKAGES = ("nfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_c
 
 
 def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
-    """Creates `workdir`, or checks that the run in it has this config, and writes config.json.
+    """Creates `workdir`, or checks that the run in it has this config. Writes nothing: `write_config` does.
 
     Raises ValueError that names the fields which differ, and OSError if nothing can be written there.
     """
@@ -46,8 +46,12 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
                 f"the workdir {folder} holds a run with another config; nothing was changed there. These fields "
                 "differ:\n" + "\n".join(differing) + "\nchoose another --workdir, or the settings of that run"
             )
-    (folder / CONFIG).write_text(config.to_json_best_effort(indent=2) + "\n")
     return folder
+
+
+def write_config(folder: pathlib.Path, config: ConfigDict) -> None:
+    """Makes `folder` the workdir of a run with this config."""
+    (folder / CONFIG).write_text(config.to_json_best_effort(indent=2) + "\n")
 
 
 def read_config(folder: pathlib.Path) -> ConfigDict:

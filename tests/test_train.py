@@ -23,6 +23,12 @@ def records(folder):
     return [{k: v for k, v in record.items() if k not in TIMING} for record in metrics.read(folder)]
 
 
+def learn(config):
+    """Settings with which the tiny network learns the made-up images."""
+    config.epochs, config.batch_size, config.optim.learning_rate = 6, 32, 0.1
+    config.augment.flip, config.augment.crop_padding = False, 0
+
+
 def final_state(config, folder):
     """The arrays of the newest checkpoint."""
     reader = checkpoint.Checkpoints(folder, read_only=True)
@@ -60,11 +66,10 @@ def whole(tiny_config, tmp_path):
 
 
 def test_a_run_learns_and_leaves_everything_in_its_workdir(tiny_config, tmp_path, capsys):
-    tiny_config.epochs = 6
-    tiny_config.optim.learning_rate = 0.05
+    learn(tiny_config)
     summary = train.train(tiny_config, str(tmp_path))
     assert summary["test_accuracy"] > 0.9
-    assert summary["steps"] == 6 * 1024 // 64
+    assert summary["steps"] == 6 * 1024 // 32
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {
         "config.json",
@@ -147,7 +152,7 @@ def test_other_ways_of_dispatch_give_the_same_run(whole, tmp_path, settings):
     train.train(config, str(tmp_path / "other"))
     for ours, other in zip(records(folder), records(tmp_path / "other"), strict=True):
         assert ours.keys() == other.keys()
-        for name, value in ours.items():
+        for name, value in ours.items() - {("kind", ours["kind"])}:
             # Correct predictions are counts of a few hundred examples: rounding may move one of them.
             tolerance = 0.01 if name.endswith("accuracy") else 0
             assert other[name] == pytest.approx(value, rel=2e-3, abs=tolerance), name
@@ -226,8 +231,7 @@ def test_gradient_norm_and_loss_are_finite_or_the_state_stays():
 
 def test_batch_norm_trains_and_keeps_running_statistics(tiny_config, tmp_path):
     tiny_config.model.residual, tiny_config.model.norm = "identity", "batch"
-    tiny_config.epochs = 4
-    tiny_config.optim.learning_rate = 0.05
+    learn(tiny_config)
     summary = train.train(tiny_config, str(tmp_path))
     assert summary["test_accuracy"] > 0.9
     reader = checkpoint.Checkpoints(tmp_path, read_only=True)

@@ -1,0 +1,135 @@
+"""The command lines, as a user types them: in processes of their own, with right and with wrong input."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = "--config=configs/digits_convshort.py"
+SHORT = ("--config.epochs=2", "--config.model.width=4", "--config.checkpoint.every_epochs=1")
+
+
+def command(module, *arguments):
+    return [sys.executable, "-m", f"nfjax.{module}", *arguments]
+
+
+def run(module, *arguments):
+    """(exit code, output, errors)."""
+    done = subprocess.run(command(module, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_train_evaluate_and_go_on(tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    code, out, errors = run("main", DIGITS, workdir, *SHORT)
+    assert (code, errors) == (0, "")
+    assert "model   ResNet-18 convshort without normalization, he_fan_out, width 4" in out
+    assert "epoch 2/2  train loss" in out
+    assert "curves" in out
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    code, out, _ = run("evaluate", workdir)
+    assert code == 0
+    assert "of 360 images" in out
+
+    code, out, _ = run("main", DIGITS, workdir, *SHORT)
+    assert code == 0
+    assert "already complete" in out
+
+    code, _, errors = run("main", DIGITS, workdir, *SHORT, "--config.seed=1")
+    assert code == 1
+    assert "seed: 0 there, 1 now" in errors
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    arguments = (DIGITS, f"--workdir={tmp_path}", "--config.epochs=30", "--config.model.width=4")
+    process = subprocess.Popen(
+        command("main", *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch  2/30"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    process = subprocess.Popen(
+        command("main", *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    out = "".join(line for line, _ in zip(process.stdout, range(6), strict=False))
+    process.kill()
+    process.communicate()
+    assert f"resumed at step {step:,}" in out
+    assert "epoch  1/30" not in out
+
+
+def test_divergence_has_an_exit_code(tmp_path):
+    code, _, errors = run(
+        "main",
+        DIGITS,
+        f"--workdir={tmp_path}",
+        *SHORT,
+        "--config.optim.learning_rate=1e6",
+        "--config.model.residual=identity",
+    )
+    assert code == 1
+    assert "nothing was trained on it" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--config is missing, such as --config=configs/digits_convshort.py"),
+        ((DIGITS,), "--workdir is missing"),
+        (("--config=configs/nope.py", "--workdir=W"), "configs/nope.py"),
+        (
+            (DIGITS, "--workdir=W", "--config.optim.lr=0.1"),
+            "unknown config field 'optim.lr': config.optim has adaptive_clip, anneal, ",
+        ),
+        ((DIGITS, "--workdir=W", "--config.optimizer=x"), "unknown config field 'optimizer': config has "),
+        ((DIGITS, "--workdir=W", "--config.epochs=many"), "invalid literal for int"),
+        (
+            ("--config=configs/cifar10.py:depht=18", "--workdir=W"),
+            "unknown config argument 'depht=18': expected name=value",
+        ),
+        (
+            ("--config=configs/cifar10.py:depth=19", "--workdir=W"),
+            "unknown depth 19: expected one of 18, 34, 50, 101, 152",
+        ),
+        (("--config=configs/cifar10.py", "--workdir=W"), "no data directory given; set it with --config.data.dir=DIR"),
+        ((DIGITS, "--workdir=W", "epochs=3"), "unexpected argument 'epochs=3': settings are flags"),
+        ((DIGITS, "--workdir=W", "--epochs=3"), "Unknown command line flag 'epochs'"),
+    ],
+)
+def test_wrong_input_gets_one_message(tmp_path, arguments, message):
+    code, _, errors = run("main", *(argument.replace("=W", f"={tmp_path / 'run'}") for argument in arguments))
+    assert code == 1
+    assert message in errors
+    assert errors.startswith("nfjax: ")
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "config.json").exists()  # the next try is not refused
+
+
+@pytest.mark.parametrize("module", ["main", "evaluate", "reproduce"])
+def test_help(module):
+    _, out, errors = run(module, "--help")
+    assert "--workdir" in out or "table1" in out
+    assert errors == ""
+
+
+def test_traceback_on_request(tmp_path):
+    code, _, errors = run("main", "--config=configs/cifar10.py:depth=19", f"--workdir={tmp_path}", "--traceback")
+    assert code == 1
+    assert "Traceback" in errors
+
+
+def test_evaluate_wrong_input(tmp_path):
+    code, _, errors = run("evaluate", f"--workdir={tmp_path}")
+    assert code == 1
+    assert errors.startswith(f"nfjax: {tmp_path} holds no run")
