@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test clean
+.PHONY: train test results clean
 
 train: .venv/installed
 	$(BIN)/python -m nfjax.main --config=configs/digits_convshort.py --workdir=runs/digits_convshort
@@ -12,6 +12,12 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# What the README shows and any machine can measure; benchmarks/ has the rest.
+results: train
+	$(BIN)/python -m nfjax.reproduce table1 table2 --out=results
+	mkdir -p results/digits_convshort
+	cp $(addprefix runs/digits_convshort/,curves.png metrics.jsonl versions.json config.json) results/digits_convshort
 
 clean:
 	rm -rf .venv build *.egg-info

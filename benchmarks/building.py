@@ -2,8 +2,9 @@
 
     python benchmarks/building.py --out=results
 
-Each line is a fresh process that builds the same network twice: with this library's initializers, with jax.nn.initializers.he_normal
-eagerly (what nnx.Conv does by itself), and with the latter under one jit. Writes OUT/building.jsonl and OUT/building.md.
+Each line is a fresh process that builds the same network twice: with this library's initializers, with
+jax.nn.initializers.he_normal eagerly, as any Flax NNX model is built, and with the latter under one jit. Writes
+OUT/building.jsonl and OUT/building.md.
 """
 
 from __future__ import annotations

@@ -1,0 +1,66 @@
+"""The README shows what the committed results say, and its code runs as it stands."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines()]
+INCLUDED = re.findall(r"<!-- (results/\S+) -->\n(.*?)<!-- end -->", README, re.S)
+
+
+@pytest.mark.parametrize(("path", "shown"), INCLUDED, ids=lambda value: value.split("\n")[0])
+def test_tables_are_the_committed_results(path, shown):
+    assert shown.strip() == (ROOT / path).read_text().strip()
+
+
+def test_pictures_and_links_exist():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_python_code_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Cost(parameters=38016714" in done.stdout
+
+
+def test_every_command_is_known():
+    assert COMMANDS[:2] == ["make train", "make test"]
+    for line in COMMANDS:
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        elif words[1] == "-m":
+            assert (ROOT / f"{words[2].replace('.', '/')}.py").exists()
+        else:
+            assert (ROOT / words[1]).exists()
+
+
+def test_make_train_is_the_first_config():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "-m nfjax.main --config=configs/digits_convshort.py --workdir=runs/digits_convshort" in makefile
+
+
+def test_training_command_of_the_readme(tmp_path):
+    """As it stands, but for a data folder that is made here, a small network, one epoch and another workdir."""
+    from test_data import make_folder
+
+    make_folder(tmp_path / "data", per_class=70, size=(32, 32))
+    (line,) = (line for line in COMMANDS if "nfjax.main" in line)
+    words = [word.replace("=DIR", f"={tmp_path}/data").replace("=runs/", f"={tmp_path}/") for word in shlex.split(line)]
+    words += ["--config.model.depth=18", "--config.model.width=4", "--config.epochs=1"]
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in COMMANDS if "nfjax.evaluate" in line)
+    words = [word.replace("=runs/", f"={tmp_path}/") for word in shlex.split(line)]
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of 140 images" in done.stdout
