@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 FOLDER = "checkpoints"
+UNTESTED = -1.0  # stands for the accuracy of a checkpoint that was saved between two evaluations
 
 
 class Checkpoints:
@@ -23,7 +24,7 @@ class Checkpoints:
         self.directory = pathlib.Path(workdir).absolute() / FOLDER
         policies = ocp.checkpoint_managers
         newest = policies.LatestN(keep)
-        best = policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(get_metric_fn=_accuracy, n=1)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             best_fn=_accuracy,
@@ -63,11 +64,12 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step with the highest accuracy; the newest where none has one, None if there is no checkpoint."""
         best = self.manager.best_step()
-        return self.manager.latest_step() if best is None else best
+        tested = best is not None and _accuracy(self.manager.metrics(best)) != UNTESTED
+        return best if tested else self.manager.latest_step()
 
     def save(self, step: int, tree: Any, accuracy: float | None = None) -> None:
         """Starts to save; the arrays may be changed or donated as soon as this returns."""
-        metrics = None if accuracy is None else {"accuracy": accuracy}
+        metrics = {"accuracy": UNTESTED if accuracy is None else accuracy}
         self.manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics, force=True)
 
     def restore(self, template: Any, step: int) -> Any:
