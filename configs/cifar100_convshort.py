@@ -2,8 +2,8 @@
 
     python -m nfjax.main --config=configs/cifar100_convshort.py --config.data.dir=DIR --workdir=WORKDIR
 
-Expected: slightly above the same network with batch normalization at the end of training (figure 4; no number is
-printed).
+Expected: slightly above the same network with batch normalization at the end
+(figure 4; no number is printed). Time: not measured yet on an accelerator.
 """
 
 from nfjax import config as base

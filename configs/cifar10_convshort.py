@@ -2,8 +2,8 @@
 
     python -m nfjax.main --config=configs/cifar10_convshort.py --config.data.dir=DIR --workdir=WORKDIR
 
-Expected: reaches or passes the same network with batch normalization at the end of training (figure 3; no number is
-printed).
+Expected: reaches or passes the same network with batch normalization at the end
+(figure 3; no number is printed). Time: not measured yet on an accelerator.
 """
 
 from nfjax import config as base

@@ -50,8 +50,10 @@ class Checkpoints:
                 self._set_aside(step, "its metrics are cut short")
 
     def _set_aside(self, step: int | str, reason: str) -> None:
-        damaged = self.directory.parent / "damaged_checkpoints" / str(step)
-        damaged.parent.mkdir(exist_ok=True)
+        folder = self.directory.parent / "damaged_checkpoints"
+        folder.mkdir(exist_ok=True)
+        number = sum(path.name.partition(".")[0] == str(step) for path in folder.iterdir())
+        damaged = folder / (f"{step}.{number}" if number else str(step))
         (self.directory / str(step)).rename(damaged)
         logging.warning(
             "checkpoint %s is damaged (%s); moved to %s; falling back to the one before it", step, reason, damaged
@@ -87,7 +89,12 @@ class Checkpoints:
             try:
                 return step, self.restore(template, step)
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
-                self._set_aside(step, str(error).strip().partition("\n")[0][:200] or type(error).__name__)
+                reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+                if self._readable(step):
+                    raise ValueError(
+                        f"checkpoint {step} in {self.directory} is of another network: {reason}"
+                    ) from error
+                self._set_aside(step, reason)
                 self.manager.reload()
         if steps or (self.directory.parent / "damaged_checkpoints").exists():
             raise ValueError(
@@ -95,6 +102,17 @@ class Checkpoints:
                 "start again with another --workdir"
             )
         return None
+
+    def restore_untyped(self, step: int) -> Any:
+        """The pytree saved at `step` as nested dicts whose keys are strings."""
+        return self.manager.restore(step)
+
+    def _readable(self, step: int) -> bool:
+        try:
+            self.restore_untyped(step)
+        except Exception:
+            return False
+        return True
 
     def wait(self) -> None:
         """Returns when everything is on disk."""

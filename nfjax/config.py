@@ -1,7 +1,7 @@
 """Every setting of a run, once, with its source. A config file starts from one of these and changes what differs.
 
 "paper" stands for Civitelli et al., "A Robust Initialization of Residual Blocks for Effective ResNet Training without
-Batch Normalization".
+Batch Normalization"; "ours" for what concerns this program only.
 """
 
 from __future__ import annotations
@@ -10,33 +10,36 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+# The arguments of the parameterised configs, with their defaults.
+NETWORK = {"depth": 50, "residual": "convshort", "norm": None, "init": "he_fan_out"}
+
 
 def base() -> ConfigDict:
-    """Every field with its default. Values that a paper does not give are marked so."""
+    """Every field with its default, locked: a field that is not here cannot be set."""
     config = ConfigDict()
     config.seed = 0  # of initialization, order and augmentation; paper: three runs, seeds not stated
     config.batch_size = 128  # over all devices; paper, section 4
     config.epochs = 200  # not stated by the paper
 
     config.model = ConfigDict()
-    config.model.depth = 18  # 18, 34, 50, 101 or 152
+    config.model.depth = 18  # 18, 34, 50, 101 or 152; paper: 18, 50, 101
     config.model.residual = "convshort"  # a name in nfjax.residual.RESIDUALS; paper, section 3.3
-    config.model.norm = config_dict.placeholder(str)  # None or "batch"
+    config.model.norm = config_dict.placeholder(str)  # none or "batch"; paper, section 4
     config.model.init = "he_fan_out"  # a name in nfjax.initializers.INITIALIZERS; paper, eq. 2
-    config.model.stem = "cifar"  # "cifar" (3x3) or "imagenet" (7x7, stride 2, and max-pooling)
-    config.model.width = 64  # channels of the first stage
-    config.model.dtype = "float32"  # of activations: "float32" or "bfloat16"; parameters stay float32
+    config.model.stem = "cifar"  # "cifar" (3x3) or "imagenet" (7x7, stride 2, max-pooling); not stated by the paper
+    config.model.width = 64  # channels of the first stage; He et al. 2016, and implied by the paper's tables
+    config.model.dtype = "float32"  # of activations, "float32" or "bfloat16"; parameters stay float32; ours
 
     config.data = ConfigDict()
-    config.data.source = "folder"  # a name in nfjax.data.DATASETS
-    config.data.dir = ""  # of the files, for sources that have any
-    config.data.image_size = 32  # height and width in pixels
-    config.data.mean = (0.4914, 0.4822, 0.4465)  # CIFAR-10's, per channel, of pixels scaled to [0, 1]
-    config.data.std = (0.2470, 0.2435, 0.2616)
-    config.data.on_device = True  # keep the images in the device's memory; False sends every batch from the host
+    config.data.source = "folder"  # a name in nfjax.data.DATASETS; ours
+    config.data.dir = ""  # of the files, for sources that have any; ours
+    config.data.image_size = 32  # height and width in pixels; paper, tables 1 and 2
+    config.data.mean = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's pixels in [0, 1], per channel; not stated by the paper
+    config.data.std = (0.2470, 0.2435, 0.2616)  # likewise
+    config.data.on_device = True  # keep the images on the device; False sends every batch from the host; ours
 
     config.augment = ConfigDict()
-    config.augment.crop_padding = 4  # zeros around the image before a random crop; 0 for none; paper: "standard"
+    config.augment.crop_padding = 4  # zeros around the image before a random crop, 0 for no crop; paper: "standard"
     config.augment.flip = True  # mirror left to right at random; paper: "standard"
 
     config.optim = ConfigDict()
@@ -46,20 +49,19 @@ def base() -> ConfigDict:
     config.optim.weight_decay = 0.0  # on kernels; not stated by the paper ("without further regularization")
     config.optim.clip_norm = config_dict.placeholder(float)  # global gradient norm; paper: none
     config.optim.adaptive_clip = config_dict.placeholder(float)  # Brock et al. 2021's lambda, such as 0.01; paper: none
-    config.optim.label_smoothing = 0.0  # paper: for ImageNet only
+    config.optim.label_smoothing = 0.0  # paper, section 4: for ImageNet only
 
-    # Training steps per dispatch where the data is on the device. None: all up to the next log step on an accelerator,
-    # 1 on CPU, where
-    # XLA runs convolutions inside a loop many times slower than outside.
+    # Training steps per dispatch, where the images are on the device. None: all up to the next log step on an
+    # accelerator, and 1 on CPU, where XLA runs convolutions inside a loop many times slower than outside. Ours.
     config.steps_per_dispatch = config_dict.placeholder(int)
 
     config.log = ConfigDict()
-    config.log.every_steps = 50  # training steps between two lines of metrics.jsonl
+    config.log.every_steps = 50  # training steps between two lines of metrics.jsonl; ours
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every_epochs = 1
-    config.checkpoint.keep = 2  # how many of the newest are kept, besides the one with the best test accuracy
-    return config
+    config.checkpoint.every_epochs = 1  # the test images are scored after every epoch, whether it is saved or not; ours
+    config.checkpoint.keep = 2  # of the newest, besides the one with the best test accuracy; ours
+    return config.lock()
 
 
 def cifar() -> ConfigDict:
@@ -91,10 +93,9 @@ def imagenet() -> ConfigDict:
 
 
 def parse_arguments(text: str | None, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a parameterised config: "depth=101,residual=idshort" over `defaults`, whose types they take;
-    "none" is None.
+    """The arguments of a parameterised config: "depth=101,residual=idshort" over `defaults`; "none" stands for None.
 
-    Raises ValueError that lists the known names for an unknown one, and for a value that cannot be converted.
+    Raises ValueError that lists the known names for an unknown one, and for a value of the wrong type.
     """
     values = dict(defaults)
     for part in filter(None, (text or "").split(",")):
@@ -102,16 +103,10 @@ def parse_arguments(text: str | None, defaults: dict[str, Any]) -> dict[str, Any
         if not equals or name not in defaults:
             known = ", ".join(f"{k}={v}" for k, v in defaults.items())
             raise ValueError(f"unknown config argument {part!r}: expected name=value, separated by commas, of {known}")
+        convert = str if defaults[name] is None else type(defaults[name])
         try:
-            values[name] = (
-                None
-                if value.lower() == "none"
-                else type(defaults[name])(value)
-                if defaults[name] is not None
-                else value
-            )
+            values[name] = None if value.lower() == "none" else convert(value)
         except ValueError:
-            raise ValueError(
-                f"config argument {part!r}: expected {type(defaults[name]).__name__}, such as {name}={defaults[name]}"
-            ) from None
+            example = f"{name}={defaults[name]}"
+            raise ValueError(f"config argument {part!r}: expected {convert.__name__}, such as {example}") from None
     return values

@@ -11,55 +11,77 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
-from jax.sharding import NamedSharding, PartitionSpec
+from flax import nnx
 
 from nfjax import checkpoint, data, steps, train
 from nfjax import workdir as workdirs
-from nfjax.progress import Progress
 
 
-def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
-    """{"step", "loss", "accuracy", "images"} of the checkpoint at `step`, by default the one with the best test
-    accuracy.
+def load_model(workdir: str, step: int | None = None) -> nnx.Module:
+    """The trained network of a run, in evaluation mode, from the checkpoint at `step`, by default the best one.
 
-    data_dir replaces the data directory of the run, where the images have moved. Raises FileNotFoundError if there is
-    no run or no checkpoint.
+    Best is the highest test accuracy among the checkpoints that were kept.
+    Raises FileNotFoundError if there is no run or no such checkpoint, ValueError if it cannot be read.
     """
     folder = pathlib.Path(workdir)
     config = workdirs.read_config(folder)
-    if data_dir is not None:
-        config.data.dir = data_dir
-    train.check(config)
-    if not (folder / checkpoint.FOLDER).is_dir():
-        raise FileNotFoundError(f"{folder} has no checkpoints yet: the run was stopped before its first one")
+    step = _known_step(folder, step)
+    key = jax.random.key(0)  # every parameter is replaced below
+    num_classes = len(workdirs.read_data(folder)["class_names"])
+    model = nnx.eval_shape(lambda: train.build_model(config, num_classes, key))
     checkpoints = checkpoint.Checkpoints(folder, read_only=True)
-    known = checkpoints.steps()
-    step = checkpoints.best_step() if step is None else step
-    if step not in known:
-        raise FileNotFoundError(
-            f"{folder} has no checkpoint at step {step}: expected one of "
-            f"{', '.join(map(str, known)) or 'none, there are none'}"
-        )
-
-    dataset = data.load(config.data.source, config.data.dir, config.data.image_size)
-    mesh = train.make_mesh()
-    network, params, batch_stats = steps.as_functions(train.build_model(config, len(dataset.class_names)))
-    progress = Progress(len(dataset.train), config.batch_size, config.epochs, config.log.every_steps)
-    optimizer, _ = train.build_optimizer(config, progress)
-    state = jax.device_put(steps.initial_state(params, batch_stats, optimizer), NamedSharding(mesh, PartitionSpec()))
     try:
-        state = checkpoints.restore(checkpoint.template({"state": state, "sums": progress.sums}), step)["state"]
+        stored = checkpoints.restore_untyped(step)["state"]
     except Exception as error:  # orbax and tensorstore raise many types for damaged files
-        raise ValueError(
-            f"the checkpoint at step {step} of {folder} cannot be read; others are {known}: choose one with --step"
-        ) from error
+        others = [known for known in checkpoints.steps() if known != step]
+        raise ValueError(f"checkpoint {step} of {folder} cannot be read; choose another of {others} by step") from error
     finally:
         checkpoints.close()
-    score = train.make_evaluation(
-        config, steps.Feed(dataset.test, mesh, config.data.on_device), network, len(dataset.test)
-    )
-    return {"step": step, "images": len(dataset.test), **score(state)}
+    for kind, name in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
+        state = nnx.state(model, kind)
+        leaves = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(state), stored[name]))
+        nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in leaves]))
+    model.eval()
+    return model
+
+
+def _known_step(folder: pathlib.Path, step: int | None) -> int:
+    if not (folder / checkpoint.FOLDER).is_dir():
+        raise FileNotFoundError(f"{folder} has no checkpoints: the run was stopped before its first one")
+    checkpoints = checkpoint.Checkpoints(folder, read_only=True)
+    known, best = checkpoints.steps(), checkpoints.best_step()
+    checkpoints.close()
+    step = best if step is None else step
+    if step not in known:
+        listed = f"expected one of {', '.join(map(str, known))}" if known else "there are none"
+        raise FileNotFoundError(f"{folder} has no checkpoint at step {step}: {listed}")
+    return step
+
+
+def _with_keys_of(template: Any, stored: Any) -> Any:
+    """`stored` with the keys of `template`: a checkpoint read without one has strings for integers."""
+    if not isinstance(template, dict):
+        return stored
+    return {key: _with_keys_of(inner, stored[str(key)]) for key, inner in template.items()}
+
+
+def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
+    """{"step", "images", "loss", "accuracy"} of the checkpoint at `step`, by default the best one.
+
+    data_dir replaces the data directory of the run, where the images have moved.
+    Raises FileNotFoundError if there is no run or no checkpoint, ValueError for images of other classes.
+    """
+    folder = pathlib.Path(workdir)
+    config = workdirs.read_config(folder)
+    step = _known_step(folder, step)
+    dataset = data.load(config.data.source, config.data.dir if data_dir is None else data_dir, config.data.image_size)
+    workdirs.check_data(folder, dataset, ["class_names"])
+    network, params, batch_stats = steps.as_functions(load_model(workdir, step))
+    feed = steps.Feed(dataset.test, train.make_mesh(), config.data.on_device)
+    score = train.make_evaluation(config, feed, network)({"params": params, "batch_stats": batch_stats})
+    return {"step": step, "images": len(dataset.test), **score}
 
 
 def main() -> None:

@@ -1,6 +1,4 @@
-"""What a run measures and how it is told: sums on the device; JSON Lines, TensorBoard events, a progress bar and a
-picture on the host.
-"""
+"""What a run measures and how it is kept: sums on the device; JSON Lines, TensorBoard events and a picture."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import tqdm
 
 from nfjax import data, metrics
 
-NAMES = ("loss", "correct", "count", "grad_norm")
+SUMMED = ("loss", "correct", "count", "grad_norm")  # what a training step returns
 
 
 class Progress:
@@ -52,10 +52,9 @@ class Progress:
         return number if number and self.epoch_ends[number - 1] == self.step else None
 
     def add(self, sums: Mapping[str, np.ndarray]) -> None:
-        """Counts steps with their sums, one array [n] per name."""
-        self.step += len(sums["count"])
+        """Adds the sums of steps that were taken, one array [n] per name."""
         for part in self.sums.values():
-            for name in NAMES:
+            for name in SUMMED:
                 part[name] = part[name] + np.sum(sums[name], dtype=np.float64)
             part["steps"] = part["steps"] + len(sums["count"])
 
@@ -66,7 +65,7 @@ class Progress:
 
 
 def _zeros() -> dict[str, np.ndarray]:
-    return {name: np.zeros((), np.float64) for name in (*NAMES, "steps")}
+    return {name: np.zeros((), np.float64) for name in (*SUMMED, "steps")}
 
 
 class Bar:

@@ -32,7 +32,7 @@ Layer = Callable[[jax.Array], jax.Array]
 class Position:
     """Where a block stands in its network: all that a rule may depend on.
 
-    index: 0 for the first block of `num_blocks`. stage, index_in_stage: from 0. convolutions: how many the branch has.
+    index: 0 for the first block of `num_blocks`. stage, index_in_stage: from 0. num_convolutions: of the branch.
     in_features, out_features, stride: of the block. spatial_size: height and width of its input in pixels.
     """
 
@@ -40,7 +40,7 @@ class Position:
     num_blocks: int
     stage: int
     index_in_stage: int
-    convolutions: int
+    num_convolutions: int
     in_features: int
     out_features: int
     stride: int

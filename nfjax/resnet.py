@@ -19,7 +19,7 @@ from nfjax import initializers
 from nfjax import residual as residual_rules
 from nfjax.residual import ConvFactory, Position
 
-# Momentum and epsilon as PyTorch counts 0.1 and 1e-5, which the paper trained with.
+# PyTorch's defaults, whose momentum of 0.1 counts the other way; not stated by the paper.
 NORMS: dict[str, Callable[..., nnx.Module]] = {
     "batch": functools.partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5),
 }
@@ -83,7 +83,7 @@ class Block(nnx.Module):
     """x_l = c (h(x_{l-1}) + f_l(x_{l-1})). A subclass says which convolutions its branch has."""
 
     expansion: int
-    convolutions: int
+    num_convolutions: int
 
     @classmethod
     def layout(cls, position: Position) -> list[tuple[int, int, int, int]]:
@@ -118,7 +118,7 @@ class BasicBlock(Block):
     """Two 3x3 convolutions, the first one strided."""
 
     expansion = 1
-    convolutions = 2
+    num_convolutions = 2
 
     @classmethod
     def layout(cls, position: Position) -> list[tuple[int, int, int, int]]:
@@ -130,7 +130,7 @@ class BottleneckBlock(Block):
     """1x1, 3x3 and 1x1 convolutions, four times as many channels out as inside, the 3x3 strided."""
 
     expansion = 4
-    convolutions = 3
+    num_convolutions = 3
 
     @classmethod
     def layout(cls, position: Position) -> list[tuple[int, int, int, int]]:
@@ -179,12 +179,12 @@ class PreActResNet(nnx.Module):
     """A pre-activation ResNet, images [B, H, W, 3] -> logits [B, num_classes] in float32.
 
     depth: a key of `STAGES`. residual: a name in `residual.RESIDUALS` or a rule. norm: None or "batch" (or a callable
-    `(features, rngs=) -> layer`); with "batch", `model.train()` and `model.eval()` choose batch or running statistics.
-    init: a name in `initializers.INITIALIZERS` or any `(key, shape, dtype) -> kernel`; it draws the convolutions, while
-    the dense layer has variance 1 / n_in, standardized, and zero bias. stem: "cifar" or "imagenet". width: channels of
-    the first stage, doubled in each of the next three. image_size: height and width in pixels that the network is
-    initialized for, an integer or a pair (32 or 224 by default, by the stem); only `he_effective_fan_out` depends on
-    it. dtype: of activations and arithmetic; parameters are float32.
+    `(features, dtype=, rngs=) -> layer`); with "batch", `model.train()` and `model.eval()` choose batch or running
+    statistics. init: a name in `initializers.INITIALIZERS` or any `(key, shape, dtype) -> kernel`; it draws the
+    convolutions, while the dense layer has variance 1 / n_in, standardized, and zero bias. stem: "cifar" or "imagenet".
+    width: channels of the first stage, doubled in each of the next three. image_size: height and width in pixels that
+    the network is initialized for, an integer or a pair (32 or 224 by default, by the stem); only
+    `he_effective_fan_out` depends on it. dtype: of activations and arithmetic; parameters are float32.
 
     `model.blocks` lists the residual blocks in execution order.
     """
@@ -225,7 +225,7 @@ class PreActResNet(nnx.Module):
                     num_blocks=sum(stages),
                     stage=stage,
                     index_in_stage=i,
-                    convolutions=block.convolutions,
+                    num_convolutions=block.num_convolutions,
                     in_features=features,
                     out_features=width * 2**stage * block.expansion,
                     stride=2 if stage > 0 and i == 0 else 1,

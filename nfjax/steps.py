@@ -22,9 +22,8 @@ from nfjax import metrics
 from nfjax.data import Images
 
 State = dict[str, Any]  # {"params", "batch_stats", "opt", "step"}, plain dicts of arrays
-Batch = dict[
-    str, jax.Array
-]  # {"image": uint8 [B, H, W, 3], "label": int32 [B]}; training adds "step", evaluation "mask" [B]
+# {"image": uint8 [B, H, W, 3], "label": int32 [B]}; training adds "step", evaluation "mask" [B]
+Batch = dict[str, jax.Array]
 Sums = dict[str, Any]  # of a batch: "loss", "correct", "count"; training adds "grad_norm"
 Step = Callable[[State, Batch], Any]
 
@@ -50,6 +49,7 @@ class Network:
         return self._merge(self.eval_graph, params, batch_stats)(images)
 
     def _merge(self, graph: nnx.GraphDef, *states: Any) -> nnx.Module:
+        # A plain dict has its leaves in the order of the nnx.State it was made from.
         unflattened = (jax.tree.unflatten(s, jax.tree.leaves(x)) for s, x in zip(self.structures, states, strict=True))
         return nnx.merge(graph, *unflattened)
 
@@ -78,14 +78,15 @@ def make_train_step(
     network: Network,
     optimizer: optax.GradientTransformation,
     preprocess: Callable[[jax.Array, jax.Array], jax.Array],
-    seed: int,
+    key: jax.Array,
     label_smoothing: float,
 ) -> Step:
-    """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`.
+    """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`,
+    given `fold_in(key, step)`.
 
-    A step whose loss or gradient is not finite leaves the state as it was, and so does every later one, because a batch
-    counts only if its "step" is the state's: nothing is trained on after a NaN, however many steps were already on
-    their way to the device.
+    A step whose loss, gradient or update is not finite leaves the state as it was, and so does every later one, because
+    a batch counts only if its "step" is the state's: nothing is trained on after a NaN, however many steps were already
+    on their way to the device.
     """
 
     def loss_of(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> Any:
@@ -94,7 +95,7 @@ def make_train_step(
         return losses.mean(), (losses, logits, batch_stats)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Sums]:
-        images = preprocess(jax.random.fold_in(jax.random.key(seed), state["step"]), batch["image"])
+        images = preprocess(jax.random.fold_in(key, state["step"]), batch["image"])
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, (losses, logits, batch_stats)), grads = gradient(
             state["params"], state["batch_stats"], images, batch["label"]
@@ -107,7 +108,8 @@ def make_train_step(
             "opt": opt,
             "step": state["step"] + 1,
         }
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (batch["step"] == state["step"])
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
+        good = finite & (batch["step"] == state["step"])
         state = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
         return state, metrics.sums(losses, logits, batch["label"], jnp.ones_like(losses)) | {"grad_norm": grad_norm}
 
@@ -124,30 +126,41 @@ def make_eval_step(network: Network, preprocess: Callable[[jax.Array], jax.Array
     return eval_step
 
 
+def fetch(parts: list[Sums]) -> Sums:
+    """The sums of several dispatches on the host, NumPy arrays with one entry per step."""
+    fetched = jax.device_get(parts)
+    return {name: np.concatenate([np.atleast_1d(part[name]) for part in fetched]) for name in fetched[0]}
+
+
 class Feed:
     """Images of one split, on the device or on the host, from which batches are taken by index."""
 
     def __init__(self, split: Images, mesh: Mesh, on_device: bool):
+        self.host = split
         self.by_batch = NamedSharding(mesh, PartitionSpec("data"))
-        self.on_device = on_device
-        self.split: dict[str, Any] = {"image": split.images, "label": split.labels}
+        self.device = None
         if on_device:
-            self.split = jax.device_put(self.split, NamedSharding(mesh, PartitionSpec()))
+            self.device = jax.device_put(
+                {"image": split.images, "label": split.labels}, NamedSharding(mesh, PartitionSpec())
+            )
+
+    def __len__(self) -> int:
+        return len(self.host)
 
     def each(self, step: Step, donate: bool) -> Callable[..., Any]:
         """`call(state, indices [B], **rest)`: one step per dispatch; rest completes the batch. donate: the state's
         memory is reused.
         """
         donated = 0 if donate else ()
-        if not self.on_device:
+        if self.device is None:
             jitted = jax.jit(step, donate_argnums=donated)
             return lambda state, indices, **rest: jitted(
-                state, jax.device_put({name: x[indices] for name, x in self.split.items()}, self.by_batch) | rest
+                state, jax.device_put(self.host.take(indices), self.by_batch) | rest
             )
         jitted = jax.jit(
             lambda state, split, indices, rest: step(state, self._gather(split, indices) | rest), donate_argnums=donated
         )
-        return lambda state, indices, **rest: jitted(state, self.split, indices, rest)
+        return lambda state, indices, **rest: jitted(state, self.device, indices, rest)
 
     def many(self, step: Step, length: int) -> Callable[[State, np.ndarray, int], tuple[State, Sums]]:
         """`call(state, indices [n, B], first_step)`: n <= length training steps in one dispatch, the sums of each
@@ -177,13 +190,10 @@ class Feed:
             n = len(indices)
             padded = np.zeros((length, indices.shape[1]), np.int32)
             padded[:n] = indices
-            state, stacked = jitted(state, self.split, padded, np.int32(first_step), np.int32(n))
+            state, stacked = jitted(state, self.device, padded, np.int32(first_step), np.int32(n))
             return state, {name: x[:n] for name, x in jax.device_get(stacked).items()}
 
         return call
-
-    def __len__(self) -> int:
-        return len(self.split["label"])
 
     def _gather(self, split: Any, indices: jax.Array) -> Batch:
         return jax.lax.with_sharding_constraint({name: x[indices] for name, x in split.items()}, self.by_batch)

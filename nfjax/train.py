@@ -1,24 +1,23 @@
 """The training loop: reads a config, writes a workdir.
 
-The workdir holds config.json, versions.json (one entry per start), parameters.txt, classes.json, metrics.jsonl,
-TensorBoard events, checkpoints/ and curves.png. Whatever is random or ordered in a run follows from (seed, step), so a
-run that was stopped goes on from its newest checkpoint as if it had never been stopped.
+The workdir holds config.json, data.json (class names, sizes, skipped files), versions.json (one entry per start),
+parameters.txt, metrics.jsonl, TensorBoard events, checkpoints/, damaged_checkpoints/ where there are any, and
+curves.png. Whatever is random or ordered in a run follows from (seed, step), so a run that was stopped goes on from its
+newest checkpoint as if it had never been stopped.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clu import parameter_overview
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -28,9 +27,11 @@ from nfjax import workdir as workdirs
 from nfjax.progress import Bar, Interrupts, Progress
 from nfjax.steps import Feed, State, Sums
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient stopped being finite."""
+    """The loss, its gradient or the update stopped being finite."""
 
 
 class TrainingInterruptedError(RuntimeError):
@@ -38,8 +39,9 @@ class TrainingInterruptedError(RuntimeError):
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains what `config` describes, or goes on where the run in `workdir` stopped; returns the summary that it prints
-    at the end.
+    """Trains what `config` describes, or goes on where the run in `workdir` stopped; prints a summary and returns it.
+
+    The summary: "steps", "test_accuracy" at the end, "best_test_accuracy" and "best_epoch" of all epochs.
 
     Raises ValueError or OSError for settings, data or a workdir that cannot be used, TrainingDivergedError,
     TrainingInterruptedError.
@@ -47,22 +49,21 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     check(config)
     folder = workdirs.open_for(config, workdir)
     dataset = data.load(config.data.source, config.data.dir, config.data.image_size)
-    if len(dataset.train) < config.batch_size:
+    size = len(dataset.train)
+    if size < config.batch_size:
         raise ValueError(
-            f"batch_size={config.batch_size} is more than the {len(dataset.train)} training images; choose a smaller "
-            "one"
+            f"batch_size={config.batch_size} is more than the {size} training images; choose a smaller one"
         )
-    workdirs.write_config(folder, config)
-    (folder / "classes.json").write_text(json.dumps(dataset.class_names, indent=1) + "\n")
-    (folder / "skipped_files.txt").write_text("".join(f"{path}\n" for path in dataset.skipped))
+    workdirs.start(folder, config, dataset)
 
     mesh = make_mesh()
-    model = build_model(config, len(dataset.class_names))
+    init_key, augment_key = jax.random.split(jax.random.key(config.seed))
+    model = build_model(config, len(dataset.class_names), init_key)
     print(header(config, folder, dataset, model), flush=True)
     network, params, batch_stats = steps.as_functions(model)
-    (folder / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params) + "\n")
-    progress = Progress(len(dataset.train), config.batch_size, config.epochs, config.log.every_steps)
-    optimizer, schedule = build_optimizer(config, progress)
+    workdirs.note_parameters(folder, params)
+    progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
+    optimizer, schedule = build_optimizer(config, progress.epoch_ends)
     state = jax.device_put(steps.initial_state(params, batch_stats, optimizer), NamedSharding(mesh, PartitionSpec()))
     del model, params, batch_stats
 
@@ -75,45 +76,57 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     workdirs.note_start(folder, progress.step)
 
     train_step = steps.make_train_step(
-        network, optimizer, preprocessing(config, train=True), config.seed, config.optim.label_smoothing
+        network, optimizer, preprocessing(config, train=True), augment_key, config.optim.label_smoothing
     )
     run_steps = make_runner(config, Feed(dataset.train, mesh, config.data.on_device), train_step)
-    evaluate = make_evaluation(config, Feed(dataset.test, mesh, config.data.on_device), network, len(dataset.test))
+    evaluate = make_evaluation(config, Feed(dataset.test, mesh, config.data.on_device), network)
     writer = metrics.Writer(folder, progress.step)
     start = time.perf_counter()
     try:
         with Interrupts() as interrupts, Bar(progress) as bar:
             while progress.step < progress.total and not interrupts.pending:
                 stop = progress.next_stop()
-                state, sums = run_steps(state, progress.step, stop, bar, interrupts)
+                parts = []
+                for after, sums in run_steps(state, progress.step, stop):
+                    state = after
+                    parts.append(sums)
+                    bar.advance(np.size(sums["count"]))
+                    if interrupts.pending:
+                        break
+                sums = steps.fetch(parts)
+                bar.settle()
+                first, progress.step = progress.step, progress.step + len(sums["count"])
+                # A step that was not finite did not count, nor did any behind it: see make_train_step.
+                if (reached := int(state["step"])) < progress.step:
+                    raise TrainingDivergedError(divergence(reached, sums, reached - first, checkpoints, config))
                 progress.add(sums)
-                if int(state["step"]) < progress.step:
-                    raise TrainingDivergedError(divergence(int(state["step"]), sums, checkpoints, config))
                 if progress.step < stop:
                     break  # interrupted between two log steps
-                values = {
-                    "epoch": round(progress.epoch, 4),
-                    "learning_rate": float(schedule(progress.step - 1)),
-                } | progress.take("interval")
+                values = progress.take("interval")
+                values = {"epoch": progress.epoch, "learning_rate": float(schedule(progress.step - 1))} | values
                 writer.write("train", progress.step, values | {"images_per_second": round(bar.rate, 1)})
                 bar.show(values)
                 if (number := progress.epochs_ended()) is None:
                     continue
                 tested = evaluate(state)
+                if not np.isfinite(tested["loss"]):
+                    raise TrainingDivergedError(
+                        advice(f"after epoch {number} the test loss is not finite", checkpoints)
+                    )
                 values = {"epoch": number, **prefixed("train", progress.take("epoch")), **prefixed("test", tested)}
                 writer.write("epoch", progress.step, values)
                 bar.line(values)
                 if number % config.checkpoint.every_epochs == 0 or progress.step == progress.total:
                     checkpoints.save(progress.step, {"state": state, "sums": progress.sums}, tested["accuracy"])
+            checkpoints.wait()
             if progress.step < progress.total:
                 if progress.step not in checkpoints.steps():
                     checkpoints.save(progress.step, {"state": state, "sums": progress.sums})
-                checkpoints.wait()
+                    checkpoints.wait()
                 raise TrainingInterruptedError(
                     f"interrupted: saved at step {progress.step:,} of {progress.total:,} in {folder}; the same "
                     "command goes on from there"
                 )
-            checkpoints.wait()
             best_step = checkpoints.best_step()
     finally:
         writer.close()
@@ -136,15 +149,25 @@ def check(config: ConfigDict) -> None:
             f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices; choose a multiple, "
             f"such as --config.batch_size={near}"
         )
-    try:
-        jnp.dtype(config.model.dtype)
-    except TypeError:
-        raise ValueError(f"unknown model.dtype={config.model.dtype!r}: expected float32, bfloat16 or float16") from None
+    if config.model.dtype not in DTYPES:
+        raise ValueError(f"unknown model.dtype={config.model.dtype!r}: expected one of {', '.join(DTYPES)}")
+    for name, values in (("mean", config.data.mean), ("std", config.data.std)):
+        if len(values) != 3:
+            raise ValueError(f"data.{name}={tuple(values)}: expected three numbers, for red, green and blue")
+    if config.augment.crop_padding < 0:
+        raise ValueError(f"augment.crop_padding={config.augment.crop_padding} must be 0 or more pixels")
+    if not 0 <= config.optim.label_smoothing < 1:
+        raise ValueError(f"optim.label_smoothing={config.optim.label_smoothing} must be at least 0 and less than 1")
+    if config.steps_per_dispatch is not None and (
+        config.steps_per_dispatch < 1 or (config.steps_per_dispatch > 1 and not config.data.on_device)
+    ):
+        raise ValueError(
+            f"steps_per_dispatch={config.steps_per_dispatch} must be positive, and 1 where data.on_device is False"
+        )
     # A wrong name in the model or the optimizer is found here, at no cost, and not after the images are decoded.
-    nnx.eval_shape(lambda: build_model(config, num_classes=2))
-    build_optimizer(config, Progress(config.batch_size, config.batch_size, config.epochs, 1))
-    if config.data.source not in data.DATASETS:
-        raise ValueError(f"unknown data.source={config.data.source!r}: expected one of {', '.join(data.DATASETS)}")
+    nnx.eval_shape(lambda: build_model(config, num_classes=2, key=jax.random.key(0)))
+    build_optimizer(config, epoch_ends=[1])
+    data.loader(config.data.source)
 
 
 def make_mesh() -> Mesh:
@@ -152,26 +175,29 @@ def make_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
-def build_model(config: ConfigDict, num_classes: int) -> nnx.Module:
-    """The network that a config describes, initialized from its seed."""
-    settings = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
-    rngs = nnx.Rngs(params=jax.random.key(config.seed))
+def build_model(config: ConfigDict, num_classes: int, key: jax.Array) -> nnx.Module:
+    """The network that a config describes, its parameters drawn from `key`."""
+    settings = config.model.to_dict()
+    settings["norm"] = None if settings["norm"] == "none" else settings["norm"]
+    settings["dtype"] = DTYPES[settings["dtype"]]
+    rngs = nnx.Rngs(params=key)
     return resnet.PreActResNet(**settings, num_classes=num_classes, image_size=config.data.image_size, rngs=rngs)
 
 
-def build_optimizer(config: ConfigDict, progress: Progress) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a config, and its learning rate by step."""
+def build_optimizer(
+    config: ConfigDict, epoch_ends: Sequence[int]
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a config, and its learning rate by step. epoch_ends: the step at which each epoch is done."""
     settings = config.optim
     schedules = {
-        "epoch": lambda: optim.cosine_by_epoch(settings.learning_rate, progress.epoch_ends),
-        "step": lambda: optim.cosine_by_step(settings.learning_rate, progress.total),
+        "epoch": lambda: optim.cosine_by_epoch(settings.learning_rate, epoch_ends),
+        "step": lambda: optim.cosine_by_step(settings.learning_rate, epoch_ends[-1]),
     }
     if settings.anneal not in schedules:
         raise ValueError(f"unknown optim.anneal={settings.anneal!r}: expected one of {', '.join(schedules)}")
     schedule = schedules[settings.anneal]()
-    return optim.sgd(
-        schedule, settings.momentum, settings.weight_decay, settings.clip_norm, settings.adaptive_clip
-    ), schedule
+    clipping = {"clip_norm": settings.clip_norm, "adaptive_clip": settings.adaptive_clip}
+    return optim.sgd(schedule, settings.momentum, settings.weight_decay, **clipping), schedule
 
 
 def preprocessing(config: ConfigDict, train: bool) -> Callable[..., jax.Array]:
@@ -193,50 +219,46 @@ def preprocessing(config: ConfigDict, train: bool) -> Callable[..., jax.Array]:
     return augmented if train else normalize
 
 
-def make_runner(config: ConfigDict, feed: Feed, train_step: steps.Step) -> Callable[..., tuple[State, Sums]]:
-    """`run(state, step, stop, bar, interrupts) -> (state, sums [n])`: the steps from `step` to `stop`, fewer only after
-    an interrupt.
-    """
+def make_runner(
+    config: ConfigDict, feed: Feed, train_step: steps.Step
+) -> Callable[[State, int, int], Iterator[tuple[State, Sums]]]:
+    """`run(state, step, stop)` trains from `step` to `stop` and yields the state and the sums of each dispatch."""
     indices = functools.partial(data.train_indices, config.seed, len(feed), config.batch_size)
     per_dispatch = config.steps_per_dispatch
     if per_dispatch is None:
-        per_dispatch = 1 if jax.default_backend() == "cpu" else config.log.every_steps
-    if per_dispatch < 1 or (per_dispatch > 1 and not config.data.on_device):
-        raise ValueError(f"steps_per_dispatch={per_dispatch} must be positive, and 1 where data.on_device is False")
-    one = feed.each(train_step, donate=True)
-    many = feed.many(train_step, per_dispatch) if per_dispatch > 1 else None
+        many_pay = config.data.on_device and jax.default_backend() != "cpu"
+        per_dispatch = config.log.every_steps if many_pay else 1
 
-    def run(state: State, step: int, stop: int, bar: Bar, interrupts: Interrupts) -> tuple[State, Sums]:
-        parts: list[Sums] = []
-        while step < stop and not (parts and interrupts.pending):
-            count = min(per_dispatch, stop - step)
-            if many is None:
-                state, sums = one(state, indices(step, 1)[0], step=np.int32(step))
-                # One step runs while the next is prepared, and no more: the bar and Ctrl-C stay close to the device.
-                if parts:
-                    jax.block_until_ready(parts[-1])
-            else:
-                state, sums = many(state, indices(step, count), step)
-            parts.append(sums)
-            step += count
-            bar.advance(count)
-        fetched = jax.device_get(parts)
-        bar.settle()
-        return state, {name: np.concatenate([np.atleast_1d(part[name]) for part in fetched]) for name in fetched[0]}
+    def run_each(state: State, step: int, stop: int) -> Iterator[tuple[State, Sums]]:
+        before = None
+        for number in range(step, stop):
+            state, sums = each(state, indices(number, 1)[0], step=np.int32(number))
+            # One step runs while the next is prepared, and no more: the bar and Ctrl-C stay close to the device.
+            jax.block_until_ready(before)
+            before = sums
+            yield state, sums
 
-    return run
+    def run_many(state: State, step: int, stop: int) -> Iterator[tuple[State, Sums]]:
+        for number in range(step, stop, per_dispatch):
+            state, sums = many(state, indices(number, min(per_dispatch, stop - number)), number)
+            yield state, sums
+
+    if per_dispatch > 1:
+        many = feed.many(train_step, per_dispatch)
+        return run_many
+    each = feed.each(train_step, donate=True)
+    return run_each
 
 
-def make_evaluation(
-    config: ConfigDict, feed: Feed, network: steps.Network, size: int
-) -> Callable[[State], dict[str, float]]:
-    """`evaluate(state) -> {"loss", "accuracy"}` over all `size` examples, each counted exactly once."""
+def make_evaluation(config: ConfigDict, feed: Feed, network: steps.Network) -> Callable[[State], dict[str, float]]:
+    """`evaluate(state) -> {"loss", "accuracy"}` over all examples of the feed, each counted exactly once."""
     step = feed.each(steps.make_eval_step(network, preprocessing(config, train=False)), donate=False)
+    devices = jax.device_count()
+    batch_size = -(-config.batch_size // devices) * devices
 
     def evaluate(state: State) -> dict[str, float]:
-        parts = [step(state, indices, mask=mask) for indices, mask in data.eval_indices(size, config.batch_size)]
-        fetched = jax.device_get(parts)
-        return metrics.means({name: np.sum([part[name] for part in fetched], dtype=np.float64) for name in fetched[0]})
+        sums = steps.fetch([step(state, rows, mask=mask) for rows, mask in data.eval_indices(len(feed), batch_size)])
+        return metrics.means({name: values.sum(dtype=np.float64) for name, values in sums.items()})
 
     return evaluate
 
@@ -262,9 +284,18 @@ def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, mode
     )
 
 
-def divergence(step: int, sums: Sums, checkpoints: checkpoint.Checkpoints, config: ConfigDict) -> str:
-    """Where the run stopped being finite, what is safe, and what helps."""
-    bad = int(np.argmin(np.isfinite(sums["loss"]) & np.isfinite(sums["grad_norm"])))
+def divergence(step: int, sums: Sums, bad: int, checkpoints: checkpoint.Checkpoints, config: ConfigDict) -> str:
+    """Where the run stopped being finite. bad: which of the steps in `sums` it was."""
+    loss, grad_norm = sums["loss"][bad] / sums["count"][bad], sums["grad_norm"][bad]
+    return advice(
+        f"at step {step:,} the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}, the learning rate at most "
+        f"{config.optim.learning_rate:g}; nothing was trained on it",
+        checkpoints,
+    )
+
+
+def advice(what: str, checkpoints: checkpoint.Checkpoints) -> str:
+    """What happened, what is safe, and what helps."""
     checkpoints.wait()
     saved = checkpoints.steps()
     good = (
@@ -273,41 +304,44 @@ def divergence(step: int, sums: Sums, checkpoints: checkpoint.Checkpoints, confi
         else "no checkpoint was saved yet"
     )
     return (
-        f"at step {step:,} the loss is {sums['loss'][bad] / sums['count'][bad]:.4g} and the gradient norm "
-        f"{sums['grad_norm'][bad]:.4g}; nothing was trained on it; {good}. "
-        f"Try a smaller --config.optim.learning_rate (now {config.optim.learning_rate:g}), "
-        "--config.optim.clip_norm=1.0, or an initialization "
-        "that keeps the gradient variance (--config.model.init=he_fan_out with residual idshort, learnscalar or "
-        "convshort), with a new --workdir"
+        f"{what}; {good}. Try, with a new --workdir, a smaller --config.optim.learning_rate, "
+        "--config.optim.clip_norm=1.0, or an initialization that keeps the gradient variance "
+        "(--config.model.init=he_fan_out with residual idshort, learnscalar or convshort)"
     )
 
 
 def finish(
-    config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best_step: int | None, seconds: float, rate: float
+    config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best_step: int, seconds: float, rate: float
 ) -> dict[str, Any]:
     """Draws curves.png, prints and returns the summary."""
     records = metrics.read(folder)
     epochs = [record for record in records if record["kind"] == "epoch"]
     last, best = epochs[-1], max(epochs, key=lambda record: record["test_accuracy"])
+    saved = next((record["test_accuracy"] for record in epochs if record["step"] == best_step), last["test_accuracy"])
     title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
     metrics.plot_curves(records, title).savefig(folder / "curves.png", dpi=150)
+    work = f"{seconds:.0f} s, {rate:,.0f} images/s" if rate else "already complete"
     lines = [
-        f"done    {config.epochs} epochs, {last['step']:,} steps"
-        + (f", {seconds:.0f} s, {rate:,.0f} images/s" if rate else " (already complete)"),
+        f"done    {config.epochs} epochs, {last['step']:,} steps, {work}",
         f"test    {last['test_accuracy']:.2%} at the end, best {best['test_accuracy']:.2%} after epoch "
-        f"{best['epoch']}, of {len(dataset.test):,} images",
+        f"{best['epoch']}, "
+        f"of {len(dataset.test):,} images",
         f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
         f"curves  {folder / 'curves.png'}",
-        f"score   python -m nfjax.evaluate --workdir={folder}   (the best checkpoint, step {best_step:,})",
+        f"score   python -m nfjax.evaluate --workdir={folder}   (the best checkpoint: step {best_step:,}, {saved:.2%})",
     ]
     if dataset.skipped:
-        lines.append(f"skipped {len(dataset.skipped)} files that are no images: {folder / 'skipped_files.txt'}")
+        more = f" and {len(dataset.skipped) - 5} more" if len(dataset.skipped) > 5 else ""
+        lines.append(
+            f"skipped {len(dataset.skipped)} files that are no images: {', '.join(dataset.skipped[:5])}{more}; all are "
+            f"named in {folder / workdirs.DATA}"
+        )
     print("\n".join(lines), flush=True)
     return {
+        "steps": last["step"],
         "test_accuracy": last["test_accuracy"],
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
-        "steps": last["step"],
     }
 
 

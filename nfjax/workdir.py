@@ -11,16 +11,20 @@ import subprocess
 from typing import Any
 
 import jax
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from nfjax.data import Dataset
+
 CONFIG = "config.json"
+DATA = "data.json"
 # What may differ when a run goes on: where its data lies, and how often it reports and saves.
 MAY_CHANGE = ("data.dir", "log.", "checkpoint.")
 PACKAGES = ("nfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "clu", "numpy")
 
 
 def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
-    """Creates `workdir`, or checks that the run in it has this config. Writes nothing: `write_config` does.
+    """Creates `workdir`, or checks that the run in it has this config. Writes nothing: `start` does.
 
     Raises ValueError that names the fields which differ, and OSError if nothing can be written there.
     """
@@ -34,7 +38,7 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
         raise OSError(
             f"the workdir {folder} cannot be written ({error.strerror}); choose another with --workdir=DIR"
         ) from error
-    if (folder / CONFIG).exists():
+    if _has_begun(folder):
         before, now = _flat(read_config(folder)), _flat(config)
         differing = [
             f"  {name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
@@ -49,9 +53,49 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
     return folder
 
 
-def write_config(folder: pathlib.Path, config: ConfigDict) -> None:
-    """Makes `folder` the workdir of a run with this config."""
+def start(folder: pathlib.Path, config: ConfigDict, dataset: Dataset) -> None:
+    """Makes `folder` the workdir of a run with this config and these images: config.json and data.json.
+
+    Raises ValueError if the run in it has begun with other classes or another number of training images: its labels
+    would change their meaning, its epochs their length.
+    """
+    if _has_begun(folder):
+        check_data(folder, dataset, ["class_names", "train_images"])
+    described = _described(dataset) | {"skipped_files": list(dataset.skipped)}
     (folder / CONFIG).write_text(config.to_json_best_effort(indent=2) + "\n")
+    (folder / DATA).write_text(json.dumps(described, indent=1) + "\n")
+
+
+def check_data(folder: pathlib.Path, dataset: Dataset, names: list[str]) -> None:
+    """ValueError if the images differ in `names` ("class_names", "train_images") from those of the run in `folder`."""
+    before, now = read_data(folder), _described(dataset)
+    for name in names:
+        if before[name] != now[name]:
+            raise ValueError(
+                f"the run in {folder} was trained on other images; nothing was changed there. Its {name}: "
+                f"{_short(before[name])}; now: {_short(now[name])}"
+            )
+
+
+def _described(dataset: Dataset) -> dict[str, Any]:
+    sizes = {"train_images": len(dataset.train), "test_images": len(dataset.test)}
+    return {"class_names": list(dataset.class_names)} | sizes
+
+
+def read_data(folder: pathlib.Path) -> dict[str, Any]:
+    """{"class_names", "train_images", "test_images", "skipped_files"} of the run in `folder`."""
+    return json.loads((folder / DATA).read_text())
+
+
+def _has_begun(folder: pathlib.Path) -> bool:
+    """Whether anything was measured or saved: a first try that failed before does not stand in the way of the next."""
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    return (metrics.exists() and metrics.stat().st_size > 0) or (checkpoints.exists() and any(checkpoints.iterdir()))
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(value) if isinstance(value, list) else f"{value:,}"
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 def read_config(folder: pathlib.Path) -> ConfigDict:
@@ -59,7 +103,7 @@ def read_config(folder: pathlib.Path) -> ConfigDict:
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run: there is no {path}; expected the --workdir of a training run")
-    return ConfigDict(json.loads(path.read_text()))
+    return ConfigDict(json.loads(path.read_text())).lock()
 
 
 def note_start(folder: pathlib.Path, step: int) -> None:
@@ -78,6 +122,11 @@ def note_start(folder: pathlib.Path, step: int) -> None:
         }
     )
     path.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def note_parameters(folder: pathlib.Path, params: Any) -> None:
+    """Writes parameters.txt: name, shape, size, mean and standard deviation of every parameter before training."""
+    (folder / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params) + "\n")
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:

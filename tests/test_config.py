@@ -1,7 +1,6 @@
 """Configs: every file loads, every value has an effect, overrides and arguments are checked."""
 
 import importlib.util
-import itertools
 import pathlib
 
 import jax
@@ -27,7 +26,7 @@ def load(path, *arguments):
 def test_every_config_builds_its_network(path):
     module, config = load(path)
     train.check(config)
-    model = nnx.eval_shape(lambda: train.build_model(config, num_classes=10))
+    model = nnx.eval_shape(lambda: train.build_model(config, 10, jax.random.key(0)))
     size = config.data.image_size
     assert nnx.eval_shape(lambda m: m(jax.numpy.zeros((1, size, size, 3))), model).shape == (1, 10)
     assert f"--config=configs/{path.name}" in module.__doc__  # the exact command
@@ -101,19 +100,31 @@ def leaves(config, prefix=""):
             yield prefix + name
 
 
-def test_every_leaf_is_read(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        train.workdirs, "open_for", lambda config, workdir: tmp_path
-    )  # it reads all, to write them down
+def test_every_leaf_is_read_where_something_is_built(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "check", lambda config: None)  # these two only look
+    monkeypatch.setattr(train, "header", lambda *args: "")
+    for name in ("open_for", "start"):  # they read all fields, to compare them and to write them down
+        monkeypatch.setattr(train.workdirs, name, lambda *args: tmp_path)
     tiny_config.epochs = 1
     recorder = Recorder(tiny_config)
     train.train(recorder, str(tmp_path))
     assert recorder.read == set(leaves(tiny_config))
 
 
-def test_every_leaf_has_a_comment():
-    """A field's comment stands behind it or above it; the fields of one line share theirs."""
+def test_every_leaf_has_a_source():
+    """Behind the field or above it: the paper's section, "not stated by the paper", another paper, or "ours"."""
     lines = pathlib.Path(configs.__file__).read_text().split("def base()")[1].split("return config")[0].splitlines()
-    for above, line in itertools.pairwise(lines):
-        if "config." in line.partition("=")[0] and "ConfigDict()" not in line:
-            assert "#" in line or above.strip().startswith("#") or "std" in line or "every_epochs" in line, line
+    comment = ""
+    for line in lines:
+        code, _, behind = line.partition("#")
+        if not code.strip():
+            comment += behind
+        elif "config." in code and "ConfigDict()" not in code:
+            text = (comment + behind).lower()
+            assert any(source in text for source in ("paper", "ours", "he et al", "likewise")), line
+            comment = ""
+
+
+def test_a_field_that_does_not_exist_cannot_be_set():
+    with pytest.raises(AttributeError, match="lr"):
+        configs.cifar().optim.lr = 0.5

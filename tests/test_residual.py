@@ -103,7 +103,10 @@ class ZeroLast(Residual):
 
     def __init__(self, position, conv, rngs):
         super().__init__(position, conv, rngs)
-        self.last, self.scale = position.convolutions - 1, position.num_blocks ** (-1 / (2 * position.convolutions - 2))
+        self.last, self.scale = (
+            position.num_convolutions - 1,
+            position.num_blocks ** (-1 / (2 * position.num_convolutions - 2)),
+        )
 
     def branch_convolution(self, index, layer):
         layer.kernel[...] = layer.kernel[...] * (0.0 if index == self.last else self.scale)

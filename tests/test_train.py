@@ -75,7 +75,7 @@ def test_a_run_learns_and_leaves_everything_in_its_workdir(tiny_config, tmp_path
         "config.json",
         "versions.json",
         "parameters.txt",
-        "classes.json",
+        "data.json",
         "metrics.jsonl",
         "checkpoints",
         "curves.png",
@@ -86,7 +86,7 @@ def test_a_run_learns_and_leaves_everything_in_its_workdir(tiny_config, tmp_path
     versions = json.loads((tmp_path / "versions.json").read_text())
     assert versions[0]["packages"]["jax"] == jax.__version__
     assert versions[0]["device"]["platform"] == "cpu"
-    assert json.loads((tmp_path / "classes.json").read_text())[3] == "pattern 3"
+    assert json.loads((tmp_path / "data.json").read_text())["class_names"][3] == "pattern 3"
     assert "classifier/kernel" in (tmp_path / "parameters.txt").read_text()
     printed = capsys.readouterr().out
     assert "epoch 6/6  train loss" in printed
@@ -202,7 +202,11 @@ def quadratic_step():
             return params["w"] * images.mean((1, 2)), batch_stats
 
     return steps.make_train_step(
-        Line(), optax.sgd(0.1), lambda key, images: images.astype(jnp.float32), seed=0, label_smoothing=0.0
+        Line(),
+        optax.sgd(0.1),
+        lambda key, images: images.astype(jnp.float32),
+        key=jax.random.key(0),
+        label_smoothing=0.0,
     )
 
 
@@ -304,8 +308,12 @@ def test_how_often_it_reports_may_change(whole):
         ({"model.init": "he"}, "unknown init 'he'.*he_fan_out"),
         ({"model.depth": 19}, "unknown depth 19.*18, 34"),
         ({"model.norm": "group"}, "unknown norm 'group'"),
-        ({"model.dtype": "float23"}, "unknown model.dtype='float23': expected float32"),
-        ({"data.source": "cifar"}, "unknown data.source='cifar': expected one of digits, synthetic, folder"),
+        ({"model.dtype": "float16"}, "unknown model.dtype='float16': expected one of float32, bfloat16"),
+        ({"data.mean": (0.5,)}, "expected three numbers"),
+        ({"augment.crop_padding": -1}, "augment.crop_padding=-1 must be 0 or more"),
+        ({"optim.label_smoothing": 1.0}, "optim.label_smoothing=1.0 must be at least 0 and less than 1"),
+        ({"steps_per_dispatch": 2, "data.on_device": False}, "and 1 where data.on_device is False"),
+        ({"data.source": "cifar"}, "unknown data source 'cifar': expected one of digits, synthetic, folder"),
         ({"optim.anneal": "never"}, "unknown optim.anneal='never': expected one of epoch, step"),
         ({"batch_size": 0}, "batch_size=0 must be positive"),
         ({"batch_size": 2000}, "batch_size=2000 is more than the 1024 training images"),

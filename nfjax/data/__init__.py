@@ -17,13 +17,18 @@ DATASETS: dict[str, Callable[[str, int], Dataset]] = {
 }
 
 
-def load(source: str, directory: str, image_size: int) -> Dataset:
-    """Loads a data set by its name in `DATASETS`; `directory` is read by those that keep files."""
+def loader(source: str) -> Callable[[str, int], Dataset]:
+    """The loader of that name in `DATASETS`."""
     if source not in DATASETS:
         raise ValueError(f"unknown data source {source!r}: expected one of {', '.join(DATASETS)}")
+    return DATASETS[source]
+
+
+def load(source: str, directory: str, image_size: int) -> Dataset:
+    """Loads a data set by its name in `DATASETS`; `directory` is read by those that keep files."""
     if image_size < 1:
         raise ValueError(f"data.image_size={image_size} must be a positive number of pixels")
-    return DATASETS[source](directory, image_size)
+    return loader(source)(directory, image_size)
 
 
-__all__ = ["DATASETS", "Dataset", "Images", "epoch_end", "eval_indices", "load", "train_indices"]
+__all__ = ["DATASETS", "Dataset", "Images", "epoch_end", "eval_indices", "load", "loader", "train_indices"]

@@ -36,6 +36,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch of these examples: {"image", "label"}."""
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

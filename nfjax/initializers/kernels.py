@@ -106,12 +106,12 @@ class Standardized:
                 "use an initializer without standardize for this layer"
             )
         # A Normal starts from its sample: its own scale would be undone at once.
-        kernel = sample(key, shape) if isinstance(self.init, Normal) else self.init(key, shape, jnp.float32)
-        if isinstance(kernel, jax.core.Tracer):
-            kernel = _standardize_traced(kernel, self.variance(shape), self.per)
+        drawn = sample(key, shape) if isinstance(self.init, Normal) else self.init(key, shape, jnp.float32)
+        if isinstance(drawn, jax.core.Tracer):
+            kernel = _standardize_traced(drawn, self.variance(shape), self.per)
         else:
-            kernel = kernel if isinstance(kernel, np.ndarray) else np.array(kernel)
-            kernel = _standardize_values(kernel, self.variance(shape), self.per)
+            own = isinstance(self.init, Normal)  # else somebody may still hold the array
+            kernel = _standardize_values(drawn if own else np.array(drawn, np.float32), self.variance(shape), self.per)
         return _finish(kernel, dtype, out_sharding)
 
 
@@ -130,6 +130,8 @@ def standardize(
     """
     if per not in ("kernel", "channel"):
         raise ValueError(f"unknown per={per!r}: expected 'kernel' or 'channel'")
+    if variance is None and isinstance(init, Standardized) and init.per == per:
+        return init
     if variance is None:
         variance = getattr(init, "variance", None)
         if variance is None:
