@@ -65,7 +65,8 @@ def table(results: list[dict[str, Any]], title: str) -> str:
     for result in results:
         cells = [f"{record['test_accuracy']:.2%}" for record in result["epochs"]]
         cells += ["diverged" if result["diverged"] else ""] * (epochs - len(cells))
-        lines.append([result["network"], *cells, f"{result['images_per_second_median']:,.0f}"])
+        rate = result["images_per_second_median"]
+        lines.append([result["network"], *cells, "" if rate is None else f"{rate:,.0f}"])
     return f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

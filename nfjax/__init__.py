@@ -6,4 +6,14 @@ After Civitelli et al., "A Robust Initialization of Residual Blocks for Effectiv
 Normalization" (arXiv 2112.12299).
 """
 
+import importlib
+
 __version__ = "0.1.0"
+__all__ = ["augment", "cost", "initializers", "residual", "resnet"]
+
+
+def __getattr__(name: str):
+    """`nfjax.resnet` and the others are imported when they are first used."""
+    if name in __all__:
+        return importlib.import_module(f"nfjax.{name}")
+    raise AttributeError(f"module 'nfjax' has no attribute {name!r}")

@@ -98,10 +98,21 @@ def test_standardize_foreign_initializer(per):
 
 
 def test_standardize_leaves_the_wrapped_array_alone():
-    source = np.arange(12, dtype=np.float32).reshape(3, 4)
-    init = initializers.standardize(lambda key, shape, dtype: jnp.asarray(source), variance=1.0)
-    assert float(init(jax.random.key(0), (3, 4)).var()) == pytest.approx(1.0, rel=1e-6)
-    np.testing.assert_array_equal(source, np.arange(12).reshape(3, 4))
+    for source in (
+        np.arange(12, dtype=np.float32).reshape(3, 4),
+        np.arange(12).reshape(3, 4),
+        jnp.arange(12.0).reshape(3, 4),
+    ):
+        init = initializers.standardize(lambda key, shape, dtype, source=source: source, variance=1.0)
+        assert float(init(jax.random.key(0), (3, 4)).var()) == pytest.approx(1.0, rel=1e-6)
+        np.testing.assert_array_equal(source, np.arange(12).reshape(3, 4))
+
+
+def test_standardizing_twice_is_standardizing_once():
+    init = initializers.he_effective_fan_out()
+    assert initializers.standardize(init) is init  # and keeps its geometry
+    again = initializers.standardize(INITIALIZERS["brock"], per="kernel")
+    assert float(again(jax.random.key(0), (8, 8)).var()) == pytest.approx(2 / (1 - 1 / math.pi) / 8, rel=1e-6)
 
 
 def test_in_flax_and_plain_jax():

@@ -1,8 +1,10 @@
 """The README shows what the committed results say, and its code runs as it stands."""
 
+import json
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -64,3 +66,22 @@ def test_training_command_of_the_readme(tmp_path):
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "of 140 images" in done.stdout
+
+
+def test_a_second_make_does_not_install(tmp_path):
+    """With the stamp newer than the two files that it depends on, make goes straight to the command."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    first = subprocess.run(["make", "-n", "train"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "pip install" in first
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "installed").touch()
+    for target in ("train", "test"):
+        done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "pip" not in done.stdout
+
+
+def test_the_first_run_reaches_98_percent():
+    records = [json.loads(line) for line in (ROOT / "results/digits_convshort/metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["kind"] == "epoch"
+    assert records[-1]["test_accuracy"] >= 0.98

@@ -1,4 +1,6 @@
+import functools
 import math
+import os
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 from flax import nnx
 
 from nfjax import initializers, resnet
+from nfjax.residual import RESIDUALS
 from nfjax.resnet import PreActResNet
 
 
@@ -77,8 +80,8 @@ def test_resolution_and_width_of_every_stage(stem, sizes, norm):
     assert [i for i, stride in enumerate(strides) if stride == 2] == [3, 7, 13]
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50])
-@pytest.mark.parametrize("residual", ["identity", "idshort", "learnscalar", "convshort", "conv"])
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_every_combination_makes_a_network(depth, residual, norm):
     model = nnx.eval_shape(lambda: PreActResNet(depth, residual, norm, num_classes=5, width=4, rngs=nnx.Rngs(0)))
@@ -86,7 +89,7 @@ def test_every_combination_makes_a_network(depth, residual, norm):
     assert (out.shape, out.dtype) == ((2, 5), jnp.float32)
 
 
-@pytest.mark.parametrize("residual", ["idshort", "learnscalar", "convshort"])
+@pytest.mark.parametrize("residual", RESIDUALS)
 def test_without_norm_examples_are_independent(residual):
     """The output and the gradient of one example do not depend on the others in its batch."""
     model = PreActResNet(18, residual, width=4, rngs=nnx.Rngs(0))
@@ -193,18 +196,28 @@ def test_bad_images(shape):
         nnx.eval_shape(lambda model: model(jnp.zeros(shape)), model)
 
 
-def test_building_is_quick():
+def test_a_norm_of_ones_own():
+    model = PreActResNet(18, width=4, norm=functools.partial(nnx.GroupNorm, num_groups=2), rngs=nnx.Rngs(0))
+    assert isinstance(model.blocks[0].activation.norm, nnx.GroupNorm)
+    assert bool(jnp.isfinite(model(jnp.ones((1, 8, 8, 3)))).all())
+
+
+@pytest.mark.parametrize("residual", ["idshort", "convshort"])
+def test_building_is_quick(residual):
     """The issue's bound is 5 s and 1 s on 2 idle cores; the test allows for a busy machine."""
     code = """
-import time, jax
+import sys, time, jax
 from flax import nnx
+from nfjax.residual import RESIDUALS
 from nfjax.resnet import PreActResNet
 for _ in range(2):
     start = time.perf_counter()
-    model = PreActResNet(depth=101, rngs=nnx.Rngs(0))
+    model = PreActResNet(101, sys.argv[1], rngs=nnx.Rngs(0))
     jax.block_until_ready(nnx.state(model))
     print(time.perf_counter() - start)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    cold = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}  # no compilation cache
+    command = [sys.executable, "-c", code, residual]
+    out = subprocess.run(command, env=cold, capture_output=True, text=True, check=True).stdout.split()
     assert float(out[0]) < 10
     assert float(out[1]) < 4

@@ -1,5 +1,6 @@
 """The loop learns, resumes bit for bit, never trains on NaN, and gives the same numbers however it is dispatched."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from nfjax import checkpoint, evaluate, metrics, steps, train
+from nfjax import checkpoint, data, evaluate, metrics, steps, train
 from nfjax import workdir as workdirs
 from nfjax.progress import Interrupts, Progress
 
@@ -194,6 +195,62 @@ def test_divergence_names_the_last_good_checkpoint(tiny_config, tmp_path, monkey
         train.train(tiny_config, str(tmp_path))
 
 
+def test_an_update_that_is_not_finite_is_not_taken(tiny_config, tmp_path):
+    """Loss and gradient of the last step are fine, and the parameters after it would not be."""
+    tiny_config.batch_size, tiny_config.epochs, tiny_config.optim.learning_rate = 1024, 1, 3e38
+    with pytest.raises(train.TrainingDivergedError, match=r"at step 0 the loss is 2\."):
+        train.train(tiny_config, str(tmp_path))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_test_loss_that_is_not_finite_is_not_saved(tiny_config, tmp_path):
+    tiny_config.batch_size, tiny_config.epochs, tiny_config.optim.learning_rate = 1024, 1, 1e15
+    with pytest.raises(train.TrainingDivergedError, match="after epoch 1 the test loss is not finite; no checkpoint"):
+        train.train(tiny_config, str(tmp_path))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_other_images_in_the_same_workdir_are_refused(whole, monkeypatch):
+    config, folder, _ = whole
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    before = (folder / "data.json").read_text()
+    other = data.load("synthetic", "", 8)
+    renamed = dataclasses.replace(other, class_names=tuple("abcdefghij"))
+    fewer = dataclasses.replace(other, train=data.Images(other.train.images[:512], other.train.labels[:512]))
+    for changed, message in (
+        (renamed, "Its class_names: pattern 0.*now: a, b"),
+        (fewer, "Its train_images: 1,024; now: 512"),
+    ):
+        monkeypatch.setitem(data.DATASETS, "synthetic", lambda directory, size, changed=changed: changed)
+        with pytest.raises(ValueError, match=message):
+            train.train(config, str(folder))
+    monkeypatch.setitem(data.DATASETS, "synthetic", lambda directory, size: renamed)
+    with pytest.raises(ValueError, match="Its class_names"):
+        evaluate.evaluate(str(folder))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == saved
+    assert (folder / "data.json").read_text() == before
+
+
+def test_a_first_try_that_failed_does_not_stand_in_the_way(tiny_config, tmp_path):
+    tiny_config.data.source = "folder"
+    tiny_config.data.dir = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError):
+        train.train(tiny_config, str(tmp_path / "run"))
+    tiny_config.data.source, tiny_config.epochs = "synthetic", 1
+    train.train(tiny_config, str(tmp_path / "run"))
+
+
+def test_load_model_gives_the_trained_network(whole):
+    config, folder, _ = whole
+    model = evaluate.load_model(str(folder))
+    images = data.load("synthetic", "", 8).test
+    logits = model(train.preprocessing(config, train=False)(jnp.asarray(images.images)))
+    accuracy = float((jnp.argmax(logits, axis=-1) == images.labels).mean())
+    assert accuracy == pytest.approx(evaluate.evaluate(str(folder))["accuracy"])
+    first, last = (evaluate.load_model(str(folder), step=step).stem.conv.kernel[...] for step in (16, 32))
+    assert (first != last).any()
+
+
 def quadratic_step():
     """A train step over one parameter, without a network: loss = (w - image mean)^2 per example."""
 
@@ -261,12 +318,21 @@ def test_four_devices_equal_one(tiny_config, tmp_path):
     """The same run on one device and on four simulated ones, in processes of their own."""
     code = """
 import sys, json
-sys.path.insert(0, "tests")
-import jax, pytest
-from nfjax import resnet, train
+import jax
+from nfjax import resnet, steps, train
 from ml_collections import ConfigDict
 resnet.STAGES[10] = (resnet.BasicBlock, (1, 1, 1, 1))
-assert jax.device_count() == int(sys.argv[3])
+devices = int(sys.argv[3])
+assert train.make_mesh().devices.size == jax.device_count() == devices
+
+# Each device holds its part of a batch and all of the parameters.
+gather = steps.Feed._gather
+def looking(self, split, indices):
+    batch = gather(self, split, indices)
+    show = lambda s: print("batch on", s.num_devices, s.is_fully_replicated)
+    jax.debug.inspect_array_sharding(batch["image"], callback=show)
+    return batch
+steps.Feed._gather = looking
 train.train(ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
 """
     tiny_config.model.residual, tiny_config.model.norm = "convshort", "batch"  # global statistics under jit
@@ -275,6 +341,7 @@ train.train(ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
         arguments = [tiny_config.to_json(), str(tmp_path / str(devices)), str(devices)]
         done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        assert f"batch on {devices} {devices == 1}" in done.stdout
     for one, four in zip(records(tmp_path / "1"), records(tmp_path / "4"), strict=True):
         assert four["step"] == one["step"]
         for name in one.keys() - {"kind"}:

@@ -1,0 +1,211 @@
+"""The pieces that the loop is wired from, each against a computation by hand."""
+
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from tensorboardX.proto import event_pb2
+
+from nfjax import augment, checkpoint, data, metrics, steps, train
+from nfjax.resnet import PreActResNet
+
+
+def small_model(norm=None):
+    return PreActResNet(18, "learnscalar", norm, width=4, num_classes=3, rngs=nnx.Rngs(0))
+
+
+def images(count, size=8):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
+
+
+def by_norm():
+    return pytest.mark.parametrize("norm", [None, "batch"])
+
+
+@by_norm()
+def test_network_is_the_model_in_both_modes(norm):
+    model, x = small_model(norm), jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    network, params, batch_stats = steps.as_functions(model)
+    logits, updated = network.train(params, batch_stats, x)
+    predicted = network.predict(params, updated, x)
+    model.train()
+    np.testing.assert_allclose(logits, model(x), rtol=1e-5, atol=1e-6)
+    model.eval()
+    np.testing.assert_allclose(predicted, model(x), rtol=1e-5, atol=1e-6)
+    if norm:
+        assert float(jnp.abs(logits - predicted).max()) > 1e-3
+
+
+def test_evaluation_counts_every_example_once():
+    """Seven examples in batches of four: equal to a mean over the seven by hand."""
+    split = data.Images(images(7), np.array([0, 1, 2, 0, 1, 2, 0], np.int32))
+    network, params, batch_stats = steps.as_functions(small_model())
+    step = steps.make_eval_step(network, lambda x: x.astype(jnp.float32) / 255)
+    state = {"params": params, "batch_stats": batch_stats}
+    for on_device in (True, False):
+        call = steps.Feed(split, train.make_mesh(), on_device).each(step, donate=False)
+        sums = steps.fetch([call(state, rows, mask=mask) for rows, mask in data.eval_indices(7, 4)])
+        logits = network.predict(params, batch_stats, jnp.asarray(split.images, jnp.float32) / 255)
+        log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        assert sums["count"].sum() == 7
+        assert sums["loss"].sum() == pytest.approx(-log_p[np.arange(7), split.labels].sum(), rel=1e-5)
+        assert sums["correct"].sum() == (log_p.argmax(1) == split.labels).sum()
+
+
+@by_norm()
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_training_step_by_hand(norm, smoothing):
+    network, params, batch_stats = steps.as_functions(small_model(norm))
+    batch = {"image": jnp.asarray(images(4)), "label": jnp.array([0, 1, 2, 0])}
+
+    def preprocess(key, x):
+        return x.astype(jnp.float32) / 255 + jax.random.normal(key, x.shape)
+
+    optimizer, key = optax.sgd(0.1, momentum=0.9), jax.random.key(5)
+    step = jax.jit(steps.make_train_step(network, optimizer, preprocess, key, smoothing))
+    state = steps.initial_state(params, batch_stats, optimizer)
+    trace = jax.tree.map(jnp.zeros_like, params)
+    for number in range(2):
+        x = preprocess(jax.random.fold_in(key, number), batch["image"])
+
+        def loss_of(params, x=x, batch_stats=state["batch_stats"]):
+            logits, stats = network.train(params, batch_stats, x)
+            targets = (1 - smoothing) * jax.nn.one_hot(batch["label"], 3) + smoothing / 3
+            return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean(), stats
+
+        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        trace = jax.tree.map(lambda t, g: 0.9 * t + g, trace, grads)
+        params = jax.tree.map(lambda p, t: p - 0.1 * t, params, trace)
+        state, sums = step(state, batch | {"step": np.int32(number)})
+        assert float(sums["loss"]) == pytest.approx(4 * float(loss), rel=1e-5)
+        assert float(sums["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+        for ours, expected in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(params), strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5)
+        for ours, expected in zip(jax.tree.leaves(state["batch_stats"]), jax.tree.leaves(stats), strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+    assert int(state["step"]) == 2
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_training_donates_its_state(on_device):
+    split = data.Images(images(8), np.zeros(8, np.int32))
+    feed = steps.Feed(split, train.make_mesh(), on_device)
+    state = {"a": jnp.zeros((1000,))}
+
+    def step(state, batch):
+        return {"a": state["a"] + batch["label"].sum().astype(jnp.float32)}, {}
+
+    feed.each(step, donate=True)(state, np.arange(4))
+    assert state["a"].is_deleted()
+
+
+def test_many_steps_in_one_dispatch_are_the_steps_one_by_one():
+    split = data.Images(images(8), np.arange(8, dtype=np.int32))
+    feed = steps.Feed(split, train.make_mesh(), on_device=True)
+
+    def step(state, batch):
+        return {"sum": state["sum"] * 2 + batch["label"].sum() + batch["step"]}, {"count": batch["label"].max()}
+
+    rows = np.array([[0, 1], [7, 2], [3, 3]], np.int32)
+    state, sums = feed.many(step, length=5)({"sum": jnp.int32(1)}, rows, 10)
+    assert int(state["sum"]) == ((1 * 2 + 1 + 10) * 2 + 9 + 11) * 2 + 6 + 12
+    np.testing.assert_array_equal(sums["count"], [1, 7, 3])
+
+
+def test_preprocessing_crops_then_flips_then_normalizes(tiny_config):
+    batch, key = jnp.asarray(images(16)), jax.random.key(2)
+    tiny_config.data.mean, tiny_config.data.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    ours = train.preprocessing(tiny_config, train=True)(key, batch)
+    crop_key, flip_key = jax.random.split(key)
+    expected = augment.random_flip(flip_key, augment.random_crop(crop_key, batch, 1))
+    np.testing.assert_allclose(
+        ours, (np.asarray(expected) / 255 - (0.1, 0.2, 0.3)) / (0.4, 0.5, 0.6), rtol=1e-4, atol=1e-5
+    )
+    plain = train.preprocessing(tiny_config, train=False)(batch)
+    np.testing.assert_allclose(
+        plain, (np.asarray(batch) / 255 - (0.1, 0.2, 0.3)) / (0.4, 0.5, 0.6), rtol=1e-4, atol=1e-5
+    )
+    assert (np.asarray(ours) != np.asarray(plain)).any()
+
+
+def scalars(folder):
+    """Every (tag, step, value) of the TensorBoard events in a folder, in file order."""
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack_from("<Q", content, at)
+            event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
+            at += 16 + length
+            for value in event.summary.value:
+                yield value.tag, event.step, value.simple_value
+
+
+def test_the_config_reaches_the_run(tiny_config, tmp_path):
+    """Learning rates, seeds, what is saved and what TensorBoard sees."""
+    tiny_config.epochs, tiny_config.checkpoint.every_epochs, tiny_config.checkpoint.keep = 3, 2, 1
+    train.train(tiny_config, str(tmp_path / "a"))
+    records = metrics.read(tmp_path / "a")
+    for record in records:
+        if record["kind"] == "train":
+            epoch = (record["step"] - 1) // 16  # of the last step: 16 steps an epoch
+            assert record["learning_rate"] == pytest.approx(0.005 * (1 + np.cos(np.pi * epoch / 3)), rel=1e-5)
+    reader = checkpoint.Checkpoints(tmp_path / "a", read_only=True)
+    saved = reader.steps()
+    reader.close()
+    second, third = (record["test_accuracy"] for record in records if record["kind"] == "epoch" and record["epoch"] > 1)
+    assert saved == ([32, 48] if second > third else [48])
+    seen = {(tag, step): value for tag, step, value in scalars(tmp_path / "a")}
+    for record in records:
+        for name in ("loss", "train_loss", "test_accuracy"):
+            if name in record:
+                assert seen[f"{record['kind']}/{name}", record["step"]] == pytest.approx(record[name], rel=1e-6)
+
+    tiny_config.epochs, tiny_config.seed = 1, 1
+    train.train(tiny_config, str(tmp_path / "b"))
+    assert metrics.read(tmp_path / "b")[0]["loss"] != records[0]["loss"]
+
+
+def test_a_seed_draws_initialization_augmentation_and_order(tiny_config):
+    def weights(seed):
+        tiny_config.seed = seed
+        key, _ = jax.random.split(jax.random.key(seed))
+        return train.build_model(tiny_config, 10, key).stem.conv.kernel[...]
+
+    assert (weights(0) != weights(1)).any()
+    assert (data.train_indices(0, 50, 10, 0, 5) != data.train_indices(1, 50, 10, 0, 5)).any()
+
+
+def test_optimizer_settings_are_those_of_the_config(tiny_config):
+    params = {"blocks": {"kernel": jnp.full((2, 2), 3.0)}, "classifier": {"kernel": jnp.full((2, 2), 2.0)}}
+    grads = jax.tree.map(lambda p: 10 * jnp.ones_like(p), params)
+
+    def first_update(**settings):
+        config = tiny_config.copy_and_resolve_references()
+        config.optim.update(settings)
+        optimizer, _ = train.build_optimizer(config, [10])
+        updates, state = optimizer.update(grads, optimizer.init(params), params)
+        second, _ = optimizer.update(grads, state, params)
+        return float(updates["blocks"]["kernel"][0, 0]), float(updates["classifier"]["kernel"][0, 0]), second
+
+    rate = tiny_config.optim.learning_rate
+    blocks, classifier, second = first_update()
+    assert (blocks, classifier) == pytest.approx((-rate * 10, -rate * 10))
+    assert float(second["blocks"]["kernel"][0, 0]) == pytest.approx(-rate * 19)  # momentum 0.9
+    blocks, classifier, _ = first_update(weight_decay=0.5)
+    assert (blocks, classifier) == pytest.approx((-rate * 11.5, -rate * 11))
+    norm = 10 * np.sqrt(8)
+    assert first_update(clip_norm=1.0)[:2] == pytest.approx((-rate * 10 / norm, -rate * 10 / norm), rel=1e-5)
+    assert first_update(adaptive_clip=0.1)[:2] == pytest.approx((-rate * 0.3, -rate * 10), rel=1e-4)
+    assert first_update(momentum=0.0)[2]["blocks"]["kernel"][0, 0] == pytest.approx(-rate * 10)
+
+
+def test_the_mesh_takes_all_devices():
+    mesh = train.make_mesh()
+    assert mesh.devices.size == jax.device_count()
+    feed = steps.Feed(data.Images(images(4), np.zeros(4, np.int32)), mesh, on_device=True)
+    assert feed.by_batch.spec == PartitionSpec("data")
