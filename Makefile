@@ -1,23 +1,28 @@
 # make train: set up .venv and train on real images.   make test: set up .venv, lint, run the tests.
+# Another workdir or other settings: make train WORKDIR=runs/mine ARGS="--config.epochs=10".
 PYTHON ?= python3
+WORKDIR ?= runs/digits_convshort
+ARGS ?=
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: train test results clean
 
 train: .venv/installed
-	$(BIN)/python -m nfjax.main --config=configs/digits_convshort.py --workdir=runs/digits_convshort
+	$(BIN)/python -m nfjax.main --config=configs/digits_convshort.py --workdir=$(WORKDIR) $(ARGS)
 
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-# What the README shows and any machine can measure; benchmarks/ has the rest.
-results: train
-	$(BIN)/python -m nfjax.reproduce table1 table2 --out=results
+# What the README shows of the tables and of a first run, measured again; benchmarks/ has the rest.
+results: .venv/installed
 	mkdir -p results/digits_convshort
-	cp $(addprefix runs/digits_convshort/,curves.png metrics.jsonl versions.json config.json) results/digits_convshort
+	$(BIN)/python -m nfjax.main --config=configs/digits_convshort.py --workdir=runs/results | tail -n 6 > results/digits_convshort/output.txt
+	cp $(addprefix runs/results/,curves.png metrics.jsonl versions.json config.json) results/digits_convshort
+	$(BIN)/python -m nfjax.reproduce table1 table2 --out=results
+	$(BIN)/python benchmarks/update_readme.py
 
 clean:
 	rm -rf .venv build *.egg-info

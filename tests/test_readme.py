@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines()]
-INCLUDED = re.findall(r"<!-- (results/\S+) -->\n(.*?)<!-- end -->", README, re.S)
+update_readme = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))
+INCLUDED = [(path, text) for _, path, text, _ in update_readme["MARKED"].findall(README)]
 
 
-@pytest.mark.parametrize(("path", "shown"), INCLUDED, ids=lambda value: value.split("\n")[0])
-def test_tables_are_the_committed_results(path, shown):
-    assert shown.strip() == (ROOT / path).read_text().strip()
+@pytest.mark.parametrize(("path", "text"), INCLUDED, ids=[path for path, _ in INCLUDED])
+def test_what_is_shown_is_the_committed_result(path, text):
+    assert text == update_readme["shown"](path)
 
 
 def test_pictures_and_links_exist():
@@ -48,7 +50,7 @@ def test_every_command_is_known():
 
 def test_make_train_is_the_first_config():
     makefile = (ROOT / "Makefile").read_text()
-    assert "-m nfjax.main --config=configs/digits_convshort.py --workdir=runs/digits_convshort" in makefile
+    assert "-m nfjax.main --config=configs/digits_convshort.py --workdir=$(WORKDIR)" in makefile
 
 
 def test_training_command_of_the_readme(tmp_path):
