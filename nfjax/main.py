@@ -41,7 +41,10 @@ def _unknown_fields(argv: list[str]) -> str:
     overrides = [arg.partition("=")[0].removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
     sys.argv = [arg for arg in argv if not arg.startswith("--config.")]
     flags.FLAGS.unparse_flags()
-    flags.FLAGS(sys.argv)
+    try:
+        flags.FLAGS(sys.argv)
+    except AttributeError as error:
+        return f"the config file sets or reads a field that does not exist: {error}"
     for path in overrides:
         node = _CONFIG.value
         for i, name in enumerate(path.split(".")):
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, train.TrainingDivergedError, train.TrainingInterruptedError) as error:
         if _TRACEBACK.value:
             raise
-        print(f"nfjax: {error}", file=sys.stderr)
+        print(f"nfjax: {error}\n(--traceback shows where this was raised)", file=sys.stderr)
         sys.exit(INTERRUPTED if isinstance(error, train.TrainingInterruptedError) else 1)
 
 
