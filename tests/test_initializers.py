@@ -56,6 +56,19 @@ def test_traced_equals_eager(name):
     assert (abstract.shape, abstract.dtype) == (shape, jnp.bfloat16)
 
 
+def test_traced_surroundings_of_a_concrete_key():
+    key, shape = jax.random.key(3), (64, 2000)
+    inside = jax.jit(lambda x: x + INITIALIZERS["brock"](key, shape))(jnp.zeros(shape))
+    np.testing.assert_allclose(inside, INITIALIZERS["brock"](key, shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, float("nan")])
+def test_constant_and_broken_draws_are_refused(value):
+    init = initializers.standardize(jax.nn.initializers.constant(value), variance=1.0)
+    with pytest.raises(ValueError, match="it is constant, or not finite"):
+        init(jax.random.key(0), (4, 4))
+
+
 def test_stream_is_the_documented_one():
     key, shape = jax.random.key(5), (3, 3, 96, 128)
     blocks = [jax.random.normal(jax.random.fold_in(key, i), (2**16,)) for i in range(2)]

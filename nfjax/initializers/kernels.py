@@ -112,6 +112,8 @@ class Standardized:
         else:
             own = isinstance(self.init, Normal)  # else somebody may still hold the array
             kernel = _standardize_values(drawn if own else np.array(drawn, np.float32), self.variance(shape), self.per)
+            if not np.isfinite(kernel.flat[0]):
+                raise ValueError(f"cannot standardize what {self.init} drew: it is constant, or not finite")
         return _finish(kernel, dtype, out_sharding)
 
 
@@ -223,7 +225,8 @@ def _standardize_values(kernel: Any, variance: float, per: str) -> Any:
         if isinstance(taps, np.ndarray)
         else (taps * taps).mean(axis=1, keepdims=True)
     )
-    taps *= math.sqrt(variance) / over(squares) ** 0.5
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a constant kernel, which the caller refuses
+        taps *= math.sqrt(variance) / over(squares) ** 0.5
     return taps.reshape(kernel.shape)
 
 

@@ -30,15 +30,15 @@ def _sample_blocks(key: jax.Array, start: jax.Array, count: int) -> jax.Array:
 
 
 def sample(key: jax.Array, shape: Sequence[int]) -> jax.Array | np.ndarray:
-    """N(0, 1) in float32, untruncated: a NumPy array for a concrete key, a traced one for a traced key."""
+    """N(0, 1) in float32, untruncated: a NumPy array, or a traced one where the key or the surroundings are traced."""
     size = math.prod(shape)
     count = math.ceil(size / _BLOCK)
-    if isinstance(key, jax.core.Tracer):
-        return _sample_blocks(key, np.uint32(0), count)[:size].reshape(shape)
     # Two compiled sizes serve every kernel: many blocks together are drawn faster, single ones waste less.
     many = count - count % _MANY
     drawn = [_sample_blocks(key, np.uint32(i), _MANY) for i in range(0, many, _MANY)]
     drawn += [_sample_blocks(key, np.uint32(i), 1) for i in range(many, count)]
+    if isinstance(drawn[0], jax.core.Tracer):
+        return jnp.concatenate(drawn)[:size].reshape(shape)
     out, start = _aligned_empty(size), 0
     for part in map(np.asarray, drawn):
         out[start : start + part.size] = part[: size - start]
