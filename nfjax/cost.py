@@ -147,7 +147,8 @@ def _macs(jaxpr: Any) -> int:
         if name == "conv_general_dilated":
             kernel = eqn.invars[1].aval.shape
             c_out = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // c_out
+            taps = math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // c_out
+            total += taps // math.prod(eqn.params["lhs_dilation"])  # a transposed convolution's zeros between inputs
         elif name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             lhs = eqn.invars[0].aval.shape

@@ -83,6 +83,27 @@ class Looped(nnx.Module):
         return self.loop(x)
 
 
+def test_transposed_convolution_counts_its_inputs():
+    """Each of 4x4 inputs feeds 2x2 outputs; the zeros that the stride inserts are no work."""
+    conv = nnx.ConvTranspose(3, 5, (2, 2), strides=(2, 2), rngs=nnx.Rngs(0))
+    assert cost.count(conv, (1, 4, 4, 3)).macs == 16 * 4 * 3 * 5
+
+
+def test_attention_and_embedding():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(10, 8, rngs=rngs)
+            self.attend = nnx.MultiHeadAttention(2, 8, 8, decode=False, rngs=rngs)
+            self.norm = nnx.LayerNorm(8, rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.norm(self.attend(self.embed(tokens)))
+
+    projections, scores = 4 * 5 * 8 * 8, 2 * (2 * 5 * 5 * 4)
+    spent = cost.count(Model(nnx.Rngs(0)), jnp.zeros((1, 5), jnp.int32))
+    assert spent == cost.Cost(80 + 4 * (64 + 8) + 16, 16, projections + scores)
+
+
 def test_branches_and_loops():
     dear = Looped(lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ y @ y, lambda y: y @ y, x))
     assert cost.count(dear, (4, 4)).macs == 2 * 64
