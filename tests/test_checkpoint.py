@@ -55,9 +55,6 @@ def truncate(folder, step, pattern="*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # orbax's event loop, after a failed read
 @pytest.mark.parametrize("pattern", ["*", "d/*", "metrics", "manifest.ocdbt", "_METADATA"])
 def test_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, pattern):
     saved(tmp_path, {1: 0.1, 2: 0.2}).close()

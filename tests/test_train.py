@@ -411,9 +411,6 @@ def test_workdir_that_cannot_be_written(tiny_config, tmp_path):
         train.train(tiny_config, str(tmp_path / "file" / "run"))
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # orbax's event loop, after a failed read
 def test_truncated_checkpoint_falls_back(whole, caplog):
     config, folder, _ = whole
     expected = records(folder), final_state(config, folder)
