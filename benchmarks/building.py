@@ -10,9 +10,10 @@ OUT/building.jsonl and OUT/building.md.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -58,7 +59,10 @@ def main() -> None:
     arguments = parser.parse_args()
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    head = "| seconds, first / second build | " + " | ".join(WAYS.values()) + " |"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
+    note = f"Seconds of the first and the second build in a process; {os.cpu_count()} CPU cores, {versions}"
+    note += f", median of {arguments.repeats}." if arguments.repeats > 1 else ", one process each."
+    head = "| network | " + " | ".join(WAYS.values()) + " |"
     lines, records = [head, "|---|" + "---:|" * len(WAYS)], []
     for depth, residual in NETWORKS:
         cells = []
@@ -66,13 +70,20 @@ def main() -> None:
             runs = [measure(depth, residual, way) for _ in range(arguments.repeats)]
             first, second = (sorted(run[i] for run in runs)[len(runs) // 2] for i in range(2))
             records.append(
-                {"depth": depth, "residual": residual, "way": WAYS[way], "runs": runs, "machine": platform.machine()}
+                {
+                    "depth": depth,
+                    "residual": residual,
+                    "way": WAYS[way],
+                    "runs": runs,
+                    "cores": os.cpu_count(),
+                    "versions": versions,
+                }
             )
             cells.append(f"{first:.2f} / {second:.2f}")
         lines.append(f"| ResNet-{depth} {residual} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     (out / "building.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (out / "building.md").write_text("\n".join(lines) + "\n")
+    (out / "building.md").write_text("\n".join(lines) + f"\n\n{note}\n")
 
 
 if __name__ == "__main__":
