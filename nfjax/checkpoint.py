@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -33,14 +34,17 @@ class Checkpoints:
             create=not read_only,
         )
         self._check_metrics(read_only)
+        self._options = options
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _check_metrics(self, read_only: bool) -> None:
         """Sets aside checkpoints whose metrics cannot be parsed: orbax would not open the whole folder."""
         for path in sorted(self.directory.glob("*/metrics/metrics")):
+            if not path.parent.parent.name.isdigit():
+                continue  # a save that was never finished: orbax clears it away
             try:
-                json.loads(path.read_text())
-            except ValueError:
+                float(json.loads(path.read_text())["accuracy"])
+            except (ValueError, TypeError, KeyError):
                 step = path.parent.parent.name
                 if read_only:
                     raise ValueError(
@@ -95,7 +99,9 @@ class Checkpoints:
                         f"checkpoint {step} in {self.directory} is of another network: {reason}"
                     ) from error
                 self._set_aside(step, reason)
-                self.manager.reload()
+                # A manager that failed once reads nothing any more: orbax has settled on another layout.
+                self.manager.close()
+                self.manager = ocp.CheckpointManager(self.directory, options=self._options)
         if steps or (self.directory.parent / "damaged_checkpoints").exists():
             raise ValueError(
                 f"none of the checkpoints of {self.directory.parent} can be read (they are in damaged_checkpoints); "
@@ -104,15 +110,20 @@ class Checkpoints:
         return None
 
     def restore_untyped(self, step: int) -> Any:
-        """The pytree saved at `step` as nested dicts whose keys are strings."""
-        return self.manager.restore(step)
+        """The pytree saved at `step` as nested dicts of NumPy arrays, whose keys are strings."""
+        reader = ocp.StandardCheckpointer()
+        try:
+            path = self.directory / str(step) / "default"
+            stored = reader.metadata(path).item_metadata.tree
+            return reader.restore(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored))
+        finally:
+            reader.close()
 
     def _readable(self, step: int) -> bool:
         try:
-            self.restore_untyped(step)
+            return "state" in self.restore_untyped(step)
         except Exception:
             return False
-        return True
 
     def wait(self) -> None:
         """Returns when everything is on disk."""

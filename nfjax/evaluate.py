@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nfjax import checkpoint, data, steps, train
 from nfjax import workdir as workdirs
@@ -79,8 +80,11 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     dataset = data.load(config.data.source, config.data.dir if data_dir is None else data_dir, config.data.image_size)
     workdirs.check_data(folder, dataset, ["class_names"])
     network, params, batch_stats = steps.as_functions(load_model(workdir, step))
-    feed = steps.Feed(dataset.test, train.make_mesh(), config.data.on_device)
-    score = train.make_evaluation(config, feed, network)({"params": params, "batch_stats": batch_stats})
+    mesh = train.make_mesh()
+    state = {"params": params, "batch_stats": batch_stats}
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    feed = steps.Feed(dataset.test, mesh, config.data.on_device)
+    score = train.make_evaluation(config, feed, network)(state)
     return {"step": step, "images": len(dataset.test), **score}
 
 

@@ -19,7 +19,7 @@ def parse(argv: list[str]) -> list[str]:
     """Parses the flags; what cannot be parsed ends the program with one message, not with a traceback."""
     try:
         rest = flags.FLAGS(argv)
-    except AttributeError:
+    except (AttributeError, KeyError):
         sys.exit(f"nfjax: {_unknown_fields(argv)}")
     except flags.Error as error:
         # Where a config file itself raises, absl's message is a traceback; its last line says what is wrong.
@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> list[str]:
         )
     if not (flags.FLAGS.help or flags.FLAGS.helpfull or flags.FLAGS.helpshort):
         for name, example in (("config", "configs/digits_convshort.py"), ("workdir", "runs/digits")):
-            if not flags.FLAGS[name].present:
+            if not flags.FLAGS[name].present or flags.FLAGS[name].value == "":
                 sys.exit(f"nfjax: --{name} is missing, such as --{name}={example}; --help tells more")
     return rest
 
@@ -43,7 +43,7 @@ def _unknown_fields(argv: list[str]) -> str:
     flags.FLAGS.unparse_flags()
     try:
         flags.FLAGS(sys.argv)
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         return f"the config file sets or reads a field that does not exist: {error}"
     for path in overrides:
         node = _CONFIG.value

@@ -67,14 +67,14 @@ class Writer:
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, none if there is no such file; a last line cut short by a crash is left out."""
+    """The records of `metrics.jsonl`, none if there is no such file; a line cut short by a crash is left out."""
     path = workdir / "metrics.jsonl"
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return records
 
 

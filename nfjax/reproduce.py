@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 
 from flax import nnx
@@ -136,7 +137,10 @@ def main() -> None:
     for name in arguments.names:
         table = REPRODUCTIONS[name]()
         path = pathlib.Path(arguments.out) / name
-        table.write(path)
+        try:
+            table.write(path)
+        except OSError as error:
+            sys.exit(f"nfjax: cannot write to {path.parent} ({error.strerror}); choose another folder with --out=DIR")
         print(f"{table.text()}\n{path}.csv, {path}.md\n", flush=True)
     print(NOTE)
 

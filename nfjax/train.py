@@ -154,6 +154,17 @@ def check(config: ConfigDict) -> None:
     for name, values in (("mean", config.data.mean), ("std", config.data.std)):
         if len(values) != 3:
             raise ValueError(f"data.{name}={tuple(values)}: expected three numbers, for red, green and blue")
+    if min(config.data.std) <= 0:
+        raise ValueError(f"data.std={tuple(config.data.std)}: expected three positive numbers")
+    if config.seed < 0:
+        raise ValueError(f"seed={config.seed} must be 0 or more")
+    if not config.optim.learning_rate > 0:
+        raise ValueError(f"optim.learning_rate={config.optim.learning_rate} must be positive")
+    if not 0 <= config.optim.momentum < 1:
+        raise ValueError(f"optim.momentum={config.optim.momentum} must be at least 0 and less than 1")
+    for name, value in (("clip_norm", config.optim.clip_norm), ("adaptive_clip", config.optim.adaptive_clip)):
+        if value is not None and not value > 0:
+            raise ValueError(f"optim.{name}={value} must be positive, or left out for no clipping")
     if config.augment.crop_padding < 0:
         raise ValueError(f"augment.crop_padding={config.augment.crop_padding} must be 0 or more pixels")
     if not 0 <= config.optim.label_smoothing < 1:
@@ -316,6 +327,10 @@ def finish(
     """Draws curves.png, prints and returns the summary."""
     records = metrics.read(folder)
     epochs = [record for record in records if record["kind"] == "epoch"]
+    if not epochs:
+        raise ValueError(
+            f"the run in {folder} is complete, but its metrics.jsonl holds no epoch: was it changed or moved?"
+        )
     last, best = epochs[-1], max(epochs, key=lambda record: record["test_accuracy"])
     saved = next((record["test_accuracy"] for record in epochs if record["step"] == best_step), last["test_accuracy"])
     title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"

@@ -1,3 +1,5 @@
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -84,6 +86,14 @@ def test_a_sound_checkpoint_of_another_network_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint 1 in .* is of another network"):
         checkpoints.restore_newest(checkpoint.template(other))
     assert checkpoints.steps() == [1]
+    checkpoints.close()
+
+
+def test_a_checkpoint_without_its_arrays_falls_back(tmp_path):
+    saved(tmp_path, {1: 0.1, 2: 0.2}).close()
+    shutil.rmtree(tmp_path / checkpoint.FOLDER / "2" / "default")
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+    assert checkpoints.restore_newest(checkpoint.template(tree(0.0)))[0] == 1
     checkpoints.close()
 
 

@@ -1,3 +1,4 @@
+import os
 import pathlib
 
 import numpy as np
@@ -144,6 +145,25 @@ def test_bad_files_are_skipped_and_named(tmp_path):
     assert len(dataset.train) == len(dataset.train.labels) == 298
     assert dataset.train.images[0, 0, 0].tolist() == [0, 0, 2]  # nothing took the place of another
     assert data.load("folder", str(tmp_path / "set"), 8).skipped == dataset.skipped  # from the cache too
+
+
+def test_links_and_deep_pixels(tmp_path):
+    make_folder(tmp_path / "set", per_class=200)
+    ant = tmp_path / "set" / "train" / "ant"
+    (ant / "x.png").symlink_to("nowhere")
+    (ant / "loop").symlink_to(".")
+    os.mkfifo(ant / "pipe.png")
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(ant / "deep.png")
+    dataset = data.load("folder", str(tmp_path / "set"), 8)
+    assert set(dataset.skipped) == {"train/ant/deep.png", "train/ant/pipe.png", "train/ant/x.png"}
+    assert len(dataset.train) == 400
+
+
+def test_train_class_without_files(tmp_path):
+    make_folder(tmp_path / "set")
+    (tmp_path / "set" / "train" / "cat").mkdir()
+    with pytest.raises(ValueError, match=r"class folders without files: cat"):
+        data.load("folder", str(tmp_path / "set"), 8)
 
 
 def test_too_many_bad_files(tmp_path):

@@ -9,7 +9,7 @@ from flax import linen, nnx
 from nfjax import initializers
 from nfjax.initializers import INITIALIZERS, effective_taps, gain
 
-SHAPES = [(64, 32), (5, 8, 16), (3, 3, 16, 32), (1, 1, 64, 16), (3, 3, 3, 4, 8), (3, 3, 128, 256)]
+SHAPES = [(64, 32), (200_000, 4), (5, 8, 16), (3, 3, 16, 32), (1, 1, 64, 16), (3, 3, 3, 4, 8), (3, 3, 128, 256)]
 
 
 def moments(kernel, axis=None):

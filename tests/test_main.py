@@ -92,6 +92,7 @@ def test_divergence_has_an_exit_code(tmp_path):
             (DIGITS, "--workdir=W", "--config.optim.lr=0.1"),
             "unknown config field 'optim.lr': config.optim has adaptive_clip, anneal, ",
         ),
+        ((DIGITS, "--workdir=W", "--config.modle.width=3"), "unknown config field 'modle.width': config has "),
         ((DIGITS, "--workdir=W", "--config.optimizer=x"), "unknown config field 'optimizer': config has "),
         ((DIGITS, "--workdir=W", "--config.epochs=many"), "invalid literal for int"),
         (

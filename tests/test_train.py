@@ -347,6 +347,8 @@ train.train(ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
         for name in one.keys() - {"kind"}:
             tolerance = 0.01 if name.endswith("accuracy") else 0
             assert four[name] == pytest.approx(one[name], rel=5e-3, abs=tolerance), name
+    score = evaluate.evaluate(str(tmp_path / "4"), step=32)  # here on one device
+    assert score["accuracy"] == pytest.approx(records(tmp_path / "4")[-1]["test_accuracy"], abs=0.01)
 
 
 def test_another_config_in_the_workdir_is_refused(whole):
@@ -377,6 +379,11 @@ def test_how_often_it_reports_may_change(whole):
         ({"model.norm": "group"}, "unknown norm 'group'"),
         ({"model.dtype": "float16"}, "unknown model.dtype='float16': expected one of float32, bfloat16"),
         ({"data.mean": (0.5,)}, "expected three numbers"),
+        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"data.std": (0.0, 1.0, 1.0)}, "expected three positive numbers"),
+        ({"optim.learning_rate": float("nan")}, "optim.learning_rate=nan must be positive"),
+        ({"optim.momentum": 2.0}, "optim.momentum=2.0 must be at least 0 and less than 1"),
+        ({"optim.clip_norm": 0.0}, "optim.clip_norm=0.0 must be positive"),
         ({"augment.crop_padding": -1}, "augment.crop_padding=-1 must be 0 or more"),
         ({"optim.label_smoothing": 1.0}, "optim.label_smoothing=1.0 must be at least 0 and less than 1"),
         ({"steps_per_dispatch": 2, "data.on_device": False}, "and 1 where data.on_device is False"),

@@ -73,6 +73,12 @@ def load(directory: str, image_size: int) -> Dataset:
     for split, listed in files.items():
         if not listed:
             raise FileNotFoundError(f"{root / split} has class folders but no files in them; {expected}")
+    seen = {label for _, label in files["train"]}
+    if len(seen) < len(class_names):
+        empty = [name for label, name in enumerate(class_names) if label not in seen]
+        raise ValueError(
+            f"{root / 'train'} has class folders without files: {', '.join(empty[:8])}; fill or remove them"
+        )
     _check_memory(sum(map(len, files.values())), image_size)
 
     cache = cache_directory() / f"folder-{_fingerprint(root, files, image_size)}.npz"
@@ -97,7 +103,12 @@ def _classes(split: pathlib.Path, expected: str) -> tuple[str, ...]:
 def _files(root: pathlib.Path, split: str, class_names: tuple[str, ...]) -> list[File]:
     listed = []
     for label, name in enumerate(class_names):
+        visited: set[str] = set()
         for folder, subfolders, names in os.walk(root / split / name, followlinks=True):
+            if os.path.realpath(folder) in visited:  # a link to where the walk has been
+                subfolders.clear()
+                continue
+            visited.add(os.path.realpath(folder))
             subfolders.sort()
             here = os.path.relpath(folder, root)
             listed += [(os.path.join(here, file), label) for file in sorted(names) if not file.startswith(".")]
@@ -120,15 +131,22 @@ def _fingerprint(root: pathlib.Path, files: dict[str, list[File]], image_size: i
     digest = hashlib.sha256(f"1 {image_size} {root.resolve()}".encode())
     for listed in files.values():
         for path, label in listed:
-            status = os.stat(root / path)
-            digest.update(f"{path} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+            try:
+                status = os.stat(root / path)
+                digest.update(os.fsencode(path) + f" {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+            except OSError:  # a link to nowhere: decoding will skip and name it
+                digest.update(os.fsencode(path) + b" unreadable\n")
     return digest.hexdigest()[:16]
 
 
 def _decode(path: pathlib.Path, image_size: int) -> np.ndarray:
     from PIL import Image
 
+    if not path.is_file():
+        raise OSError(f"{path} is no regular file")
     with Image.open(path) as image:
+        if image.mode[0] in "IF":  # 16 bits and more: convert() would clip them to white
+            raise ValueError(f"{path} has pixels of mode {image.mode}: expected 8 bits per channel")
         image = image.convert("RGB")
         if image.size != (image_size, image_size):
             scale = image_size / min(image.size)
@@ -164,7 +182,7 @@ def _decode_all(
                 bar.update(stop - start)
 
             list(pool.map(decode_slice, range(0, len(listed), 64)))
-            bad = [path for (path, _), ok in zip(listed, good, strict=True) if not ok]
+            bad = [_printable(path) for (path, _), ok in zip(listed, good, strict=True) if not ok]
             if len(bad) > SKIPPED_SHARE * len(listed):
                 raise ValueError(
                     f"{len(bad)} of the {len(listed)} files in {root / split} cannot be read as images, more than "
@@ -176,6 +194,10 @@ def _decode_all(
             arrays[f"{name}_images"] = images[good] if bad else images
             arrays[f"{name}_labels"] = np.array([label for _, label in listed], np.int32)[good]
     return arrays | {"skipped": np.array(skipped, dtype=np.str_)}
+
+
+def _printable(path: str) -> str:
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _read_cache(cache: pathlib.Path) -> dict[str, np.ndarray] | None:

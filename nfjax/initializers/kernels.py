@@ -112,7 +112,7 @@ class Standardized:
         else:
             own = isinstance(self.init, Normal)  # else somebody may still hold the array
             kernel = _standardize_values(drawn if own else np.array(drawn, np.float32), self.variance(shape), self.per)
-            if not np.isfinite(kernel.flat[0]):
+            if not np.isfinite(kernel.sum()):
                 raise ValueError(f"cannot standardize what {self.init} drew: it is constant, or not finite")
         return _finish(kernel, dtype, out_sharding)
 
@@ -208,25 +208,27 @@ def _check_kernel(shape: Shape) -> tuple[int, int]:
 
 
 def _standardize_values(kernel: Any, variance: float, per: str) -> Any:
-    """In place for a NumPy kernel. Averages in stages (c_in, window, c_out), so that float32 sums of millions of terms
-    stay exact to rounding.
+    """In place for a NumPy kernel. Averages in stages (c_in, window, c_out), on the host beyond 1024 terms in float64,
+    so that sums of millions of terms stay exact to float32 rounding.
     """
     taps = kernel.reshape(-1, *kernel.shape[-2:])
+    host = isinstance(taps, np.ndarray)
 
-    def over(means: Any) -> Any:  # over c_in, [window, 1, c_out] -> [1, 1, c_out] or [1, 1, 1]
+    def mean(square: bool) -> Any:  # [1, 1, c_out], or over all channels [1, 1, 1]
+        if host:
+            # Without a temporary of the kernel's size: fresh memory costs more than the arithmetic.
+            parts = np.array_split(taps, -(-taps.shape[1] // 1024), axis=1)
+            sums = [np.einsum("kio,kio->ko", x, x) if square else x.sum(axis=1) for x in parts]
+            means = np.sum(sums, axis=0, dtype=np.float64)[:, None] / taps.shape[1]
+        else:
+            means = (taps * taps if square else taps).mean(axis=1, keepdims=True)
         means = means.mean(axis=0, keepdims=True)
         return means if per == "channel" else means.mean(axis=2, keepdims=True)
 
     for _ in range(2):  # the second time takes away what rounding left of a large mean
-        taps -= over(taps.mean(axis=1, keepdims=True))
-    # On the host without a temporary of the kernel's size: fresh memory costs more than the arithmetic.
-    squares = (
-        np.einsum("kio,kio->ko", taps, taps)[:, None] / taps.shape[1]
-        if isinstance(taps, np.ndarray)
-        else (taps * taps).mean(axis=1, keepdims=True)
-    )
+        taps -= mean(square=False)
     with np.errstate(divide="ignore", invalid="ignore"):  # of a constant kernel, which the caller refuses
-        taps *= math.sqrt(variance) / over(squares) ** 0.5
+        taps *= math.sqrt(variance) / mean(square=True) ** 0.5
     return taps.reshape(kernel.shape)
 
 
