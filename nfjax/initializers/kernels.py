@@ -226,9 +226,9 @@ def _standardize_values(kernel: Any, variance: float, per: str) -> Any:
         return means if per == "channel" else means.mean(axis=2, keepdims=True)
 
     for _ in range(2):  # the second time takes away what rounding left of a large mean
-        taps -= mean(square=False)
+        taps -= mean(square=False).astype(taps.dtype)
     with np.errstate(divide="ignore", invalid="ignore"):  # of a constant kernel, which the caller refuses
-        taps *= math.sqrt(variance) / mean(square=True) ** 0.5
+        taps *= (math.sqrt(variance) / mean(square=True) ** 0.5).astype(taps.dtype)
     return taps.reshape(kernel.shape)
 
 
