@@ -57,6 +57,9 @@ def base() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # training steps between two lines of metrics.jsonl; ours
+    # Training steps between two measurements of every block's forward and backward variance on the first training batch
+    # (nfjax.spp), a multiple of log.every_steps; none for no measurements. One costs less than a training step. Ours.
+    config.log.signal_every_steps = config_dict.placeholder(int)
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1  # the test images are scored after every epoch, whether it is saved or not; ours

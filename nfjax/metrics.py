@@ -55,7 +55,8 @@ class Writer:
         self.events = SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One record: kind is "train" (since the last one) or "epoch" (of the epoch that ends at this step)."""
+        """One record: kind is "train" (since the last one), "epoch" (of the epoch that ends at this step) or "signal"
+        (of the state at this step)."""
         self.stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.stream.flush()
         for name, value in values.items():

@@ -40,13 +40,17 @@ class Network:
 
     def train(self, params: Any, batch_stats: Any, images: jax.Array) -> tuple[jax.Array, Any]:
         """Logits [B, classes] and the updated batch statistics."""
-        model = self._merge(self.train_graph, params, batch_stats)
+        model = self.model(params, batch_stats)
         logits = model(images)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     def predict(self, params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
         """Logits [B, classes], from running statistics where there is batch norm."""
         return self._merge(self.eval_graph, params, batch_stats)(images)
+
+    def model(self, params: Any, batch_stats: Any) -> nnx.Module:
+        """The NNX model in training mode."""
+        return self._merge(self.train_graph, params, batch_stats)
 
     def _merge(self, graph: nnx.GraphDef, *states: Any) -> nnx.Module:
         # A plain dict has its leaves in the order of the nnx.State it was made from.

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nfjax import augment, checkpoint, cost, data, metrics, optim, resnet, steps
+from nfjax import augment, checkpoint, cost, data, metrics, optim, resnet, spp, steps
 from nfjax import workdir as workdirs
 from nfjax.progress import Bar, Interrupts, Progress
 from nfjax.steps import Feed, State, Sums
@@ -80,7 +80,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     )
     run_steps = make_runner(config, Feed(dataset.train, mesh, config.data.on_device), train_step)
     evaluate = make_evaluation(config, Feed(dataset.test, mesh, config.data.on_device), network)
+    measure_signal = make_signal_measurement(config, dataset.train, network)
     writer = metrics.Writer(folder, progress.step)
+    if measure_signal and progress.step == 0:
+        writer.write("signal", 0, measure_signal(state))
     start = time.perf_counter()
     try:
         with Interrupts() as interrupts, Bar(progress) as bar:
@@ -105,6 +108,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 values = progress.take("interval")
                 values = {"epoch": progress.epoch, "learning_rate": float(schedule(progress.step - 1))} | values
                 writer.write("train", progress.step, values | {"images_per_second": round(bar.rate, 1)})
+                if measure_signal and progress.step % config.log.signal_every_steps == 0:
+                    writer.write("signal", progress.step, measure_signal(state))
                 bar.show(values)
                 if (number := progress.epochs_ended()) is None:
                     continue
@@ -169,6 +174,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"augment.crop_padding={config.augment.crop_padding} must be 0 or more pixels")
     if not 0 <= config.optim.label_smoothing < 1:
         raise ValueError(f"optim.label_smoothing={config.optim.label_smoothing} must be at least 0 and less than 1")
+    every = config.log.signal_every_steps
+    if every is not None and (every < 1 or every % config.log.every_steps):
+        raise ValueError(
+            f"log.signal_every_steps={every} must be a positive multiple of log.every_steps={config.log.every_steps}"
+        )
     if config.steps_per_dispatch is not None and (
         config.steps_per_dispatch < 1 or (config.steps_per_dispatch > 1 and not config.data.on_device)
     ):
@@ -272,6 +282,25 @@ def make_evaluation(config: ConfigDict, feed: Feed, network: steps.Network) -> C
         return metrics.means({name: values.sum(dtype=np.float64) for name, values in sums.items()})
 
     return evaluate
+
+
+def make_signal_measurement(
+    config: ConfigDict, split: data.Images, network: steps.Network
+) -> Callable[[State], dict[str, float]] | None:
+    """`measure(state)` gives the forward and backward variance of every block on the first examples of the split,
+    without augmentation; None where the config asks for none.
+    """
+    if config.log.signal_every_steps is None:
+        return None
+    images = preprocessing(config, train=False)(jnp.asarray(split.images[: config.batch_size]))
+    monitor = spp.Monitor(images, seed=config.seed)
+
+    def measure(state: State) -> dict[str, float]:
+        # Parameters are replicated: the copy of one device is enough.
+        here = jax.tree.map(lambda x: x.addressable_data(0), (state["params"], state["batch_stats"]))
+        return spp.scalars(monitor(network.model(*here)))
+
+    return measure
 
 
 # ---------------------------------------------------------------- what a run says

@@ -3,12 +3,13 @@ import sys
 
 import pytest
 
-from nfjax import reproduce
+from nfjax.reproduce import __main__ as command
+from nfjax.reproduce import cost_table
 
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["reproduce", *arguments])
-    reproduce.main()
+    command.main()
 
 
 def test_table2(monkeypatch, tmp_path, capsys):
@@ -28,7 +29,7 @@ def test_table2(monkeypatch, tmp_path, capsys):
 
 
 def test_disagreement_is_shown():
-    table = reproduce.cost_table("wrong", {(18, "IdShort"): (11.17, 1.12)})
+    table = cost_table("wrong", {(18, "IdShort"): (11.17, 1.12)})
     assert table.rows[0][5] == "NO"
 
 

@@ -1,17 +1,12 @@
-"""python -m nfjax.reproduce table1 table2 [--out=results]
-
-The paper's tables, our numbers beside each printed one; as text on the screen, as CSV and Markdown under --out.
-"""
+"""Tables 1 and 2 of the paper: parameters and FLOPs, our numbers beside each printed one."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import functools
 import pathlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from flax import nnx
 
@@ -93,18 +88,18 @@ class Table:
         )
 
     def text(self) -> str:
-        """For the screen: aligned columns under the title."""
+        """For the screen: aligned columns under the title, and the note."""
         lines = self._lines()
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-        return f"{self.title}\n\n" + "\n".join(map("  ".join, aligned)) + "\n"
+        return f"{self.title}\n\n" + "\n".join(map("  ".join, aligned)) + f"\n\n{self.note}\n"
 
-    def write(self, path: pathlib.Path) -> None:
-        """To `path` with .csv (plain numbers) and .md."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def write(self, path: pathlib.Path) -> list[pathlib.Path]:
+        """To `path` with .csv (plain numbers) and .md; returns both."""
         with open(path.with_suffix(".csv"), "w", newline="") as stream:
             csv.writer(stream, lineterminator="\n").writerows([self.columns, *self.rows])
         path.with_suffix(".md").write_text(self.markdown())
+        return [path.with_suffix(".csv"), path.with_suffix(".md")]
 
 
 def cost_table(title: str, printed: dict[tuple[int, str], tuple[float, float]]) -> Table:
@@ -117,33 +112,3 @@ def cost_table(title: str, printed: dict[tuple[int, str], tuple[float, float]]) 
         as_printed = [parameters, ours.paper_parameters, flops, ours.paper_flops, "yes" if agrees else "NO"]
         rows.append([f"ResNet-{depth} {scheme}", *as_printed, ours.parameters, ours.macs, ours.flops])
     return Table(title, COLUMNS, rows, NOTE)
-
-
-REPRODUCTIONS: dict[str, Callable[[], Table]] = {
-    "table1": lambda: cost_table("Table 1: ResNet-50 and ResNet-101, input 32x32x3, 10 classes", TABLE_1),
-    "table2": lambda: cost_table("Table 2: ResNet-18, input 32x32x3, 10 classes", TABLE_2),
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m nfjax.reproduce", description="The paper's tables, our numbers beside each printed one."
-    )
-    parser.add_argument(
-        "names", nargs="+", choices=REPRODUCTIONS, metavar="NAME", help=f"what to reproduce: {', '.join(REPRODUCTIONS)}"
-    )
-    parser.add_argument("--out", default="results", help="folder for the CSV and Markdown files (default: results)")
-    arguments = parser.parse_args()
-    for name in arguments.names:
-        table = REPRODUCTIONS[name]()
-        path = pathlib.Path(arguments.out) / name
-        try:
-            table.write(path)
-        except OSError as error:
-            sys.exit(f"nfjax: cannot write to {path.parent} ({error.strerror}); choose another folder with --out=DIR")
-        print(f"{table.text()}\n{path}.csv, {path}.md\n", flush=True)
-    print(NOTE)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,29 @@
+"""The paper's tables and figures, measured here: one name each."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Protocol
+
+from nfjax.reproduce.signal import propagation_figure
+from nfjax.reproduce.tables import TABLE_1, TABLE_2, cost_table
+
+
+class Result(Protocol):
+    """What a reproduction found."""
+
+    def text(self) -> str:
+        """For the screen."""
+
+    def write(self, path: pathlib.Path) -> list[pathlib.Path]:
+        """To files whose names begin with `path`, in a folder that exists; returns them."""
+
+
+REPRODUCTIONS: dict[str, Callable[[], Result]] = {
+    "table1": functools.partial(cost_table, "Table 1: ResNet-50 and ResNet-101, input 32x32x3, 10 classes", TABLE_1),
+    "table2": functools.partial(cost_table, "Table 2: ResNet-18, input 32x32x3, 10 classes", TABLE_2),
+    "figure2": functools.partial(propagation_figure, "Figure 2", depths=(50, 101)),
+    "figure6": functools.partial(propagation_figure, "Figure 6", depths=(18,)),
+}

@@ -1,0 +1,19 @@
+"""Signal propagation of any Flax model: does its signal survive its depth, forward and backward?
+
+profile = spp.propagate(model, x)
+print(profile.diagnose())
+spp.plot(profile).savefig("plot.png")
+"""
+
+from __future__ import annotations
+
+from nfjax.spp.monitor import Monitor, scalars
+from nfjax.spp.plotting import Style, plot
+from nfjax.spp.profile import Diagnosis, Direction, Profile
+from nfjax.spp.propagation import noise, propagate, propagate_seeds
+from nfjax.spp.theory import Prediction, predict
+
+__all__ = [
+    "Diagnosis", "Direction", "Monitor", "Prediction", "Profile", "Style", "noise", "plot", "predict", "propagate",
+    "propagate_seeds", "scalars",
+]  # fmt: skip

@@ -1,0 +1,239 @@
+"""python -m nfjax.spp --depth=101 --residual=idshort --init=brock --seeds=5 --out=plot.png
+
+python -m nfjax.spp --module=my_package.my_module:make_model --out=plot.png
+
+Signal propagation of one of the paper's networks, or of a model of your own: a table, a verdict, a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from nfjax import initializers, residual, resnet, spp
+
+PLOTS = (".png", ".svg", ".pdf")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+NETWORK = ("depth", "residual", "norm", "init", "stem", "width", "image_size", "input", "batch")
+
+
+class UsageError(Exception):
+    """What the command line asks for cannot be done."""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m nfjax.spp",
+        description="Signal propagation of one of the paper's networks, or of a model of your own.",
+    )
+    network = parser.add_argument_group("one of the paper's networks")
+    network.add_argument("--depth", type=int, choices=resnet.STAGES, metavar="N", help=_names(resnet.STAGES))
+    network.add_argument("--residual", choices=residual.RESIDUALS, metavar="NAME", help=_names(residual.RESIDUALS))
+    network.add_argument(
+        "--norm", choices=["none", *resnet.NORMS], metavar="NAME", help=_names(["none", *resnet.NORMS])
+    )
+    network.add_argument(
+        "--init", choices=initializers.INITIALIZERS, metavar="NAME", help=_names(initializers.INITIALIZERS)
+    )
+    network.add_argument("--stem", choices=resnet.STEMS, metavar="NAME", help=_names(resnet.STEMS))
+    network.add_argument("--width", type=_positive, help="channels of the first stage (64)")
+    network.add_argument("--image-size", type=_positive, help="pixels (32, or 224 with --stem=imagenet)")
+    network.add_argument("--input", metavar="noise|DIR", help="N(0, 1) noise, or a folder of images (noise)")
+    network.add_argument("--batch", type=_positive, help="examples (32)")
+    own = parser.add_argument_group("a model of your own")
+    own.add_argument(
+        "--module", metavar="PACKAGE.MODULE:FUNCTION",
+        help="a function that returns an nnx.Module, a Linen module, or (model, input); it may take `seed`",
+    )  # fmt: skip
+    own.add_argument("--input-shape", metavar="1,32,32,3", help="of N(0, 1) noise, where the function gives no input")
+    own.add_argument("--where", metavar="CLASS", help="the class of the blocks (the one that repeats)")
+    own.add_argument("--branch", metavar="NAME", default="branch", help="name or class of a block's residual branch")
+    parser.add_argument("--loss", choices=["cross_entropy"], help="start of the gradient (N(0, 1) at the last block)")
+    parser.add_argument("--seeds", type=_positive, default=1, help="how many (1)")
+    parser.add_argument("--tolerance", type=float, default=10.0, help="factor that counts as preserved (10)")
+    parser.add_argument(
+        "--out", action="append", default=[], metavar="FILE", help="PNG, SVG, PDF, CSV or JSON; may be repeated"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.module and (given := [name for name in NETWORK if getattr(arguments, name) is not None]):
+        parser.error(
+            f"--{given[0].replace('_', '-')} describes one of the paper's networks; it does not go with --module"
+        )
+    if not arguments.module and arguments.depth is None:
+        parser.error(
+            "--depth is missing, such as --depth=50; or --module=PACKAGE.MODULE:FUNCTION for a model of your own"
+        )
+    if not arguments.module and (arguments.input_shape or arguments.where):
+        parser.error("--input-shape and --where go with --module")
+    if not arguments.tolerance > 1:
+        parser.error("--tolerance must be more than 1: it is a factor")
+    for path in map(pathlib.Path, arguments.out):
+        if path.suffix.lower() not in (*PLOTS, ".csv", ".json"):
+            parser.error(f"--out={path}: unknown kind of file; expected {', '.join(PLOTS)}, .csv or .json")
+    return arguments
+
+
+def _names(names: Any) -> str:
+    return ", ".join(map(str, names))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def paper_network(arguments: argparse.Namespace) -> tuple[str, spp.Profile, spp.Prediction | None]:
+    """Title, profile and prediction of a network of `nfjax.resnet`."""
+    rule, init = arguments.residual or "idshort", arguments.init or "he_fan_out"
+    norm = None if arguments.norm in (None, "none") else arguments.norm
+    stem, width = arguments.stem or "cifar", arguments.width or 64
+    size, batch = arguments.image_size or resnet.STEMS[stem].image_size, arguments.batch or 32
+    shape = (batch, size, size, 3)
+    noise = arguments.input in (None, "noise")
+
+    def make(seed: int) -> nnx.Module:
+        return resnet.PreActResNet(
+            arguments.depth, rule, norm, init, stem=stem, width=width, image_size=size, rngs=nnx.Rngs(seed)
+        )
+
+    x = spp.noise(shape) if noise else load_images(pathlib.Path(arguments.input), batch, size)
+    profile = spp.propagate_seeds(make, x, seeds=arguments.seeds, branch=arguments.branch, loss=arguments.loss)
+    title = f"ResNet-{arguments.depth} {rule}{' with batch norm' if norm else ''}, {init}"
+    return title, profile, spp.predict(make(0), shape)
+
+
+def own_model(arguments: argparse.Namespace) -> tuple[str, spp.Profile, None]:
+    """Title and profile of what the user's function returns."""
+    make = load_function(arguments.module)
+    takes_seed = "seed" in inspect.signature(make).parameters
+    first = _call(make, arguments.module, {"seed": 0} if takes_seed else {})
+    model, x = first if isinstance(first, tuple) and len(first) == 2 else (first, None)
+    if isinstance(model, nnx.Module) and arguments.seeds > 1 and not takes_seed:
+        raise UsageError(
+            f"{arguments.module} takes no `seed`, so that --seeds={arguments.seeds} would measure the same parameters "
+            f"{arguments.seeds} times; give it a parameter named seed"
+        )
+    if x is None:
+        if not arguments.input_shape:
+            raise UsageError(
+                f"{arguments.module} returns no input: return (model, input), or pass --input-shape=1,32,32,3"
+            )
+        x = spp.noise(_shape(arguments.input_shape))
+
+    def again(seed: int) -> Any:
+        made = first if seed == 0 or not takes_seed else _call(make, arguments.module, {"seed": seed})
+        return made[0] if isinstance(made, tuple) else made
+
+    inputs = x if isinstance(x, tuple) else (x,)
+    profile = spp.propagate_seeds(
+        again, *inputs, seeds=arguments.seeds, where=arguments.where, branch=arguments.branch, loss=arguments.loss
+    )
+    return type(model).__name__, profile, None
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that PACKAGE.MODULE:FUNCTION names; the current folder is looked in first."""
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise UsageError(f"--module={name}: expected PACKAGE.MODULE:FUNCTION, such as my_package.my_module:make_model")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise UsageError(
+                f"--module={name}: there is no module {error.name!r} here or among those installed"
+            ) from None
+        raise
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise UsageError(
+            f"--module={name}: {module_name} has no function {attribute!r}; it has {_names(known) or 'none'}"
+        )
+    return function
+
+
+def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any:
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in kwargs
+    ]
+    if needed:
+        raise UsageError(f"--module={name}: the function needs {_names(needed)}; it may take `seed` and nothing else")
+    return function(**kwargs)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(_positive(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise UsageError(f"--input-shape={text}: expected positive integers and commas, such as 1,32,32,3") from None
+
+
+def load_images(folder: pathlib.Path, count: int, size: int) -> np.ndarray:
+    """`count` images from all over a folder, the middle square resized, as float32 [count, size, size, 3] with mean 0
+    and variance 1 in each colour.
+    """
+    from PIL import Image
+
+    if not folder.is_dir():
+        raise UsageError(f"--input={folder}: there is no such folder; expected a folder of images, or noise")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    if not paths:
+        raise UsageError(f"--input={folder}: no images in it or below ({_names(IMAGES)})")
+    if len(paths) < count:
+        raise UsageError(
+            f"--input={folder}: {len(paths)} images, fewer than the batch of {count}; pass --batch={len(paths)}"
+        )
+    images = np.empty((count, size, size, 3), np.float32)
+    for image, i in zip(images, np.linspace(0, len(paths) - 1, count).astype(int), strict=True):
+        try:
+            with Image.open(paths[i]) as opened:
+                picture = opened.convert("RGB")
+        except OSError as error:
+            raise UsageError(f"--input={folder}: {paths[i]} cannot be read as an image ({error})") from None
+        side = min(picture.size)
+        left, top = ((n - side) // 2 for n in picture.size)
+        image[:] = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    images -= images.mean(axis=(0, 1, 2))
+    return images / np.maximum(images.std(axis=(0, 1, 2)), 1e-6)
+
+
+def main() -> None:
+    arguments = parse()
+    try:
+        title, profile, prediction = own_model(arguments) if arguments.module else paper_network(arguments)
+        print(f"{title}\n\n{profile!r}\n\n{profile.diagnose(arguments.tolerance)}")
+        for path in map(pathlib.Path, arguments.out):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix.lower() == ".csv":
+                profile.to_csv(path)
+            elif path.suffix.lower() == ".json":
+                profile.to_json(path)
+            else:
+                named = {"measured": profile}
+                spp.plot(named, prediction and {"measured": prediction}, title=title).savefig(path, dpi=150)
+            print(f"\n{path}", end="")
+        print()
+    except (UsageError, ValueError, TypeError, OSError) as error:
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()) if "nfjax" in note)
+        sys.exit(f"nfjax: {error}{notes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""`propagate` and its relatives: a model in, a `Profile` out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from nfjax.spp import tracing
+from nfjax.spp.measuring import Loss, Measurement, prepare
+from nfjax.spp.profile import Profile, stack
+from nfjax.spp.selection import Where
+from nfjax.spp.tracing import Runnable
+
+GAUSSIAN = "gaussian"
+
+
+def propagate(
+    model: Any,
+    *inputs: Any,
+    variables: Mapping[str, Any] | None = None,
+    where: Where | None = None,
+    branch: Where = "branch",
+    cotangent: str = GAUSSIAN,
+    loss: str | Loss | None = None,
+    seed: int = 0,
+    rngs: Any = None,
+    **kwargs: Any,
+) -> Profile:
+    """Variances of activations and gradients at every block of a Flax model, in one jitted pass forward and back.
+
+    model: any `nnx.Module`, called as `model(*inputs, **kwargs)`, or any Linen module, with its `variables` (left out,
+    drawn by `model.init` from `seed`) and `rngs`. It is used as it is, in the mode it is in (`model.train()`,
+    `model.eval()`, `train=True` among the kwargs), and left as it was.
+
+    where: the blocks to measure, a class, several, a class name, or a predicate `(path, module) -> bool`; the measured
+    value is the first floating-point array of what a block returns. Left out: the one class of repeated modules that
+    have parts of their own. branch: likewise, the residual branch inside a block, or the attribute's name.
+
+    The gradient starts at the last block's output with a cotangent drawn from N(0, 1), or, with `loss`, at a scalar
+    function of the model's output: `loss=f`, or "cross_entropy" on labels drawn at random. seed: of these draws.
+
+    Raises ValueError where no block is selected or it is not clear which, where a block cannot be measured, and where
+    no gradient reaches one; TypeError for what is no Flax model. An error from inside the model passes through.
+    """
+    _check(cotangent, loss)
+    runnable = _runnable(model, variables, seed, inputs, kwargs, rngs)
+    return profile(prepare(runnable, where, branch, loss), runnable.arrays, seed)
+
+
+def propagate_seeds(
+    make: Callable[[int], Any],
+    *inputs: Any,
+    seeds: int | Sequence[int] = 5,
+    where: Where | None = None,
+    branch: Where = "branch",
+    cotangent: str = GAUSSIAN,
+    loss: str | Loss | None = None,
+    rngs: Any = None,
+    **kwargs: Any,
+) -> Profile:
+    """`propagate` for several seeds: a profile whose attributes are medians and whose `quantile` gives the spread.
+
+    make: `seed -> model`, an `nnx.Module`, a Linen module, or `(linen_module, variables)`, always the same network with
+    other parameters. seeds: how many, from 0, or which. inputs: as for `propagate`, or functions of a JAX key, which
+    then draw a new input for each seed (`spp.noise(shape)`). The other arguments are those of `propagate`.
+
+    The pass is compiled once per network, not once per seed or initializer: parameters are its arguments.
+    """
+    _check(cotangent, loss)
+    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not seeds:
+        raise ValueError("seeds is empty: expected a number of seeds, 1 or more, or a sequence of them")
+    first: Runnable | None = None
+    measurement: Measurement | None = None
+    profiles = []
+    for seed in seeds:
+        made = make(seed)
+        model, variables = made if isinstance(made, tuple) else (made, None)
+        drawn = [x(jax.random.fold_in(jax.random.key(seed), i)) if callable(x) else x for i, x in enumerate(inputs)]
+        runnable = _runnable(model, variables, seed, drawn, kwargs, rngs)
+        if first is None or not _same(first, runnable):
+            other = prepare(runnable, where, branch, loss)
+            if measurement is not None and (other.program is not measurement.program):
+                raise ValueError(
+                    f"make({seed}) returned another network than make({seeds[0]}): only the values of parameters may "
+                    "depend on the seed"
+                )
+            first, measurement = runnable, other
+        profiles.append(profile(measurement, runnable.arrays, seed))
+    return stack(profiles)
+
+
+def noise(shape: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
+    """An input of `propagate_seeds`: N(0, 1) noise of this shape, another for each seed."""
+    return lambda key: jax.random.normal(key, tuple(shape))
+
+
+def profile(measurement: Measurement, arrays: Any, seed: int) -> Profile:
+    """One run of a compiled pass."""
+    forward, backward, branch, has_branch = measurement(arrays, jax.random.key(seed))
+    samples = {
+        "forward_var": forward.var,
+        "backward_var": backward.var,
+        "channel_sq_mean": forward.channel_sq_mean,
+        "channel_var": forward.channel_var,
+        "branch_var": np.where(has_branch, branch.channel_var, np.nan),
+    }
+    samples = {name: values[None] for name, values in samples.items()}
+    return Profile(measurement.paths, measurement.shapes, measurement.dtypes, (seed,), samples)
+
+
+def _runnable(
+    model: Any,
+    variables: Mapping[str, Any] | None,
+    seed: int,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    rngs: Any,
+) -> Runnable:
+    return tracing.runnable(model, inputs, kwargs, variables, rngs, jax.random.key(seed))
+
+
+def _same(a: Runnable, b: Runnable) -> bool:
+    """Whether the compiled pass of one serves the other without a look at its program."""
+
+    def shapes(model: Runnable) -> list[Any]:
+        return [(np.shape(leaf), leaf.dtype) for leaf in jax.tree.leaves(model.arrays)]
+
+    return a.network == b.network and shapes(a) == shapes(b)
+
+
+def _check(cotangent: str, loss: str | Loss | None) -> None:
+    if cotangent != GAUSSIAN:
+        raise ValueError(
+            f"unknown cotangent={cotangent!r}: expected {GAUSSIAN!r}, at the last block, or loss= for one that comes "
+            "from the model's output"
+        )
+    if loss is not None and not (isinstance(loss, str) or callable(loss)):
+        raise TypeError(f"loss={loss!r}: expected a function of the model's output or a name")

@@ -1,0 +1,115 @@
+"""Which module calls of a trace are the blocks to be measured."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from nfjax.spp.tracing import Call, class_name
+
+Where = type | tuple[type, ...] | str | Callable[[str, Any], bool]
+
+
+def select(calls: Sequence[Call], reached: Collection[int], where: Where | None) -> list[int]:
+    """The indices of the selected calls. reached: those whose output the model's jaxpr really computes.
+
+    Raises ValueError where nothing is selected, or where `where` is left out and the model does not make clear what its
+    blocks are.
+    """
+    if where is None:
+        where = _repeated_composite(calls, reached)
+    chosen = [i for i, call in enumerate(calls) if matches(where, "where", call)]
+    found = [i for i in chosen if i in reached]
+    for i in chosen:
+        if calls[i].shape is None:
+            raise ValueError(f"{calls[i].what} returns no floating-point array that could be measured")
+    if not found:
+        raise ValueError(f"where={_shown(where)} selects no module that the model calls; it calls {_census(calls)}")
+    return found
+
+
+def select_branches(calls: Sequence[Call], reached: Collection[int], blocks: Sequence[int], branch: Where) -> list[int]:
+    """The indices of the calls inside `blocks` that are residual branches, by default the modules named "branch"."""
+    inside = set(blocks)
+    for i, call in enumerate(calls):  # a call comes after its parent
+        if call.parent in inside:
+            inside.add(i)
+
+    def chosen(call: Call) -> bool:
+        if isinstance(branch, str):
+            return call.path.rpartition("/")[2] == branch or class_name(call.module) == branch
+        return matches(branch, "branch", call)
+
+    candidates = (i for i, call in enumerate(calls) if i in inside and i not in set(blocks) and i in reached)
+    return [i for i in candidates if calls[i].shape is not None and chosen(calls[i])]
+
+
+def matches(where: Where, name: str, call: Call) -> bool:
+    """Whether a class, several classes, a class name or a predicate `(path, module)` means this call."""
+    if isinstance(where, str):
+        return any(cls.__name__ == where for cls in type(call.module).__mro__)
+    if isinstance(where, type | tuple):
+        return isinstance(call.module, where)
+    if not callable(where):
+        raise TypeError(f"{name}={where!r}: expected a class, several, a class name or a predicate (path, module)")
+    try:
+        return bool(where(call.path, call.module))
+    except Exception as error:
+        raise ValueError(f"{name}= raised {type(error).__name__} on {call.what}: {error}") from error
+
+
+def _repeated_composite(calls: Sequence[Call], reached: Collection[int]) -> type:
+    """The one class of which several instances run that have modules of their own inside. A class that occurs at most
+    once in each call of another such class is a part of that, not a rival.
+    """
+    # A call without an array is kept: its parts may have some.
+    counted = [i for i, call in enumerate(calls) if i in reached or call.shape is None]
+    descendants: collections.Counter[int] = collections.Counter()
+    ancestors = {i: _ancestors(calls, i) for i in counted}
+    for i in counted:
+        descendants.update(ancestors[i])
+    groups = collections.defaultdict(list)
+    for i in counted:
+        groups[type(calls[i].module)].append(i)
+    candidates = {
+        cls: members for cls, members in groups.items() if len(members) > 1 and any(descendants[i] > 1 for i in members)
+    }
+
+    def part_of(cls: type, other: type) -> bool:
+        outer = [[a for a in ancestors[i] if type(calls[a].module) is other] for i in candidates[cls]]
+        return all(outer) and max(collections.Counter(a[0] for a in outer).values()) == 1
+
+    blocks = [cls for cls in candidates if not any(part_of(cls, other) for other in candidates if other is not cls)]
+    if len(blocks) == 1:
+        return blocks[0]
+    if not blocks:
+        raise ValueError(
+            "cannot tell what the blocks of this model are: no class of modules with parts of its own is called more "
+            f"than once. Choose with where=, a class or a predicate (path, module); the model calls {_census(calls)}"
+        )
+    likely = min(blocks, key=lambda cls: (len(ancestors[candidates[cls][0]]), -descendants[candidates[cls][0]]))
+    listed = ", ".join(f"{cls.__name__} ({len(candidates[cls])} calls)" for cls in blocks)
+    raise ValueError(
+        f"cannot tell what the blocks of this model are: choose with where=, such as where={likely.__name__}; "
+        f"candidates are {listed}"
+    )
+
+
+def _ancestors(calls: Sequence[Call], index: int) -> list[int]:
+    """From the nearest to the farthest."""
+    found = []
+    while (index := calls[index].parent) is not None:
+        found.append(index)
+    return found
+
+
+def _census(calls: Sequence[Call]) -> str:
+    counts = collections.Counter(class_name(call.module) for call in calls)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "no modules"
+
+
+def _shown(where: Where) -> str:
+    if isinstance(where, tuple):
+        return f"({', '.join(map(_shown, where))})"
+    return getattr(where, "__name__", repr(where))

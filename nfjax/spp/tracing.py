@@ -1,0 +1,248 @@
+"""A model's forward pass as a jaxpr in which the output of every module call is tagged.
+
+The user's model is left alone. An NNX model is copied (split and merged) inside the trace, and the copy's modules get a
+subclass whose `__call__` tags what it returns; Linen's `intercept_methods` does the same for a Linen module. A tag is
+an identity operation with a name, which survives whatever JAX transformation surrounds it: `remat`, `scan`, `vmap`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from jax.ad_checkpoint import checkpoint_name
+
+_TAG = "nfjax.spp/"
+# Each trace has a context of its own, part of the key of JAX's caches: a function that the model jits is traced anew,
+# and its tagged trace is never served to anybody else.
+_trace_context = jax.make_user_context(None)
+_recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a module. path: where the module stands in the model, joined by "/". parent: the call that it is part
+    of, as an index into `Trace.calls`. shape, dtype: of the output that is measured, None if no output is a
+    floating-point array.
+    """
+
+    path: str
+    module: Any
+    parent: int | None
+    shape: tuple[int, ...] | None
+    dtype: Any
+
+    @property
+    def what(self) -> str:
+        """For messages: class and path."""
+        return f"{class_name(self.module)} {self.path!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """jaxpr: of the flat arrays to the flat output. calls: the module calls; the tags of the jaxpr are indices into it.
+    out_tree: the structure of the model's output.
+    """
+
+    jaxpr: Any
+    calls: Sequence[Call]
+    out_tree: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Runnable:
+    """A model with its inputs as a function of arrays. arrays: parameters, other variables and inputs, a pytree.
+    function: `arrays -> output`.
+    """
+
+    function: Callable[[Any], Any]
+    arrays: Any
+    name: str
+    network: Any
+    modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Recorder:
+    """Notes the module calls of one trace, and tags their outputs."""
+
+    def __init__(self, modules: Mapping[str, Any]) -> None:
+        self.modules = modules
+        self.calls: list[Call] = []
+        self._active: list[int] = []
+
+    def call(self, path: str, module: Any, function: Callable[[], Any]) -> Any:
+        index = len(self.calls)
+        parent = self._active[-1] if self._active else None
+        self.calls.append(Call(path, module, parent, None, None))
+        self._active.append(index)
+        try:
+            output = function()
+        finally:
+            self._active.pop()
+        leaves, tree = jax.tree.flatten(output)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
+                leaves[i] = checkpoint_name(leaf, f"{_TAG}{index}")
+                self.calls[index] = dataclasses.replace(self.calls[index], shape=leaf.shape, dtype=leaf.dtype)
+                break
+        return jax.tree.unflatten(tree, leaves)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        token = _recorder.set(self)
+        try:
+            with linen.intercept_methods(self._intercept):
+                yield
+        finally:
+            _recorder.reset(token)
+
+    def _intercept(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        path = () if context.module.scope is None else context.module.path
+        if context.method_name != "__call__" or not path or _recorder.get() is not self:
+            return call(*args, **kwargs)
+        return self.call("/".join(path), context.module, lambda: call(*args, **kwargs))
+
+
+def runnable(
+    model: Any,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    variables: Mapping[str, Any] | None,
+    rngs: Any,
+    key: jax.Array,
+) -> Runnable:
+    """The model called as `model(*inputs, **kwargs)`, NNX or Linen; for Linen with its variables, by default drawn from
+    `key`.
+    """
+    if isinstance(model, nnx.Module) and rngs is not None:
+        kwargs, rngs = {**kwargs, "rngs": rngs}, None  # an argument like any other
+    leaves, tree = jax.tree.flatten((tuple(inputs), dict(kwargs)))
+    dynamic = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    arrays = [leaf for leaf, is_array in zip(leaves, dynamic, strict=True) if is_array]
+
+    def arguments(arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = iter(arrays)
+        return jax.tree.unflatten(
+            tree, [next(given) if is_array else leaf for leaf, is_array in zip(leaves, dynamic, strict=True)]
+        )
+
+    if isinstance(model, nnx.Module):
+        if variables is not None:
+            raise TypeError("variables= belongs to Linen modules; an nnx.Module holds its own")
+        return _nnx(model, arguments, arrays)
+    if isinstance(model, linen.Module):
+        return _linen(model, arguments, arrays, variables, rngs, key)
+    given = f"the class {model.__name__}" if isinstance(model, type) else class_name(model)
+    raise TypeError(f"expected a Flax model, an nnx.Module or a linen.Module instance, not {given}")
+
+
+def _nnx(model: nnx.Module, arguments: Callable[[Any], Any], arrays: Sequence[Any]) -> Runnable:
+    graph, state = nnx.split(model)
+    originals = {_join(path): node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
+
+    def function(tree: Any) -> Any:
+        state, arrays = tree
+        copy = nnx.merge(graph, state)
+        for path, node in list(nnx.iter_graph(copy)):
+            if path and isinstance(node, nnx.Module) and _defines_call(type(node)):
+                node.spp_path = _join(path)
+                object.__setattr__(node, "__class__", _recording(type(node)))
+        args, kwargs = arguments(arrays)
+        return copy(*args, **kwargs)
+
+    return Runnable(function, (state, list(arrays)), class_name(model), graph, originals)
+
+
+def _defines_call(cls: type) -> bool:
+    return any("__call__" in vars(base) for base in cls.__mro__)
+
+
+@functools.cache
+def _recording(cls: type) -> type:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        recorder = _recorder.get()
+        call = functools.partial(cls.__call__, self, *args, **kwargs)
+        return call() if recorder is None else recorder.call(self.spp_path, recorder.modules[self.spp_path], call)
+
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls)(cls.__name__, (cls,), {**names, "__call__": __call__})
+
+
+def _linen(
+    model: linen.Module,
+    arguments: Callable[[Any], Any],
+    arrays: Sequence[Any],
+    variables: Mapping[str, Any] | None,
+    rngs: Any,
+    key: jax.Array,
+) -> Runnable:
+    if model.scope is not None:
+        model, bound = model.unbind()
+        variables = bound if variables is None else variables
+    # Linen falls back on the "params" stream for any other that is missing: dropout and the like.
+    rngs = {"params": key} if rngs is None else rngs
+
+    def initialize(arrays: Any) -> Any:
+        args, kwargs = arguments(arrays)
+        return model.init(rngs, *args, **kwargs)
+
+    if variables is None:
+        with explained(class_name(model)):
+            variables = jax.jit(initialize)(list(arrays))
+
+    def function(tree: Any) -> Any:
+        variables, rngs, arrays = tree
+        args, kwargs = arguments(arrays)
+        # mutable: batch norm in training mode wants to write its statistics; what it writes is dropped.
+        output, _ = model.apply(variables, *args, rngs=rngs, mutable=True, **kwargs)
+        return output
+
+    return Runnable(function, (variables, rngs, list(arrays)), class_name(model), model)
+
+
+def trace(model: Runnable) -> Trace:
+    """Traces the model once, every module call tagged; nothing is computed."""
+    leaves, tree = jax.tree.flatten(model.arrays)
+    out_tree = None
+
+    def flat(*leaves: Any) -> Any:
+        nonlocal out_tree
+        output, out_tree = jax.tree.flatten(model.function(jax.tree.unflatten(tree, leaves)))
+        return [leaf for leaf in output if leaf is not None]
+
+    recorder = Recorder(model.modules)
+    with explained(model.name), recorder.recording(), _trace_context(recorder):
+        jaxpr = jax.make_jaxpr(flat)(*leaves)
+    return Trace(jaxpr, tuple(recorder.calls), out_tree)
+
+
+@contextlib.contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Notes with an error from inside the model where it was raised."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"(raised by the model {name} while nfjax.spp traced it; is its input what it expects?)")
+        raise
+
+
+def tag(eqn: Any) -> int | None:
+    """The index of the call whose output this equation tags."""
+    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
+    return int(name.removeprefix(_TAG)) if isinstance(name, str) and name.startswith(_TAG) else None
+
+
+def class_name(module: Any) -> str:
+    return type(module).__name__
+
+
+def _join(path: Sequence[Any]) -> str:
+    return "/".join(map(str, path))
