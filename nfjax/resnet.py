@@ -38,6 +38,8 @@ def convolution(
 ) -> nnx.Conv:
     """A square 2-D convolution without bias that pads k // 2 zeros on every side, as PyTorch's ResNets do."""
     padding = ((kernel_size // 2, kernel_size // 2),) * 2
+    # On CPU, XLA takes up to four times as long for a 1x1 convolution as for the matrix product that it is.
+    product = kernel_size == 1 and jax.default_backend() == "cpu"
     return nnx.Conv(
         in_features,
         out_features,
@@ -47,8 +49,19 @@ def convolution(
         use_bias=False,
         dtype=dtype,
         kernel_init=initializers.at_layer(init, stride, padding, spatial_size),
+        conv_general_dilated=_matrix_product if product else jax.lax.conv_general_dilated,
         rngs=rngs,
     )
+
+
+def _matrix_product(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], *_: Any, **settings: Any) -> jax.Array:
+    """A 1x1 convolution without padding, called as `jax.lax.conv_general_dilated` is: [B, H, W, C], [1, 1, C, D] -> [B,
+    H', W', D].
+    """
+    x = x[:, :: strides[0], :: strides[1]]
+    precision = {name: settings.get(name) for name in ("precision", "preferred_element_type")}
+    product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0], **precision)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def _strided(spatial_size: tuple[int, int], stride: int) -> tuple[int, int]:

@@ -39,13 +39,14 @@ def statistics(x: jax.Array) -> jax.Array:
 
     Of x / scale, the scale being the largest magnitude: squares then neither overflow nor vanish where x does not.
     """
-    x = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
-    largest = jnp.max(jnp.abs(x), initial=0.0)
+    largest = jnp.max(jnp.abs(x), initial=0.0).astype(jnp.float32)
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    x = x / scale
-    means = x.mean(axis=axes, keepdims=True)
-    variances = jnp.square(x - means).mean(axis=axes)
+    # Behind each barrier x is read anew: XLA would otherwise store x / scale, which takes three times as long.
+    x, scale = jax.lax.optimization_barrier((x, scale))
+    means = (x.astype(jnp.float32) / scale).mean(axis=axes, keepdims=True)
+    x, scale, means = jax.lax.optimization_barrier((x, scale, means))
+    variances = jnp.square(x.astype(jnp.float32) / scale - means).mean(axis=axes)
     return jnp.stack([jnp.float32(1), scale, means.mean(), jnp.square(means).mean(), variances.mean()])
 
 
@@ -245,12 +246,14 @@ class Measurement:
     _blocks: tuple[int, ...]
     _branches: tuple[int, ...]
 
-    def __call__(self, arrays: Any, key: jax.Array) -> tuple[Statistics, Statistics, Statistics, np.ndarray]:
-        """(forward, backward, branch, which blocks have a branch) of `Runnable.arrays`; key: of what is drawn at random
-        for the gradient.
-        """
-        forward, backward = jax.device_get(self.program(jax.tree.leaves(arrays), key))
-        backward = Statistics.of(backward)
+    def start(self, arrays: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Sets the pass going on `Runnable.arrays`; key: of what is drawn at random for the gradient."""
+        return self.program(jax.tree.leaves(arrays), key)
+
+    def read(self, started: tuple[jax.Array, jax.Array]) -> dict[str, np.ndarray]:
+        """Waits for a pass; each statistic of a profile as float64 [blocks]."""
+        forward, backward = started
+        forward, backward = np.asarray(forward), Statistics.of(np.asarray(backward))
         if not backward.reached.all():
             missed = int(np.flatnonzero(~backward.reached)[-1])
             raise ValueError(
@@ -258,10 +261,15 @@ class Measurement:
                 "(stop_gradient, rounding, an integer), or nothing that is differentiated depends on it. Select other "
                 "blocks with where=, or another target with loss="
             )
-        has_branch = np.array([branch >= 0 for branch in self._branches])
-        forward = np.asarray(forward)
-        blocks, branches = (Statistics.of(forward[list(rows)]) for rows in (self._blocks, self._branches))
-        return blocks, backward, branches, has_branch
+        block, branch = (Statistics.of(forward[list(rows)]) for rows in (self._blocks, self._branches))
+        has_branch = np.array([row >= 0 for row in self._branches])
+        return {
+            "forward_var": block.var,
+            "backward_var": backward.var,
+            "channel_sq_mean": block.channel_sq_mean,
+            "channel_var": block.channel_var,
+            "branch_var": np.where(has_branch, branch.channel_var, np.nan),
+        }
 
 
 def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Loss | None) -> Measurement:

@@ -42,7 +42,8 @@ class Monitor:
         runnable = tracing.runnable(model, self.inputs, self.kwargs, variables, rngs, jax.random.key(self.seed))
         if self._measurement is None:
             self._measurement = prepare(runnable, **self.selection)
-        return profile(self._measurement, runnable.arrays, self.seed)
+        started = self._measurement.start(runnable.arrays, jax.random.key(self.seed))
+        return profile(self._measurement, [self.seed], [self._measurement.read(started)])
 
 
 def scalars(measured: Profile) -> dict[str, float]:

@@ -136,16 +136,6 @@ class Profile:
         return "\n".join([f"Profile of {len(self)} blocks, {'/'.join(sorted(set(self.dtypes)))}{seeds}", *table])
 
 
-def stack(profiles: Sequence[Profile]) -> Profile:
-    """Profiles of the same network with different seeds, as one."""
-    first = profiles[0]
-    return dataclasses.replace(
-        first,
-        seeds=tuple(seed for profile in profiles for seed in profile.seeds),
-        samples={name: np.concatenate([profile.samples[name] for profile in profiles]) for name in first.samples},
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Direction:
     """What happens to a variance along one way through the network.

@@ -10,7 +10,7 @@ import numpy as np
 
 from nfjax.spp import tracing
 from nfjax.spp.measuring import Loss, Measurement, prepare
-from nfjax.spp.profile import Profile, stack
+from nfjax.spp.profile import Profile
 from nfjax.spp.selection import Where
 from nfjax.spp.tracing import Runnable
 
@@ -47,7 +47,8 @@ def propagate(
     """
     _check(cotangent, loss)
     runnable = _runnable(model, variables, seed, inputs, kwargs, rngs)
-    return profile(prepare(runnable, where, branch, loss), runnable.arrays, seed)
+    measurement = prepare(runnable, where, branch, loss)
+    return profile(measurement, [seed], [measurement.read(measurement.start(runnable.arrays, jax.random.key(seed)))])
 
 
 def propagate_seeds(
@@ -75,7 +76,7 @@ def propagate_seeds(
         raise ValueError("seeds is empty: expected a number of seeds, 1 or more, or a sequence of them")
     first: Runnable | None = None
     measurement: Measurement | None = None
-    profiles = []
+    runs, started = [], None
     for seed in seeds:
         made = make(seed)
         model, variables = made if isinstance(made, tuple) else (made, None)
@@ -89,8 +90,12 @@ def propagate_seeds(
                     "depend on the seed"
                 )
             first, measurement = runnable, other
-        profiles.append(profile(measurement, runnable.arrays, seed))
-    return stack(profiles)
+        # While a pass runs, the parameters of the next seed are drawn.
+        if started is not None:
+            runs.append(measurement.read(started))
+        started = measurement.start(runnable.arrays, jax.random.key(seed))
+    runs.append(measurement.read(started))
+    return profile(measurement, seeds, runs)
 
 
 def noise(shape: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
@@ -98,18 +103,10 @@ def noise(shape: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
     return lambda key: jax.random.normal(key, tuple(shape))
 
 
-def profile(measurement: Measurement, arrays: Any, seed: int) -> Profile:
-    """One run of a compiled pass."""
-    forward, backward, branch, has_branch = measurement(arrays, jax.random.key(seed))
-    samples = {
-        "forward_var": forward.var,
-        "backward_var": backward.var,
-        "channel_sq_mean": forward.channel_sq_mean,
-        "channel_var": forward.channel_var,
-        "branch_var": np.where(has_branch, branch.channel_var, np.nan),
-    }
-    samples = {name: values[None] for name, values in samples.items()}
-    return Profile(measurement.paths, measurement.shapes, measurement.dtypes, (seed,), samples)
+def profile(measurement: Measurement, seeds: Sequence[int], runs: Sequence[Mapping[str, np.ndarray]]) -> Profile:
+    """What `Measurement.read` gave for each seed, as a profile."""
+    samples = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
+    return Profile(measurement.paths, measurement.shapes, measurement.dtypes, tuple(seeds), samples)
 
 
 def _runnable(

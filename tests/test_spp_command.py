@@ -1,0 +1,144 @@
+"""python -m nfjax.spp: the table, the verdict, the files, and what a user may type wrong."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nfjax import resnet
+from nfjax.spp import __main__ as command
+from tests.conftest import TINY
+
+MODULE = """
+import jax
+from flax import linen, nnx
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.b(jax.nn.relu(self.a(x)))
+
+class LinenBlock(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return x + linen.Dense(8)(jax.nn.relu(linen.Dense(8)(x)))
+
+def model(seed=0):
+    rngs = nnx.Rngs(seed)
+    return nnx.Sequential(*(Block(rngs) for _ in range(3)))
+
+def model_and_input():
+    return model(), jax.random.normal(jax.random.key(0), (4, 8))
+
+def linen_model():
+    return linen.Sequential([LinenBlock() for _ in range(3)]), jax.random.normal(jax.random.key(0), (4, 8))
+
+def needs_more(width):
+    return model()
+
+CONSTANT = 3
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_models.py").write_text(MODULE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["spp", *arguments])
+        try:
+            command.main()
+        except SystemExit as stop:
+            return capsys.readouterr().err + (stop.code if isinstance(stop.code, str) else "")
+        return capsys.readouterr().out
+
+    yield run
+    sys.modules.pop("my_models", None)
+
+
+SMALL = (f"--depth={TINY}", "--width=4", "--image-size=8", "--batch=4")
+
+
+def test_a_network_of_the_paper(run, tmp_path):
+    shown = run(*SMALL, "--residual=convshort", "--init=brock", "--seeds=2", "--out=plots/a.png", "--out=plots/a.csv")
+    assert "convshort, brock" in shown
+    assert "median of 2 seeds" in shown
+    assert "blocks/3" in shown
+    assert "gradient variance" in shown
+    with Image.open(tmp_path / "plots/a.png") as picture:
+        assert picture.size[0] > 1000
+    assert len(list(csv.DictReader((tmp_path / "plots/a.csv").read_text().splitlines()))) == 2 * 4
+
+
+def test_other_files_and_batch_norm(run, tmp_path):
+    run(*SMALL, "--norm=batch", "--loss=cross_entropy", "--out=a.svg", "--out=a.json")
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    assert "backward_var" in (tmp_path / "a.json").read_text()
+
+
+def test_a_folder_of_images(run, tmp_path):
+    for i in range(6):
+        folder = tmp_path / "images" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (12, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    assert "blocks/3" in run(*SMALL, "--input=images")
+    images = command.load_images(tmp_path / "images", 4, 8)
+    assert images.shape == (4, 8, 8, 3)
+    np.testing.assert_allclose(images.std(axis=(0, 1, 2)), 1.0, rtol=1e-5)
+    assert "6 images, fewer than the batch of 32; pass --batch=6" in run(f"--depth={TINY}", "--input=images")
+    (tmp_path / "images" / "broken.png").write_text("no image")
+    assert "broken.png cannot be read as an image" in run(*SMALL[:-1], "--batch=7", "--input=images")
+    (tmp_path / "empty").mkdir()
+    assert "no images in it" in run(*SMALL, "--input=empty")
+    assert "there is no such folder" in run(*SMALL, "--input=nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--module=my_models:model", "--input-shape=4,8", "--seeds=2"], "Profile of 3 blocks, float32, median of 2"),
+        (["--module=my_models:model_and_input"], "layers/2"),
+        (["--module=my_models:linen_model", "--seeds=2", "--where=LinenBlock"], "layers_2"),
+        (["--module=my_models:model_and_input", "--where=Linear"], "layers/2/b"),
+    ],
+)
+def test_a_model_of_the_users_own(run, arguments, expected):
+    assert expected in run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--depth is missing"),
+        (["--depth=19"], "invalid choice: 19"),
+        ([*SMALL, "--residual=idshrt"], "idshort"),
+        ([*SMALL, "--init=xavier"], "he_effective_fan_out"),
+        ([*SMALL, "--out=plot.jpeg"], "unknown kind of file; expected .png, .svg, .pdf, .csv or .json"),
+        ([*SMALL, "--seeds=0"], "0 is not positive"),
+        ([*SMALL, "--tolerance=1"], "--tolerance must be more than 1"),
+        ([*SMALL, "--where=Block"], "--input-shape and --where go with --module"),
+        (["--module=my_models:model", "--depth=18"], "--depth describes one of the paper's networks"),
+        (["--module=my_models"], "expected PACKAGE.MODULE:FUNCTION"),
+        (["--module=my_model:model"], "there is no module 'my_model'"),
+        (["--module=my_models:modell"], "has no function 'modell'; it has model, model_and_input, linen_model"),
+        (["--module=my_models:CONSTANT"], "has no function 'CONSTANT'"),
+        (["--module=my_models:needs_more"], "the function needs width"),
+        (["--module=my_models:model"], "returns no input"),
+        (["--module=my_models:model", "--input-shape=4,x"], "expected positive integers and commas"),
+        (["--module=my_models:model_and_input", "--seeds=2"], "takes no `seed`"),
+        (["--module=my_models:model", "--input-shape=4,9"], "is its input what it expects?"),
+        (["--module=my_models:model_and_input", "--where=Blok"], "it calls Block (3), Linear (6)"),
+    ],
+)
+def test_wrong_input_gets_a_clear_error(run, arguments, message):
+    shown = run(*arguments)
+    assert message in shown
+    assert "Traceback" not in shown
