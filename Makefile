@@ -16,12 +16,12 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-# What the README shows of the tables and of a first run, measured again; benchmarks/ has the rest.
+# What the README shows of tables, signal propagation and a first run, measured again; benchmarks/ has the rest.
 results: .venv/installed
 	mkdir -p results/digits_convshort
 	$(BIN)/python -m nfjax.main --config=configs/digits_convshort.py --workdir=runs/results | tail -n 6 > results/digits_convshort/output.txt
 	cp $(addprefix runs/results/,curves.png metrics.jsonl versions.json config.json) results/digits_convshort
-	$(BIN)/python -m nfjax.reproduce table1 table2 --out=results
+	$(BIN)/python -m nfjax.reproduce table1 table2 figure2 figure6 --out=results
 	$(BIN)/python benchmarks/update_readme.py
 
 clean:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from nfjax import checkpoint, data, evaluate, metrics, steps, train
+from nfjax import checkpoint, data, evaluate, metrics, spp, steps, train
 from nfjax import workdir as workdirs
 from nfjax.progress import Interrupts, Progress
 
@@ -169,6 +169,29 @@ def test_resume_with_the_loop_is_exact_too(tiny_config, tmp_path, monkeypatch):
     train.train(tiny_config, str(tmp_path / "stopped"))
     assert records(tmp_path / "stopped") == records(tmp_path / "whole")
     assert_equal(final_state(tiny_config, tmp_path / "stopped"), final_state(tiny_config, tmp_path / "whole"))
+
+
+def test_signal_propagation_is_watched_and_changes_nothing(whole, tmp_path):
+    config, folder = whole
+    config.log.signal_every_steps = 10
+    train.train(config, str(tmp_path / "watched"))
+    watched = [record for record in metrics.read(tmp_path / "watched") if record["kind"] == "signal"]
+    assert [record["step"] for record in watched] == [0, 10, 20, 30]
+    dataset = data.load("synthetic", "", 8)
+    images = train.preprocessing(config, train=False)(jnp.asarray(dataset.train.images[:64]))
+    model = train.build_model(config, len(dataset.class_names), jax.random.split(jax.random.key(config.seed))[0])
+    at_start = spp.scalars(spp.propagate(model, images, seed=config.seed))
+    assert len(at_start) == 2 * 4
+    assert {name: watched[0][name] for name in at_start} == pytest.approx(at_start, rel=1e-4)
+    assert watched[-1]["forward_var/blocks/0"] != watched[0]["forward_var/blocks/0"]
+    config.log.signal_every_steps = None
+    assert_equal(final_state(config, tmp_path / "watched"), final_state(config, folder))
+
+
+def test_signal_is_measured_at_log_steps_only(tiny_config, tmp_path):
+    tiny_config.log.signal_every_steps = 7
+    with pytest.raises(ValueError, match=r"signal_every_steps=7 must be a positive multiple of log\.every_steps=5"):
+        train.train(tiny_config, str(tmp_path))
 
 
 @pytest.mark.parametrize("per_dispatch", [None, 4])
