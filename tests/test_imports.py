@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "nfjax"
-LIGHT = ("initializers", "residual", "resnet", "cost", "augment")
+LIGHT = ("initializers", "residual", "resnet", "spp", "cost", "augment")
 
 
 def module_name(path):
