@@ -52,7 +52,7 @@ def work() -> None:
         )
         seconds = time.perf_counter() - start
         ratios = [float(v[0] / v[-1]) for v in (profile.forward_var, profile.backward_var)]
-        print(json.dumps([seconds, *ratios, _peak()]), flush=True)
+        print(json.dumps([seconds, *ratios, _peak(), f"jax {importlib.metadata.version('jax')}"]), flush=True)
 
 
 def _peak() -> float:
@@ -86,10 +86,10 @@ def main() -> None:
             for name, worker in workers.items():
                 worker.stdin.write(json.dumps([depth, rule, norm, init, arguments.seeds]) + "\n")
                 worker.stdin.flush()
-                seconds, forward, backward, peak = json.loads(worker.stdout.readline())
+                seconds, forward, backward, peak, version = json.loads(worker.stdout.readline())
                 record[name] = {
                     "seconds": round(seconds, 2), "forward_ratio": forward, "backward_ratio": backward,
-                    "peak_gib": round(peak, 2),
+                    "peak_gib": round(peak, 2), "version": version,
                 }  # fmt: skip
             print(json.dumps(record), flush=True)
             records.append(record)
@@ -115,10 +115,10 @@ def table(records: list[dict]) -> str:
         norm = " with batch norm" if record["norm"] else ""
         lines.append(_row(f"ResNet-{record['depth']} {record['residual']}{norm}, {record['init']}", seconds))
     lines.append(_row("all", list(totals.values())))
-    versions = f"jax {importlib.metadata.version('jax')}, flax {importlib.metadata.version('flax')}"
+    ours, theirs = (records[0][name]["version"] for name in ("nfjax", "torch"))
     note = (
-        f"Seconds for a curve of {records[0]['seeds']} seeds, 32x32x32x3, {os.cpu_count()} CPU cores, {versions}, "
-        "PyTorch 2.13 eager; in turn, one run. The first curve of a network includes nfjax's compilation."
+        f"Seconds for a curve of {records[0]['seeds']} seeds, 32x32x32x3, {os.cpu_count()} CPU cores, {ours}, "
+        f"PyTorch {theirs} eager; in turn, one run. The first curve of a network includes nfjax's compilation."
     )
     return "\n".join([*lines, "", note, ""])
 

@@ -19,13 +19,18 @@ from torch import nn
 STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
+def convolution(c_in: int, c_out: int, k: int, stride: int = 1) -> nn.Conv2d:
+    """Without a bias, and without PyTorch's own initialization, which `initialize` would only overwrite."""
+    return nn.utils.skip_init(nn.Conv2d, c_in, c_out, k, stride, k // 2, bias=False)
+
+
 class Branch(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int, norm: bool):
         super().__init__()
         inner = c_out // 4
-        self.first = nn.Conv2d(c_in, inner, 1, bias=False)
-        self.second = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
-        self.third = nn.Conv2d(inner, c_out, 1, bias=False)
+        self.first = convolution(c_in, inner, 1)
+        self.second = convolution(inner, inner, 3, stride)
+        self.third = convolution(inner, c_out, 1)
         self.norm2 = nn.BatchNorm2d(inner) if norm else nn.Identity()
         self.norm3 = nn.BatchNorm2d(inner) if norm else nn.Identity()
 
@@ -41,7 +46,7 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm2d(c_in) if norm else nn.Identity()
         self.branch = Branch(c_in, c_out, stride, norm)
         convolutional = rule == "convshort" or stride != 1 or c_in != c_out
-        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if convolutional else None
+        self.shortcut = convolution(c_in, c_out, 1, stride) if convolutional else None
         self.alpha = nn.Parameter(torch.ones(())) if rule == "learnscalar" and not convolutional else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +58,7 @@ class Block(nn.Module):
 
 def network(depth: int, rule: str, norm: bool) -> tuple[nn.Module, list[Block]]:
     """The stem and the blocks: what stands behind the last block has no part in the measurement."""
-    layers, blocks, channels = [nn.Conv2d(3, 64, 3, 1, 1, bias=False)], [], 64
+    layers, blocks, channels = [convolution(3, 64, 3)], [], 64
     for stage, count in enumerate(STAGES[depth]):
         for i in range(count):
             blocks.append(Block(channels, 256 * 2**stage, 2 if stage and i == 0 else 1, rule, norm))
@@ -122,7 +127,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         medians = [statistics.median(column) for column in zip(*ratios, strict=True)]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps([seconds, *medians, peak]), flush=True)
+        print(json.dumps([seconds, *medians, peak, torch.__version__]), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 
 from nfjax import resnet, spp
 from nfjax.spp import measuring, propagation, tracing
@@ -77,7 +78,7 @@ def test_equal_to_an_explicit_vjp_at_every_block(tiny, residual, norm):
     for block in model.blocks:
         y = block(y)
         outputs.append(y)
-    noise = jax.random.normal(jax.random.key(3), y.shape)
+    noise = jax.random.normal(propagation.stream(3, propagation.COTANGENT), y.shape)
     for i, y in enumerate(outputs):
         _, pull = jax.vjp(lambda y, i=i: tail(y, i + 1), y)
         (gradient,) = pull(noise)
@@ -130,6 +131,24 @@ def test_variances_beyond_the_range_of_float32(scale):
     np.testing.assert_allclose(result.channel_sq_mean, (values.mean(0) ** 2).mean(), rtol=1e-5)
 
 
+def test_a_mean_far_above_the_spread_between_channels():
+    x = 1e4 + jnp.arange(6.0)[None] + images(4096, 6)
+    values = np.asarray(x, np.float64)
+    result = measuring.Statistics.of(np.asarray(measuring.statistics(x))[None])
+    np.testing.assert_allclose(result.var, values.var(), rtol=1e-2)
+
+
+def test_the_cotangent_is_not_the_users_noise():
+    """An input drawn from the same seed, of the same shape as the last block's output."""
+
+    class Relu(nnx.Module):
+        def __call__(self, x):
+            return 2 * jax.nn.relu(x)
+
+    profile = spp.propagate(nnx.Sequential(*(Relu() for _ in range(2))), images(64, 64), where=Relu)
+    assert profile.backward_var[0] == pytest.approx(2.0, rel=0.1)
+
+
 def test_constant_and_zero_tensors_have_no_variance():
     for x in (jnp.zeros((4, 3)), jnp.full((4, 3), 7.0)):
         assert measuring.Statistics.of(np.asarray(measuring.statistics(x))[None]).var == pytest.approx(0.0, abs=1e-12)
@@ -137,11 +156,11 @@ def test_constant_and_zero_tensors_have_no_variance():
 
 def test_low_precision_is_measured_as_it_is(tiny):
     x = images(4, 8, 8, 3)
-    full, half = (spp.propagate(tiny(dtype=dtype), x) for dtype in (jnp.float32, jnp.bfloat16))
+    full, half = (spp.propagate(tiny(dtype=dtype, width=16), x) for dtype in (jnp.float32, jnp.bfloat16))
     assert set(full.dtypes) == {"float32"}
     assert set(half.dtypes) == {"bfloat16"}
     np.testing.assert_allclose(half.forward_var, full.forward_var, rtol=0.05)
-    np.testing.assert_allclose(half.backward_var, full.backward_var, rtol=0.05)
+    np.testing.assert_allclose(half.backward_var, full.backward_var, rtol=0.1)
 
 
 def test_float16_overflow_is_reported():
@@ -275,6 +294,26 @@ def test_linen_batch_norm(training):
     assert variables["batch_stats"]["Normed_0"]["BatchNorm_0"]["mean"].tolist() == [0.0] * 8
 
 
+def test_linen_is_applied_as_the_user_would():
+    """Collections become mutable only where the model writes them; missing parameters are missed."""
+
+    class Asking(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            scale = 5.0 if self.is_mutable_collection("batch_stats") else 1.0
+            return x + scale * linen.Dense(8)(x)
+
+    model, x = linen.Sequential([Asking() for _ in range(2)]), images(16, 8)
+    variables = model.init(jax.random.key(0), x)
+    profile = spp.propagate(model, x, variables=variables)
+    np.testing.assert_allclose(profile.forward_var[-1], var(model.apply(variables, x)), rtol=1e-5)
+    written = spp.propagate(model, x, variables=variables, mutable=["batch_stats"])
+    assert written.forward_var[-1] > 2 * profile.forward_var[-1]
+    with pytest.raises((ScopeParamNotFoundError, ScopeCollectionNotFound)):
+        spp.propagate(model, x, variables=variables["params"])
+    assert len(spp.propagate(LinenModel(3), x, rngs={"dropout": jax.random.key(1)}, train=True)) == 3
+
+
 @pytest.mark.parametrize("how", ["remat", "scan", "jit"])
 def test_nnx_transformations(how):
     rngs = nnx.Rngs(0)
@@ -345,6 +384,99 @@ def test_selection_without_a_choice(tiny):
     assert len(spp.propagate(Model([Block] * 3), images(16, 8))) == 3
 
 
+class Single(nnx.Module):
+    """A block with one part only."""
+
+    def __init__(self, width, *, rngs):
+        self.layer = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(self, x):
+        return x + jax.nn.relu(self.layer(x))
+
+
+def test_blocks_with_one_part_and_one_block_in_a_loop():
+    assert len(spp.propagate(Model([Single] * 3), images(16, 8))) == 3
+
+    class Looped(nnx.Module):
+        def __init__(self):
+            self.block = Block(8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return jax.lax.fori_loop(0, 3, lambda i, x: self.block(x), x)
+
+    assert spp.propagate(Looped(), images(16, 8)).paths == ("block[0]", "block[1]", "block[2]")
+
+
+def test_modules_that_look_at_their_own_class():
+    class Strict(Block):
+        def __call__(self, x):
+            assert type(self) is Strict
+            return super(type(self), self).__call__(x)
+
+        def __setattr__(self, name, value):
+            if name not in ("first", "second"):
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    assert len(spp.propagate(Model([Strict] * 2), images(16, 8), where=Strict)) == 2
+    assert Strict.__subclasses__() == []
+
+
+def test_modules_outside_the_models_attributes():
+    held = Block(8, rngs=nnx.Rngs(1))
+    model = nnx.Sequential(Block(8, rngs=nnx.Rngs(0)), lambda x: held(x), Block(8, rngs=nnx.Rngs(2)))
+    assert spp.propagate(model, images(16, 8)).paths == ("layers/0", "(outside)/Block", "layers/2")
+
+
+def test_a_shared_branch_belongs_to_each_block(tiny):
+    model = tiny(residual="convshort", image_size=8)
+    model.blocks[1].branch = model.blocks[0].branch
+
+    class Two(nnx.Module):
+        def __init__(self, blocks):
+            self.blocks = nnx.List(blocks)
+
+        def __call__(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    first = model.blocks[0]
+    twice = Two([first, nnx.clone(first)])
+    twice.blocks[1].branch = first.branch
+    assert np.isfinite(spp.propagate(twice, images(4, 8, 8, 4), where=resnet.BasicBlock).branch_var).all()
+
+
+def test_outputs_and_parameters_of_any_kind():
+    class Odd(Model):
+        def __init__(self, blocks):
+            super().__init__(blocks)
+            self.scale = nnx.Param(1.0)
+
+        def __call__(self, x):
+            return {"y": super().__call__(x) * self.scale[...], "name": "odd", "count": 3}
+
+    profile = spp.propagate_seeds(lambda seed: Odd([Block] * 2), images(16, 8), seeds=2)
+    assert profile.samples["forward_var"].shape == (2, 2)
+    scored = spp.propagate(Odd([Block] * 2), images(16, 8), loss=lambda out: out["y"].mean())
+    assert len(scored) == 2
+
+
+def test_host_callbacks_are_not_mixed_up():
+    class Calling(Model):
+        def __init__(self, factor):
+            super().__init__([Block] * 2)
+            self.factor = factor
+
+        def __call__(self, x):
+            factor = np.float32(self.factor)
+            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            return super().__call__(jax.pure_callback(lambda v: np.asarray(v) * factor, shape, x))
+
+    small, large = (spp.propagate(Calling(factor), images(16, 8)).forward_var[0] for factor in (1, 100))
+    assert large > 100 * small
+
+
 class Stage(nnx.Module):
     def __init__(self, width, *, rngs):
         self.blocks = nnx.List([Block(width, rngs=rngs) for _ in range(3)])
@@ -356,7 +488,7 @@ class Stage(nnx.Module):
 
 
 def test_an_unclear_choice_lists_the_candidates():
-    with pytest.raises(ValueError, match=r"Stage \(2 calls\), Block \(6 calls\)"):
+    with pytest.raises(ValueError, match=r"such as where=Stage; candidates are Stage \(2 calls\), Block \(6 calls\)"):
         spp.propagate(Model([Stage, Stage]), images(16, 8))
     with pytest.raises(ValueError, match=r"Block \(1\), Linear \(3\)"):
         spp.propagate(Model([Block]), images(16, 8))
@@ -470,7 +602,7 @@ def test_nothing_per_block_is_kept_but_statistics():
             return self.layer(x)
 
     def temporary(depth):
-        model = propagation._runnable(Model([Linear] * depth, 64), None, 0, [images(512, 64)], {}, None)
+        model = propagation._runnable(Model([Linear] * depth, 64), None, 0, [images(512, 64)], {}, None, None)
         return measuring.prepare(model, Linear, "branch", None).program.memory_analysis().temp_size_in_bytes
 
     activation = 512 * 64 * 4
@@ -529,7 +661,7 @@ class Stopped(Block):
 
 
 def test_no_block_selected():
-    with pytest.raises(ValueError, match=r"where=LayerNorm selects no module .* Block \(2\), Linear \(5\)"):
+    with pytest.raises(ValueError, match=r"where=LayerNorm selects no module .*it calls Block \(2\), Linear \(5\)"):
         spp.propagate(Model([Block] * 2), images(16, 8), where=nnx.LayerNorm)
     with pytest.raises(ValueError, match="where='Blok' selects no module"):
         spp.propagate(Model([Block] * 2), images(16, 8), where="Blok")
@@ -710,6 +842,8 @@ def test_plot_shows_the_numbers(tiny, tmp_path):
     assert forward.get_yscale() == backward.get_yscale() == "log"
     assert first.get_color() != forward.lines[2].get_color()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["IdShort", "same", "thin: closed form"]
+    alone = spp.plot(profile, prediction).axes[0].lines[0]
+    np.testing.assert_allclose(alone.get_ydata(), prediction.forward_var)
     figure.savefig(tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 10_000
     raw = spp.plot(profile, relative=False)
@@ -740,6 +874,8 @@ def test_a_monitor_compiles_once(monkeypatch, tiny):
     prepared, second = monitor._measurement, monitor(model)
     assert monitor._measurement is prepared
     assert second.forward_var[0] > first.forward_var[0]
+    deeper = tiny(residual="identity")
+    assert monitor(deeper).forward_var[0] == spp.propagate(deeper, x, seed=2).forward_var[0]  # another network
     values = spp.scalars(second)
     assert values["forward_var/blocks/0"] == second.forward_var[0]
     assert len(values) == 8

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from nfjax import initializers, residual, resnet, spp
 
@@ -119,6 +119,11 @@ def own_model(arguments: argparse.Namespace) -> tuple[str, spp.Profile, None]:
     takes_seed = "seed" in inspect.signature(make).parameters
     first = _call(make, arguments.module, {"seed": 0} if takes_seed else {})
     model, x = first if isinstance(first, tuple) and len(first) == 2 else (first, None)
+    if not isinstance(model, nnx.Module | linen.Module):
+        raise UsageError(
+            f"{arguments.module} returned {type(model).__name__}: expected an nnx.Module, a Linen module, or "
+            "(model, input)"
+        )
     if isinstance(model, nnx.Module) and arguments.seeds > 1 and not takes_seed:
         raise UsageError(
             f"{arguments.module} takes no `seed`, so that --seeds={arguments.seeds} would measure the same parameters "
@@ -217,17 +222,17 @@ def load_images(folder: pathlib.Path, count: int, size: int) -> np.ndarray:
 def main() -> None:
     arguments = parse()
     try:
+        for path in map(pathlib.Path, arguments.out):  # a folder that cannot be made is known before the work is done
+            path.parent.mkdir(parents=True, exist_ok=True)
         title, profile, prediction = own_model(arguments) if arguments.module else paper_network(arguments)
         print(f"{title}\n\n{profile!r}\n\n{profile.diagnose(arguments.tolerance)}")
         for path in map(pathlib.Path, arguments.out):
-            path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix.lower() == ".csv":
                 profile.to_csv(path)
             elif path.suffix.lower() == ".json":
                 profile.to_json(path)
             else:
-                named = {"measured": profile}
-                spp.plot(named, prediction and {"measured": prediction}, title=title).savefig(path, dpi=150)
+                spp.plot({"measured": profile}, prediction, title=title).savefig(path, dpi=150)
             print(f"\n{path}", end="")
         print()
     except (UsageError, ValueError, TypeError, OSError) as error:

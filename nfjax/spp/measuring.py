@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,9 @@ from nfjax.spp.tracing import Call, Runnable, tag
 
 Loss = Callable[[Any], jax.Array]
 
-_FIELDS = 5  # reached, scale, mean, mean over channels of the squared channel mean, and of the channel variance
+_FIELDS = 5  # reached, scale; of the channels' means: mean square and variance; mean of the channels' variances
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_REMATERIALIZED = ("checkpoint", "remat", "remat2")
 _BLOCK, _BRANCH = "block", "branch"
 
 
@@ -47,7 +49,7 @@ def statistics(x: jax.Array) -> jax.Array:
     means = (x.astype(jnp.float32) / scale).mean(axis=axes, keepdims=True)
     x, scale, means = jax.lax.optimization_barrier((x, scale, means))
     variances = jnp.square(x.astype(jnp.float32) / scale - means).mean(axis=axes)
-    return jnp.stack([jnp.float32(1), scale, means.mean(), jnp.square(means).mean(), variances.mean()])
+    return jnp.stack([jnp.float32(1), scale, jnp.square(means).mean(), jnp.var(means), variances.mean()])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +66,8 @@ class Statistics:
     @classmethod
     def of(cls, vectors: np.ndarray) -> Statistics:
         """From [n, _FIELDS]."""
-        reached, scale, mean, sq_mean, channel_var = np.asarray(vectors, np.float64).T
-        with np.errstate(invalid="ignore"):
-            between = np.maximum(sq_mean - mean**2, 0.0)  # the variance of the channels' means
-            return cls(sq_mean * scale**2, channel_var * scale**2, (channel_var + between) * scale**2, reached > 0)
+        reached, scale, sq_mean, between, within = np.asarray(vectors, np.float64).T
+        return cls(sq_mean * scale**2, within * scale**2, (within + between) * scale**2, reached > 0)
 
 
 # ---------------------------------------------------------------- taps
@@ -94,11 +94,20 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 @dataclasses.dataclass
 class _Taken:
-    """What an evaluation found, in execution order: (call, forward statistics), and the value at the last block."""
+    """What an evaluation found, in execution order: the calls, their outputs' shapes and forward statistics; and the
+    value at the last block.
+    """
 
-    calls: list[int]
-    forward: list[jax.Array]
-    last: jax.Array | None
+    calls: list[int] = dataclasses.field(default_factory=list)
+    shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    forward: list[jax.Array] = dataclasses.field(default_factory=list)
+    last: jax.Array | None = None
+
+    def extend(self, other: _Taken) -> None:
+        self.calls += other.calls
+        self.shapes += other.shapes
+        self.forward += other.forward
+        self.last = self.last if other.last is None else other.last
 
 
 def _evaluate(
@@ -106,16 +115,14 @@ def _evaluate(
 ) -> tuple[list[Any], _Taken]:
     """Evaluates a tagged jaxpr, the calls in `roles` tapped. sinks: one for each block in execution order; used up."""
     values: dict[Any, Any] = {}
-    taken = _Taken([], [], None)
+    taken = _Taken()
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     def inside(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         out, inner = _evaluate(jaxpr, consts, args, sinks, roles)
-        taken.calls += inner.calls
-        taken.forward += inner.forward
-        taken.last = taken.last if inner.last is None else inner.last
+        taken.extend(inner)
         return out
 
     values.update(zip(jaxpr.constvars, consts, strict=True))
@@ -126,6 +133,7 @@ def _evaluate(
             (value,) = given
             if call in roles:
                 taken.calls.append(call)
+                taken.shapes.append(value.shape)
                 taken.forward.append(statistics(jax.lax.stop_gradient(value)))
                 if roles[call] == _BLOCK:
                     value = taken.last = _tap(value, sinks.pop(0))
@@ -137,7 +145,7 @@ def _evaluate(
             out = inside(inner.jaxpr, inner.consts, given)
         elif name == "scan":
             out = _scan(eqn.params, given, inside)
-        elif name in ("checkpoint", "remat", "remat2"):
+        elif name in _REMATERIALIZED:
             out = _remat(eqn.params, given, sinks, roles, taken)
         else:
             raise AssertionError(f"check_supported let {name} pass")
@@ -181,18 +189,16 @@ def _remat(
     counts = executions_of(jaxpr)
     needed = sum(count for call, count in counts.items() if roles.get(call) == _BLOCK)
     own, sinks[:needed] = sinks[:needed], []
-    calls: list[int] = []
+    inner = _Taken()
 
     @functools.partial(jax.checkpoint, prevent_cse=params["prevent_cse"], policy=params["policy"])
     def evaluate(given: Sequence[Any], sinks: Sequence[jax.Array]) -> Any:
+        nonlocal inner
         out, inner = _evaluate(jaxpr, (), given, list(sinks), roles)
-        calls[:] = inner.calls
         return out, inner.forward, inner.last
 
     out, forward, last = evaluate(given, own)
-    taken.calls += calls
-    taken.forward += forward
-    taken.last = taken.last if last is None else last
+    taken.extend(dataclasses.replace(inner, forward=forward, last=last))
     return out
 
 
@@ -223,7 +229,7 @@ def check_supported(jaxpr: Any, calls: Sequence[Call], chosen: Sequence[int]) ->
         if tag(eqn) is not None or not within:
             continue
         name = eqn.primitive.name
-        if name not in (*_INLINED, "scan", "checkpoint", "remat", "remat2"):
+        if name not in (*_INLINED, "scan", *_REMATERIALIZED):
             raise ValueError(
                 f"{calls[within[0]].what} runs inside JAX's {name!r}, from where its statistics cannot be brought out "
                 "(a conditional, a while loop, or a derivative rule of its own); choose blocks outside it with where="
@@ -258,8 +264,8 @@ class Measurement:
             missed = int(np.flatnonzero(~backward.reached)[-1])
             raise ValueError(
                 f"no gradient reaches the output of {self.paths[missed]!r}: something behind it is not differentiable "
-                "(stop_gradient, rounding, an integer), or nothing that is differentiated depends on it. Select other "
-                "blocks with where=, or another target with loss="
+                "(stop_gradient, rounding, an integer, a gradient inside the model), or what is differentiated does "
+                "not depend on it. Select other blocks with where=, or another target with loss="
             )
         block, branch = (Statistics.of(forward[list(rows)]) for rows in (self._blocks, self._branches))
         has_branch = np.array([row >= 0 for row in self._branches])
@@ -284,12 +290,14 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
     check_supported(jaxpr.jaxpr, calls, [*blocks, *branches])
     roles = dict.fromkeys(branches, _BRANCH) | dict.fromkeys(blocks, _BLOCK)
     number = sum(reached[block] for block in blocks)
-    order: list[int] = []
+    leaves = jax.tree.leaves(model.arrays)
+    taken_calls: list[int] = []
+    taken_shapes: list[tuple[int, ...]] = []
 
     def measure(leaves: Sequence[jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
         def run(sinks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
             out, taken = _evaluate(jaxpr.jaxpr, consts, leaves, list(sinks), roles)
-            order[:] = taken.calls
+            taken_calls[:], taken_shapes[:] = taken.calls, taken.shapes
             if loss is None:
                 return taken.last, jnp.stack(taken.forward)
             value = _apply_loss(loss, jax.tree.unflatten(traced.out_tree, out), key)
@@ -303,62 +311,66 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
     consts = jaxpr.consts
     try:
         # Unused arguments stay, so that equal programs have equal arguments.
-        lowered = jax.jit(measure, keep_unused=True).lower(jax.tree.leaves(model.arrays), jax.random.key(0))
+        lowered = jax.jit(measure, keep_unused=True).lower(leaves, jax.random.key(0))
     except ValueError as error:
         if "everse-mode differentiation" in str(error):  # JAX's message for a while loop, a callback and the like
             raise ValueError(f"{model.name} cannot be differentiated: {error}") from error
         raise
-    paths, places = _paths(calls, order, roles)
-    last_branch = [-1] * number
-    position, pending = -1, {}
-    for i, call in enumerate(order):
-        if roles[call] == _BRANCH:
-            pending[calls[call].path] = i
-            continue
-        position += 1
-        mine = [p for p in pending if p.startswith(f"{calls[call].path}/")]
-        if mine:
-            last_branch[position] = pending[mine[-1]]
-        for path in mine:
-            del pending[path]
-    chosen = [calls[order[place]] for place in places]
+    places = [i for i, call in enumerate(taken_calls) if roles[call] == _BLOCK]
     return Measurement(
-        paths=paths,
-        shapes=tuple(call.shape for call in chosen),
-        dtypes=tuple(str(call.dtype) for call in chosen),
-        program=_compile(lowered),
+        paths=_paths([calls[taken_calls[place]].path for place in places]),
+        shapes=tuple(taken_shapes[place] for place in places),
+        dtypes=tuple(str(calls[taken_calls[place]].dtype) for place in places),
+        program=_compile(lowered, leaves),
         _blocks=tuple(places),
-        _branches=tuple(last_branch),
+        _branches=_branch_places(calls, taken_calls, roles),
     )
 
 
-def _paths(calls: Sequence[Call], order: Sequence[int], roles: Mapping[int, str]) -> tuple[tuple[str, ...], list[int]]:
-    """The blocks' paths and their places in `order`; of a module that runs several times "block[0]", "block[1]", …"""
-    places = [i for i, call in enumerate(order) if roles[call] == _BLOCK]
-    names = [calls[order[place]].path for place in places]
-    total, seen = collections.Counter(names), collections.Counter()
-    paths = []
+def _branch_places(calls: Sequence[Call], order: Sequence[int], roles: Mapping[int, str]) -> tuple[int, ...]:
+    """For each block that runs, where in `order` its branch stands, the last one if it has several; -1 for none."""
+    found, pending = [], {}
+    for place, call in enumerate(order):
+        if roles[call] == _BLOCK:
+            found.append(pending.pop(call, -1))
+            continue
+        block = calls[call].parent
+        while roles.get(block) != _BLOCK:  # branches are selected inside blocks only
+            block = calls[block].parent
+        pending[block] = place
+    return tuple(found)
+
+
+def _paths(names: Sequence[str]) -> tuple[str, ...]:
+    """The paths of blocks in execution order; those of a module that runs several times are numbered: "block[0]"."""
+    total, seen, paths = collections.Counter(names), collections.Counter(), []
     for name in names:
         paths.append(f"{name}[{seen[name]}]" if total[name] > 1 else name)
         seen[name] += 1
-    return tuple(paths), places
+    return tuple(paths)
 
 
 _programs: collections.OrderedDict[str, Any] = collections.OrderedDict()
+_programs_lock = threading.Lock()
 _KEPT_PROGRAMS = 16
 
 
-def _compile(lowered: Any) -> Any:
-    """The same program is compiled once in a process, whichever model it comes from: another initialization of the same
-    network is the same program.
+def _compile(lowered: Any, leaves: Sequence[Any]) -> Any:
+    """The same program on the same devices is compiled once in a process, whichever model it comes from: another
+    initialization of the same network is the same program.
     """
-    name = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    if name not in _programs:
-        _programs[name] = lowered.compile()
-        if len(_programs) > _KEPT_PROGRAMS:
-            _programs.popitem(last=False)
-    _programs.move_to_end(name)
-    return _programs[name]
+    text = lowered.as_text()
+    if "callback" in text:  # which Python function it calls does not stand in the text
+        return lowered.compile()
+    placed = [str(getattr(leaf, "sharding", None)) for leaf in leaves]
+    name = hashlib.sha256("\n".join([text, *placed]).encode()).hexdigest()
+    with _programs_lock:
+        if name not in _programs:
+            _programs[name] = lowered.compile()
+            if len(_programs) > _KEPT_PROGRAMS:
+                _programs.popitem(last=False)
+        _programs.move_to_end(name)
+        return _programs[name]
 
 
 def _apply_loss(loss: str | Loss, output: Any, key: jax.Array) -> jax.Array:

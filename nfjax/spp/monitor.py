@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from nfjax.spp import tracing
 from nfjax.spp.measuring import Loss, Measurement, prepare
 from nfjax.spp.profile import Profile
-from nfjax.spp.propagation import profile
+from nfjax.spp.propagation import COTANGENT, profile, same, stream
 from nfjax.spp.selection import Where
+from nfjax.spp.tracing import Runnable
 
 
 class Monitor:
@@ -31,18 +35,26 @@ class Monitor:
         branch: Where = "branch",
         loss: str | Loss | None = None,
         seed: int = 0,
+        mutable: Any = None,
         **kwargs: Any,
     ):
-        self.inputs, self.kwargs, self.seed = inputs, kwargs, seed
+        self.inputs, self.kwargs, self.seed, self.mutable = inputs, kwargs, seed, mutable
         self.selection = {"where": where, "branch": branch, "loss": loss}
         self._measurement: Measurement | None = None
+        self._network: Runnable | None = None
 
     def __call__(self, model: Any, variables: Any = None, rngs: Any = None) -> Profile:
-        """The profile of the model as it is now; always the same network, for Linen with `variables`."""
-        runnable = tracing.runnable(model, self.inputs, self.kwargs, variables, rngs, jax.random.key(self.seed))
-        if self._measurement is None:
+        """The profile of the model as it is now, for Linen with `variables`. Another network, or another mode of it,
+        compiles again.
+        """
+        key = jax.random.key(self.seed)
+        runnable = tracing.runnable(model, self.inputs, self.kwargs, variables, rngs, self.mutable, key)
+        if self._network is None or not same(self._network, runnable):
+            # Only what decides whether another model fits is kept, not the parameters.
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), runnable.arrays)
             self._measurement = prepare(runnable, **self.selection)
-        started = self._measurement.start(runnable.arrays, jax.random.key(self.seed))
+            self._network = dataclasses.replace(runnable, arrays=shapes, modules={})
+        started = self._measurement.start(runnable.arrays, stream(self.seed, COTANGENT))
         return profile(self._measurement, [self.seed], [self._measurement.read(started)])
 
 

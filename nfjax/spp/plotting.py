@@ -41,7 +41,7 @@ def styles(names: list[str]) -> dict[str, Style]:
 
 def plot(
     profiles: Profile | Mapping[str, Profile],
-    predictions: Mapping[str, Prediction] | None = None,
+    predictions: Prediction | Mapping[str, Prediction] | None = None,
     *,
     relative: bool = True,
     band: tuple[float, float] = (0.0, 1.0),
@@ -50,9 +50,10 @@ def plot(
 ) -> Figure:
     """Forward and backward variance by block, on log axes; one curve for each profile, by name.
 
-    predictions: of `spp.predict`, by the same names, thin lines under the curves. relative: the backward variance is
-    divided by that at the last block (its level depends on batch and loss). band: two quantiles over the seeds, between
-    which the surroundings of the median are shaded, by default all of them. style: of each curve, by name.
+    predictions: of `spp.predict`, one for all or by the same names, thin lines under the curves. relative: the backward
+    variance is divided by that at the last block (its level depends on batch and loss). band: two quantiles over the
+    seeds, between which the surroundings of the median are shaded, by default all of them. style: of each curve, by
+    name.
 
     Values that a log axis cannot show (0, infinite, NaN) are gaps. Returns a matplotlib Figure: `figure.savefig(path)`.
     """
@@ -63,6 +64,8 @@ def plot(
 
     if isinstance(profiles, Profile):
         profiles = {"": profiles}
+    if isinstance(predictions, Prediction):
+        predictions = dict.fromkeys(profiles, predictions)
     if not profiles:
         raise ValueError("there is no profile to plot")
     if unknown := set(predictions or ()) - set(profiles):

@@ -15,7 +15,7 @@ import numpy as np
 STATISTICS = ("forward_var", "backward_var", "channel_sq_mean", "channel_var", "branch_var")
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Profile:
     """Signal propagation through a network, one entry per block in execution order.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nfjax.spp import tracing
@@ -15,6 +17,13 @@ from nfjax.spp.selection import Where
 from nfjax.spp.tracing import Runnable
 
 GAUSSIAN = "gaussian"
+# Streams of a seed of their own: an input or a parameter that the user draws from the same seed is another number.
+COTANGENT, INPUT = 0x5F70A7, 0x5F70A8
+
+
+def stream(seed: int, purpose: int) -> jax.Array:
+    """The key of a seed for the cotangent (or the labels), or for the inputs."""
+    return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def propagate(
@@ -27,13 +36,15 @@ def propagate(
     loss: str | Loss | None = None,
     seed: int = 0,
     rngs: Any = None,
+    mutable: Any = None,
     **kwargs: Any,
 ) -> Profile:
     """Variances of activations and gradients at every block of a Flax model, in one jitted pass forward and back.
 
     model: any `nnx.Module`, called as `model(*inputs, **kwargs)`, or any Linen module, with its `variables` (left out,
-    drawn by `model.init` from `seed`) and `rngs`. It is used as it is, in the mode it is in (`model.train()`,
-    `model.eval()`, `train=True` among the kwargs), and left as it was.
+    drawn by `model.init` from `seed`), `rngs`, and `mutable` collections (left out, all but the parameters if it writes
+    any). It is used as it is, in the mode it is in (`model.train()`, `model.eval()`, `train=True` among the kwargs),
+    and left as it was.
 
     where: the blocks to measure, a class, several, a class name, or a predicate `(path, module) -> bool`; the measured
     value is the first floating-point array of what a block returns. Left out: the one class of repeated modules that
@@ -42,13 +53,17 @@ def propagate(
     The gradient starts at the last block's output with a cotangent drawn from N(0, 1), or, with `loss`, at a scalar
     function of the model's output: `loss=f`, or "cross_entropy" on labels drawn at random. seed: of these draws.
 
+    An argument of the model that has the name of one of these cannot be passed by keyword. Only `__call__` is measured,
+    not other methods, and modules that are attributes of the model: others, held in a closure, have the path
+    "(outside)/<class>".
+
     Raises ValueError where no block is selected or it is not clear which, where a block cannot be measured, and where
     no gradient reaches one; TypeError for what is no Flax model. An error from inside the model passes through.
     """
     _check(cotangent, loss)
-    runnable = _runnable(model, variables, seed, inputs, kwargs, rngs)
+    runnable = _runnable(model, variables, seed, inputs, kwargs, rngs, mutable)
     measurement = prepare(runnable, where, branch, loss)
-    return profile(measurement, [seed], [measurement.read(measurement.start(runnable.arrays, jax.random.key(seed)))])
+    return profile(measurement, [seed], [measurement.read(measurement.start(runnable.arrays, stream(seed, COTANGENT)))])
 
 
 def propagate_seeds(
@@ -60,6 +75,7 @@ def propagate_seeds(
     cotangent: str = GAUSSIAN,
     loss: str | Loss | None = None,
     rngs: Any = None,
+    mutable: Any = None,
     **kwargs: Any,
 ) -> Profile:
     """`propagate` for several seeds: a profile whose attributes are medians and whose `quantile` gives the spread.
@@ -71,7 +87,7 @@ def propagate_seeds(
     The pass is compiled once per network, not once per seed or initializer: parameters are its arguments.
     """
     _check(cotangent, loss)
-    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    seeds = tuple(seeds) if isinstance(seeds, Sequence) else tuple(range(operator.index(seeds)))
     if not seeds:
         raise ValueError("seeds is empty: expected a number of seeds, 1 or more, or a sequence of them")
     first: Runnable | None = None
@@ -80,9 +96,10 @@ def propagate_seeds(
     for seed in seeds:
         made = make(seed)
         model, variables = made if isinstance(made, tuple) else (made, None)
-        drawn = [x(jax.random.fold_in(jax.random.key(seed), i)) if callable(x) else x for i, x in enumerate(inputs)]
-        runnable = _runnable(model, variables, seed, drawn, kwargs, rngs)
-        if first is None or not _same(first, runnable):
+        keys = jax.random.split(stream(seed, INPUT), len(inputs) + 1)
+        drawn = [jnp.asarray(x(key)) if callable(x) else x for x, key in zip(inputs, keys, strict=False)]
+        runnable = _runnable(model, variables, seed, drawn, kwargs, rngs, mutable)
+        if first is None or not same(first, runnable):
             other = prepare(runnable, where, branch, loss)
             if measurement is not None and (other.program is not measurement.program):
                 raise ValueError(
@@ -93,7 +110,7 @@ def propagate_seeds(
         # While a pass runs, the parameters of the next seed are drawn.
         if started is not None:
             runs.append(measurement.read(started))
-        started = measurement.start(runnable.arrays, jax.random.key(seed))
+        started = measurement.start(runnable.arrays, stream(seed, COTANGENT))
     runs.append(measurement.read(started))
     return profile(measurement, seeds, runs)
 
@@ -116,17 +133,21 @@ def _runnable(
     inputs: Sequence[Any],
     kwargs: Mapping[str, Any],
     rngs: Any,
+    mutable: Any,
 ) -> Runnable:
-    return tracing.runnable(model, inputs, kwargs, variables, rngs, jax.random.key(seed))
+    return tracing.runnable(model, inputs, kwargs, variables, rngs, mutable, jax.random.key(seed))
 
 
-def _same(a: Runnable, b: Runnable) -> bool:
+def same(a: Runnable, b: Runnable) -> bool:
     """Whether the compiled pass of one serves the other without a look at its program."""
 
     def shapes(model: Runnable) -> list[Any]:
-        return [(np.shape(leaf), leaf.dtype) for leaf in jax.tree.leaves(model.arrays)]
+        return [(np.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(model.arrays)]
 
-    return a.network == b.network and shapes(a) == shapes(b)
+    try:
+        return bool(a.network == b.network) and shapes(a) == shapes(b)
+    except ValueError:  # a static attribute that is an array does not compare
+        return False
 
 
 def _check(cotangent: str, loss: str | Loss | None) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nfjax.spp.tracing import Call, class_name
 
-Where = type | tuple[type, ...] | str | Callable[[str, Any], bool]
+Where = type | str | Sequence[type | str] | Callable[[str, Any], bool]
 
 
-def select(calls: Sequence[Call], reached: Collection[int], where: Where | None) -> list[int]:
-    """The indices of the selected calls. reached: those whose output the model's jaxpr really computes.
+def select(calls: Sequence[Call], reached: Mapping[int, int], where: Where | None) -> list[int]:
+    """The indices of the selected calls. reached: how often the model's jaxpr computes the output of each.
 
     Raises ValueError where nothing is selected, or where `where` is left out and the model does not make clear what its
     blocks are.
@@ -25,12 +25,18 @@ def select(calls: Sequence[Call], reached: Collection[int], where: Where | None)
         if calls[i].shape is None:
             raise ValueError(f"{calls[i].what} returns no floating-point array that could be measured")
     if not found:
-        raise ValueError(f"where={_shown(where)} selects no module that the model calls; it calls {_census(calls)}")
+        raise ValueError(
+            f"where={_shown(where)} selects no module that the model calls (by __call__, not by another method); it "
+            f"calls {_census(calls, reached)}"
+        )
     return found
 
 
-def select_branches(calls: Sequence[Call], reached: Collection[int], blocks: Sequence[int], branch: Where) -> list[int]:
+def select_branches(
+    calls: Sequence[Call], reached: Mapping[int, int], blocks: Sequence[int], branch: Where
+) -> list[int]:
     """The indices of the calls inside `blocks` that are residual branches, by default the modules named "branch"."""
+    blocks = set(blocks)
     inside = set(blocks)
     for i, call in enumerate(calls):  # a call comes after its parent
         if call.parent in inside:
@@ -41,25 +47,27 @@ def select_branches(calls: Sequence[Call], reached: Collection[int], blocks: Seq
             return call.path.rpartition("/")[2] == branch or class_name(call.module) == branch
         return matches(branch, "branch", call)
 
-    candidates = (i for i, call in enumerate(calls) if i in inside and i not in set(blocks) and i in reached)
+    candidates = (i for i, call in enumerate(calls) if i in inside - blocks and i in reached)
     return [i for i in candidates if calls[i].shape is not None and chosen(calls[i])]
 
 
 def matches(where: Where, name: str, call: Call) -> bool:
-    """Whether a class, several classes, a class name or a predicate `(path, module)` means this call."""
+    """Whether a class, a class name, several of these or a predicate `(path, module)` means this call."""
     if isinstance(where, str):
         return any(cls.__name__ == where for cls in type(call.module).__mro__)
-    if isinstance(where, type | tuple):
+    if isinstance(where, type):
         return isinstance(call.module, where)
+    if isinstance(where, tuple | list):
+        return any(matches(one, name, call) for one in where)
     if not callable(where):
-        raise TypeError(f"{name}={where!r}: expected a class, several, a class name or a predicate (path, module)")
+        raise TypeError(f"{name}={where!r}: expected a class, its name, several, or a predicate (path, module)")
     try:
         return bool(where(call.path, call.module))
     except Exception as error:
         raise ValueError(f"{name}= raised {type(error).__name__} on {call.what}: {error}") from error
 
 
-def _repeated_composite(calls: Sequence[Call], reached: Collection[int]) -> type:
+def _repeated_composite(calls: Sequence[Call], reached: Mapping[int, int]) -> type:
     """The one class of which several instances run that have modules of their own inside. A class that occurs at most
     once in each call of another such class is a part of that, not a rival.
     """
@@ -72,9 +80,16 @@ def _repeated_composite(calls: Sequence[Call], reached: Collection[int]) -> type
     groups = collections.defaultdict(list)
     for i in counted:
         groups[type(calls[i].module)].append(i)
-    candidates = {
-        cls: members for cls, members in groups.items() if len(members) > 1 and any(descendants[i] > 1 for i in members)
-    }
+    runs = {cls: sum(max(reached.get(i, 0), 1) for i in members) for cls, members in groups.items()}
+    # Those with one part are wrappers beside others (norm and activation), and blocks where there are no others.
+    for parts in (2, 1):
+        candidates = {
+            cls: members
+            for cls, members in groups.items()
+            if runs[cls] > 1 and any(descendants[i] >= parts for i in members)
+        }
+        if candidates:
+            break
 
     def part_of(cls: type, other: type) -> bool:
         outer = [[a for a in ancestors[i] if type(calls[a].module) is other] for i in candidates[cls]]
@@ -86,10 +101,11 @@ def _repeated_composite(calls: Sequence[Call], reached: Collection[int]) -> type
     if not blocks:
         raise ValueError(
             "cannot tell what the blocks of this model are: no class of modules with parts of its own is called more "
-            f"than once. Choose with where=, a class or a predicate (path, module); the model calls {_census(calls)}"
+            "than once. Choose with where=, a class or a predicate (path, module); the model calls "
+            f"{_census(calls, reached)}"
         )
     likely = min(blocks, key=lambda cls: (len(ancestors[candidates[cls][0]]), -descendants[candidates[cls][0]]))
-    listed = ", ".join(f"{cls.__name__} ({len(candidates[cls])} calls)" for cls in blocks)
+    listed = ", ".join(f"{cls.__name__} ({runs[cls]} calls)" for cls in blocks)
     raise ValueError(
         f"cannot tell what the blocks of this model are: choose with where=, such as where={likely.__name__}; "
         f"candidates are {listed}"
@@ -104,12 +120,15 @@ def _ancestors(calls: Sequence[Call], index: int) -> list[int]:
     return found
 
 
-def _census(calls: Sequence[Call]) -> str:
-    counts = collections.Counter(class_name(call.module) for call in calls)
+def _census(calls: Sequence[Call], reached: Mapping[int, int]) -> str:
+    counts: collections.Counter[str] = collections.Counter()
+    for i, call in enumerate(calls):
+        if i in reached or call.shape is None:
+            counts[class_name(call.module)] += reached.get(i, 1)
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "no modules"
 
 
 def _shown(where: Where) -> str:
-    if isinstance(where, tuple):
+    if isinstance(where, tuple | list):
         return f"({', '.join(map(_shown, where))})"
     return getattr(where, "__name__", repr(where))

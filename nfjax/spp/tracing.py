@@ -1,8 +1,9 @@
 """A model's forward pass as a jaxpr in which the output of every module call is tagged.
 
-The user's model is left alone. An NNX model is copied (split and merged) inside the trace, and the copy's modules get a
-subclass whose `__call__` tags what it returns; Linen's `intercept_methods` does the same for a Linen module. A tag is
-an identity operation with a name, which survives whatever JAX transformation surrounds it: `remat`, `scan`, `vmap`.
+The user's model is left alone. An NNX model is copied (split and merged) inside the trace, and for the length of it the
+`__call__` of its modules' classes tags what it returns; Linen's `intercept_methods` does the same for a Linen module. A
+tag is an identity operation with a name, which survives whatever JAX transformation surrounds it: `remat`, `scan`,
+`vmap`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors as linen_errors
 from flax import linen, nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -117,6 +120,7 @@ def runnable(
     kwargs: Mapping[str, Any],
     variables: Mapping[str, Any] | None,
     rngs: Any,
+    mutable: Any,
     key: jax.Array,
 ) -> Runnable:
     """The model called as `model(*inputs, **kwargs)`, NNX or Linen; for Linen with its variables, by default drawn from
@@ -139,7 +143,7 @@ def runnable(
             raise TypeError("variables= belongs to Linen modules; an nnx.Module holds its own")
         return _nnx(model, arguments, arrays)
     if isinstance(model, linen.Module):
-        return _linen(model, arguments, arrays, variables, rngs, key)
+        return _linen(model, arguments, arrays, variables, rngs, mutable, key)
     given = f"the class {model.__name__}" if isinstance(model, type) else class_name(model)
     raise TypeError(f"expected a Flax model, an nnx.Module or a linen.Module instance, not {given}")
 
@@ -151,29 +155,54 @@ def _nnx(model: nnx.Module, arguments: Callable[[Any], Any], arrays: Sequence[An
     def function(tree: Any) -> Any:
         state, arrays = tree
         copy = nnx.merge(graph, state)
-        for path, node in list(nnx.iter_graph(copy)):
-            if path and isinstance(node, nnx.Module) and _defines_call(type(node)):
-                node.spp_path = _join(path)
-                object.__setattr__(node, "__class__", _recording(type(node)))
+        modules = [(path, node) for path, node in nnx.iter_graph(copy) if isinstance(node, nnx.Module)]
+        for path, node in modules:
+            # A static attribute of the copy: it survives the splits and merges of nnx.remat, nnx.scan and the like.
+            object.__setattr__(node, _PATH, _join(path))
         args, kwargs = arguments(arrays)
-        return copy(*args, **kwargs)
+        with _recorded({type(node) for _, node in modules}):
+            return copy(*args, **kwargs)
 
     return Runnable(function, (state, list(arrays)), class_name(model), graph, originals)
 
 
-def _defines_call(cls: type) -> bool:
-    return any("__call__" in vars(base) for base in cls.__mro__)
+_PATH = "_spp_path"
+_patching = threading.RLock()
 
 
-@functools.cache
-def _recording(cls: type) -> type:
+@contextlib.contextmanager
+def _recorded(classes: Iterable[type]) -> Iterator[None]:
+    """Calls of these classes' instances are noted by the recorder of this context, if it has one; as long as this
+    lasts.
+    """
+    classes = [cls for cls in classes if any("__call__" in vars(base) for base in cls.__mro__)]
+    with _patching:
+        resolved = {cls: cls.__call__ for cls in classes}
+        own = {cls: vars(cls).get("__call__") for cls in classes}
+        try:
+            for cls, call in resolved.items():
+                cls.__call__ = _recording(cls, call)
+            yield
+        finally:
+            for cls, call in own.items():
+                if call is None:
+                    del cls.__call__  # it was inherited
+                else:
+                    cls.__call__ = call
+
+
+def _recording(cls: type, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        recorder = _recorder.get()
-        call = functools.partial(cls.__call__, self, *args, **kwargs)
-        return call() if recorder is None else recorder.call(self.spp_path, recorder.modules[self.spp_path], call)
+        recorder, call = _recorder.get(), functools.partial(function, self, *args, **kwargs)
+        # Held in a closure or made during the call, a module has no path in the model.
+        path = vars(self).get(_PATH, f"(outside)/{cls.__name__}")
+        # A subclass that comes here by super() was noted already, as itself.
+        if recorder is None or type(self) is not cls or not path:
+            return call()
+        return recorder.call(path, recorder.modules.get(path, self), call)
 
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls)(cls.__name__, (cls,), {**names, "__call__": __call__})
+    return __call__
 
 
 def _linen(
@@ -182,13 +211,14 @@ def _linen(
     arrays: Sequence[Any],
     variables: Mapping[str, Any] | None,
     rngs: Any,
+    mutable: Any,
     key: jax.Array,
 ) -> Runnable:
     if model.scope is not None:
         model, bound = model.unbind()
         variables = bound if variables is None else variables
     # Linen falls back on the "params" stream for any other that is missing: dropout and the like.
-    rngs = {"params": key} if rngs is None else rngs
+    rngs = {"params": key, **(rngs or {})}
 
     def initialize(arrays: Any) -> Any:
         args, kwargs = arguments(arrays)
@@ -198,14 +228,21 @@ def _linen(
         with explained(class_name(model)):
             variables = jax.jit(initialize)(list(arrays))
 
-    def function(tree: Any) -> Any:
+    def function(tree: Any, mutable: Any) -> Any:
         variables, rngs, arrays = tree
         args, kwargs = arguments(arrays)
-        # mutable: batch norm in training mode wants to write its statistics; what it writes is dropped.
-        output, _ = model.apply(variables, *args, rngs=rngs, mutable=True, **kwargs)
-        return output
+        output = model.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
+        return output if mutable is False else output[0]  # what it writes is dropped
 
-    return Runnable(function, (variables, rngs, list(arrays)), class_name(model), model)
+    tree = (variables, rngs, list(arrays))
+    if mutable is None:
+        mutable = False
+        try:
+            with explained(class_name(model)):
+                jax.eval_shape(functools.partial(function, mutable=False), tree)
+        except linen_errors.ModifyScopeVariableError:  # batch norm in training mode writes its statistics
+            mutable = linen.DenyList("params")
+    return Runnable(functools.partial(function, mutable=mutable), tree, class_name(model), (model, repr(mutable)))
 
 
 def trace(model: Runnable) -> Trace:
@@ -215,8 +252,9 @@ def trace(model: Runnable) -> Trace:
 
     def flat(*leaves: Any) -> Any:
         nonlocal out_tree
+        # Whatever is no array (a name, a number) has a place holder, so that the structure stays.
         output, out_tree = jax.tree.flatten(model.function(jax.tree.unflatten(tree, leaves)))
-        return [leaf for leaf in output if leaf is not None]
+        return [leaf if isinstance(leaf, jax.Array | np.ndarray) else jnp.zeros((0,)) for leaf in output]
 
     recorder = Recorder(model.modules)
     with explained(model.name), recorder.recording(), _trace_context(recorder):
