@@ -144,7 +144,7 @@ def _evaluate(
             inner = eqn.params[_INLINED[name]]
             out = inside(inner.jaxpr, inner.consts, given)
         elif name == "scan":
-            out = _scan(eqn.params, given, inside)
+            out = _scan(eqn, given, inside)
         elif name in _REMATERIALIZED:
             out = _remat(eqn.params, given, sinks, roles, taken)
         else:
@@ -162,14 +162,17 @@ def _bind(eqn: Any, given: Sequence[Any]) -> Sequence[Any]:
     return out if eqn.primitive.multiple_results else [out]
 
 
-def _scan(params: Mapping[str, Any], given: Sequence[Any], inside: Callable[..., list[Any]]) -> list[Any]:
+def _scan(eqn: Any, given: Sequence[Any], inside: Callable[..., list[Any]]) -> list[Any]:
     """A loop over blocks, unrolled, so that each round is measured on its own."""
-    body, num_consts, num_carry = params["jaxpr"], params["num_consts"], params["num_carry"]
-    consts, carry, stacked = (
-        given[:num_consts],
-        given[num_consts : num_consts + num_carry],
-        given[num_consts + num_carry :],
-    )
+    params, body = eqn.params, eqn.params["jaxpr"]
+    # Carried values have the same rank inside and outside, stacked ones lose an axis; JAX's own names for their numbers
+    # differ between its versions.
+    outer, inner = [[v.aval.ndim for v in vs] for vs in (eqn.outvars, body.jaxpr.outvars)]
+    num_carry = sum(a == b for a, b in zip(outer, inner, strict=True))
+    outer, inner = [[jnp.ndim(x) for x in given], [v.aval.ndim for v in body.jaxpr.invars]]
+    num_unstacked = sum(a == b for a, b in zip(outer, inner, strict=True))
+    num_consts = num_unstacked - num_carry
+    consts, carry, stacked = given[:num_consts], given[num_consts:num_unstacked], given[num_unstacked:]
     rounds = range(params["length"])
     outputs = []
     for i in reversed(rounds) if params["reverse"] else rounds:

@@ -160,8 +160,10 @@ class Direction:
         way = "towards the output" if self.quantity == "activation" else "towards the input"
         if self.verdict == "non-finite":
             return f"{self.quantity} variance {way}: non-finite from {self.block!r}"
-        if self.per_block == 0:
-            change = "falls to 0"
+        if self.extreme == 0:
+            return f"{self.quantity} variance {way}: vanishing, 0 from {self.block!r}"
+        if not math.isfinite(self.per_block):
+            change = "changes without bound"
         else:
             verb, factor = ("grows", self.per_block) if self.per_block >= 1 else ("shrinks", 1 / self.per_block)
             change = f"{verb} {factor:.3g}x per block"
