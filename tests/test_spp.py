@@ -14,7 +14,7 @@ from nfjax import resnet, spp
 from nfjax.spp import measuring, propagation, tracing
 from tests.conftest import TINY
 
-RULES = ("identity", "idshort", "learnscalar", "convshort", "conv")
+RULES = ("idshort", "learnscalar", "convshort")
 
 
 def images(*shape, seed=0):
@@ -647,7 +647,7 @@ def test_seeds_of_linen_models():
 
 def test_another_network_for_another_seed_is_refused(tiny):
     with pytest.raises(ValueError, match=r"make\(1\) returned another network than make\(0\)"):
-        spp.propagate_seeds(lambda seed: tiny(seed, RULES[seed]), images(4, 8, 8, 3), seeds=2)
+        spp.propagate_seeds(lambda seed: tiny(seed, ("identity", "idshort")[seed]), images(4, 8, 8, 3), seeds=2)
     with pytest.raises(ValueError, match="seeds is empty"):
         spp.propagate_seeds(tiny, images(4, 8, 8, 3), seeds=0)
 

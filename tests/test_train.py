@@ -172,7 +172,7 @@ def test_resume_with_the_loop_is_exact_too(tiny_config, tmp_path, monkeypatch):
 
 
 def test_signal_propagation_is_watched_and_changes_nothing(whole, tmp_path):
-    config, folder = whole
+    config, folder, _ = whole
     config.log.signal_every_steps = 10
     train.train(config, str(tmp_path / "watched"))
     watched = [record for record in metrics.read(tmp_path / "watched") if record["kind"] == "signal"]
