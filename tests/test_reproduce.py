@@ -1,10 +1,14 @@
 import csv
 import sys
 
+import numpy as np
 import pytest
 
+from nfjax import resnet
 from nfjax.reproduce import __main__ as command
-from nfjax.reproduce import cost_table
+from nfjax.reproduce import cost_table, propagation_figure
+from nfjax.reproduce.signal import CURVES
+from tests.conftest import TINY
 
 
 def run(monkeypatch, *arguments):
@@ -37,3 +41,20 @@ def test_unknown_name_lists_the_right_ones(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "table3")
     assert "table1" in capsys.readouterr().err
+
+
+def test_a_propagation_figure_is_measured_and_written(monkeypatch, tmp_path):
+    monkeypatch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
+    curves = {name: CURVES[name] for name in ("IdShort, He fan-out", "ConvShort, effective fan-out")}
+    figure = propagation_figure("Figure", (TINY,), curves=curves, seeds=2, batch=4, image_size=8, width=4)
+    written = figure.write(tmp_path / "figure")
+    assert [path.name for path in written] == ["figure.md", f"figure_resnet{TINY}.png", f"figure_resnet{TINY}.csv"]
+    rows = list(csv.DictReader(written[2].read_text().splitlines()))
+    assert len(rows) == 2 * 2 * 4
+    profile = figure.profiles[TINY]["IdShort, He fan-out"]
+    assert float(rows[0]["backward_var"]) == pytest.approx(profile.samples["backward_var"][0, 0], rel=1e-6)
+    ratios = profile.samples["backward_var"][:, 0] / profile.samples["backward_var"][:, -1]
+    assert f"{np.median(ratios):.3g} [{ratios.min():.3g}, {ratios.max():.3g}]" in written[0].read_text()
+    row = figure.table().rows[0]
+    within, across = float(row[5]), float(row[6])
+    assert within * across == pytest.approx(profile.diagnose().backward.total, rel=0.02)
