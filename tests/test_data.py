@@ -111,7 +111,7 @@ def test_decoded_once(tmp_path, monkeypatch):
     make_folder(tmp_path / "set")
     first = data.load("folder", str(tmp_path / "set"), 8)
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_decode", lambda *args: pytest.fail("decoded again"))
+        patch.setattr(folder, "decode", lambda *args: pytest.fail("decoded again"))
         second = data.load("folder", str(tmp_path / "set"), 8)
     np.testing.assert_array_equal(first.train.images, second.train.images)
     assert data.load("folder", str(tmp_path / "set"), 4).train.images.shape == (8, 4, 4, 3)

@@ -8,7 +8,7 @@ from flax import nnx
 from nfjax import residual, resnet, spp
 from tests.conftest import TINY
 
-SEEDS = 10
+SEEDS = 16
 SIZE, WIDTH = 16, 32
 
 

@@ -139,7 +139,11 @@ def _fingerprint(root: pathlib.Path, files: dict[str, list[File]], image_size: i
     return digest.hexdigest()[:16]
 
 
-def _decode(path: pathlib.Path, image_size: int) -> np.ndarray:
+def decode(path: pathlib.Path, image_size: int) -> np.ndarray:
+    """The middle square of an image file, resized, as uint8 [image_size, image_size, 3].
+
+    Raises OSError or ValueError for what is no image of 8 bits per channel.
+    """
     from PIL import Image
 
     if not path.is_file():
@@ -175,7 +179,7 @@ def _decode_all(
                 stop = min(start + 64, len(listed))
                 for i in range(start, stop):
                     try:
-                        images[i] = _decode(root / listed[i][0], image_size)
+                        images[i] = decode(root / listed[i][0], image_size)
                     except Exception as error:  # decoders raise nearly anything on corrupt bytes
                         good[i] = False
                         logging.debug("cannot decode %s: %s", listed[i][0], error)

@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen, nnx
 
 from nfjax import initializers, residual, resnet, spp
+from nfjax.data.folder import decode
 
 PLOTS = (".png", ".svg", ".pdf")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
@@ -194,8 +195,6 @@ def load_images(folder: pathlib.Path, count: int, size: int) -> np.ndarray:
     """`count` images from all over a folder, the middle square resized, as float32 [count, size, size, 3] with mean 0
     and variance 1 in each colour.
     """
-    from PIL import Image
-
     if not folder.is_dir():
         raise UsageError(f"--input={folder}: there is no such folder; expected a folder of images, or noise")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
@@ -208,13 +207,9 @@ def load_images(folder: pathlib.Path, count: int, size: int) -> np.ndarray:
     images = np.empty((count, size, size, 3), np.float32)
     for image, i in zip(images, np.linspace(0, len(paths) - 1, count).astype(int), strict=True):
         try:
-            with Image.open(paths[i]) as opened:
-                picture = opened.convert("RGB")
-        except OSError as error:
+            image[:] = decode(paths[i], size)
+        except (OSError, ValueError) as error:
             raise UsageError(f"--input={folder}: {paths[i]} cannot be read as an image ({error})") from None
-        side = min(picture.size)
-        left, top = ((n - side) // 2 for n in picture.size)
-        image[:] = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
     images -= images.mean(axis=(0, 1, 2))
     return images / np.maximum(images.std(axis=(0, 1, 2)), 1e-6)
 

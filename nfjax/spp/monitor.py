@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfjax.spp import tracing
-from nfjax.spp.measuring import Loss, Measurement, prepare
+from nfjax.spp.losses import Loss
+from nfjax.spp.measuring import Measurement, prepare
 from nfjax.spp.profile import Profile
 from nfjax.spp.propagation import COTANGENT, profile, same, stream
 from nfjax.spp.selection import Where

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfjax.spp import tracing
-from nfjax.spp.measuring import Loss, Measurement, prepare
+from nfjax.spp.losses import Loss
+from nfjax.spp.measuring import Measurement, prepare
 from nfjax.spp.profile import Profile
 from nfjax.spp.selection import Where
 from nfjax.spp.tracing import Runnable

@@ -22,7 +22,7 @@ def select(calls: Sequence[Call], reached: Mapping[int, int], where: Where | Non
     chosen = [i for i, call in enumerate(calls) if matches(where, "where", call)]
     found = [i for i in chosen if i in reached]
     for i in chosen:
-        if calls[i].shape is None:
+        if calls[i].dtype is None:
             raise ValueError(f"{calls[i].what} returns no floating-point array that could be measured")
     if not found:
         raise ValueError(
@@ -48,7 +48,7 @@ def select_branches(
         return matches(branch, "branch", call)
 
     candidates = (i for i, call in enumerate(calls) if i in inside - blocks and i in reached)
-    return [i for i in candidates if calls[i].shape is not None and chosen(calls[i])]
+    return [i for i in candidates if calls[i].dtype is not None and chosen(calls[i])]
 
 
 def matches(where: Where, name: str, call: Call) -> bool:
@@ -72,7 +72,7 @@ def _repeated_composite(calls: Sequence[Call], reached: Mapping[int, int]) -> ty
     once in each call of another such class is a part of that, not a rival.
     """
     # A call without an array is kept: its parts may have some.
-    counted = [i for i, call in enumerate(calls) if i in reached or call.shape is None]
+    counted = [i for i, call in enumerate(calls) if i in reached or call.dtype is None]
     descendants: collections.Counter[int] = collections.Counter()
     ancestors = {i: _ancestors(calls, i) for i in counted}
     for i in counted:
@@ -123,7 +123,7 @@ def _ancestors(calls: Sequence[Call], index: int) -> list[int]:
 def _census(calls: Sequence[Call], reached: Mapping[int, int]) -> str:
     counts: collections.Counter[str] = collections.Counter()
     for i, call in enumerate(calls):
-        if i in reached or call.shape is None:
+        if i in reached or call.dtype is None:
             counts[class_name(call.module)] += reached.get(i, 1)
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "no modules"
 

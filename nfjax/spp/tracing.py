@@ -33,14 +33,12 @@ _recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("rec
 @dataclasses.dataclass(frozen=True)
 class Call:
     """One call of a module. path: where the module stands in the model, joined by "/". parent: the call that it is part
-    of, as an index into `Trace.calls`. shape, dtype: of the output that is measured, None if no output is a
-    floating-point array.
+    of, as an index into `Trace.calls`. dtype: of the output that is measured, None if none is a floating-point array.
     """
 
     path: str
     module: Any
     parent: int | None
-    shape: tuple[int, ...] | None
     dtype: Any
 
     @property
@@ -63,7 +61,8 @@ class Trace:
 @dataclasses.dataclass(frozen=True)
 class Runnable:
     """A model with its inputs as a function of arrays. arrays: parameters, other variables and inputs, a pytree.
-    function: `arrays -> output`.
+    function: `arrays -> output`. network: what decides, together with the arrays' shapes, which function it is.
+    modules: the user's own by path, where the function runs copies of them.
     """
 
     function: Callable[[Any], Any]
@@ -84,7 +83,7 @@ class Recorder:
     def call(self, path: str, module: Any, function: Callable[[], Any]) -> Any:
         index = len(self.calls)
         parent = self._active[-1] if self._active else None
-        self.calls.append(Call(path, module, parent, None, None))
+        self.calls.append(Call(path, module, parent, None))
         self._active.append(index)
         try:
             output = function()
@@ -94,7 +93,7 @@ class Recorder:
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
                 leaves[i] = checkpoint_name(leaf, f"{_TAG}{index}")
-                self.calls[index] = dataclasses.replace(self.calls[index], shape=leaf.shape, dtype=leaf.dtype)
+                self.calls[index] = dataclasses.replace(self.calls[index], dtype=leaf.dtype)
                 break
         return jax.tree.unflatten(tree, leaves)
 
