@@ -35,6 +35,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config.model.residual, config.model.norm, _ = NETWORKS[name]
     config.model.depth, config.model.width, config.model.dtype = arguments.depth, arguments.width, arguments.dtype
     config.epochs, config.data.dir = arguments.epochs, arguments.data
+    config.augment.rand_operations = 0
     workdir = pathlib.Path("runs") / arguments.name / name.replace(", ", "_").replace(" ", "_")
     diverged = None
     try:

@@ -20,6 +20,7 @@ def get_config():
     config.data.std = (0.376, 0.376, 0.376)
     config.augment.crop_padding = 1
     config.augment.flip = False
+    config.augment.rand_operations = 0
     config.optim.learning_rate = 0.04
     config.log.every_steps = 15
     config.checkpoint.every_epochs = 5

@@ -2,8 +2,14 @@
 
     python -m nfjax.main --config=configs/imagenet_convshort.py --config.data.dir=DIR --workdir=WORKDIR
 
-This version keeps the images in memory, and flips what is already resized and cut: ImageNet itself needs the streaming
-loader with random resized crops, and RandAugment, that come next. The network and the optimizer are the paper's.
+DIR has ImageNet's layout, DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG (or a flat DIR/val with the devkit beside
+it). Faster, from records packed once:
+
+    python -m nfjax.data pack --source=folder --dir=DIR --out=RECORDS --short-side=256
+    python -m nfjax.main --config=configs/imagenet_convshort.py --config.data.source=records \\
+        --config.data.dir=RECORDS --workdir=WORKDIR
+
+Random resized crops of 224 pixels, flips, RandAugment, label smoothing; the images stay on the disk.
 Expected: in line with the 76.13 % that torchvision reports for ResNet-50 with batch normalization (the dashed line of
 figure 5). Time: not measured yet on an accelerator.
 """

@@ -36,11 +36,29 @@ def base() -> ConfigDict:
     config.data.image_size = 32  # height and width in pixels; paper, tables 1 and 2
     config.data.mean = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's pixels in [0, 1], per channel; not stated by the paper
     config.data.std = (0.2470, 0.2435, 0.2616)  # likewise
-    config.data.on_device = True  # keep the images on the device; False sends every batch from the host; ours
+    # Where the images are kept: decoded on the "device" or on the "host", or encoded on the "disk", from which every
+    # batch is decoded anew. Ours.
+    config.data.keep = "device"
+    # Short side in pixels to which test images are resized before the middle is cut out, none for image_size; paper,
+    # section 4: "standard", which is 256 for ImageNet.
+    config.data.resize = config_dict.placeholder(int)
+    config.data.workers = config_dict.placeholder(int)  # processes that decode from the disk; none: one a core; ours
+    config.data.ahead = 2  # batches decoded from the disk before they are asked for; ours
+    config.data.max_skipped = 0.01  # share of a split that may be unreadable before the run stops; ours
 
     config.augment = ConfigDict()
     config.augment.crop_padding = 4  # zeros around the image before a random crop, 0 for no crop; paper: "standard"
     config.augment.flip = True  # mirror left to right at random; paper: "standard"
+    # Random resized crop: the box's share of the area and its aspect ratio, smallest and largest; none for the whole
+    # image. Where the images are kept on the disk. Paper, section 4: "standard" for ImageNet (Szegedy et al. 2015).
+    config.augment.resized_crop_scale = config_dict.placeholder(tuple)
+    config.augment.resized_crop_ratio = (3 / 4, 4 / 3)  # likewise
+
+    # RandAugment (Cubuk et al. 2020), after crop and flip; paper, section 4, with no settings stated.
+    config.augment.rand_operations = 2  # N, operations on each image, 0 for none; not stated by the paper
+    config.augment.rand_magnitude = 9  # M, of torchvision's scale from 0 to 30; not stated by the paper
+    config.augment.rand_fill = 0  # grey level of what comes in from outside of the image; not stated by the paper
+    config.augment.rand_interpolation = "nearest"  # or "bilinear"; not stated by the paper
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 0.01  # paper, section 4
@@ -90,7 +108,10 @@ def imagenet() -> ConfigDict:
     config.data.image_size = 224
     config.data.mean = (0.485, 0.456, 0.406)  # ImageNet's, as torchvision publishes them
     config.data.std = (0.229, 0.224, 0.225)
+    config.data.keep = "disk"
+    config.data.resize = 256  # paper, section 4: "standard"
     config.augment.crop_padding = 0
+    config.augment.resized_crop_scale = (0.08, 1.0)
     config.optim.label_smoothing = 0.1  # paper: "Label Smoothing"; 0.1 not stated by the paper (Szegedy et al. 2016)
     return config
 

@@ -16,7 +16,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nfjax import checkpoint, data, steps, train
+from nfjax import checkpoint, steps, train
 from nfjax import workdir as workdirs
 
 
@@ -77,15 +77,15 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     folder = pathlib.Path(workdir)
     config = workdirs.read_config(folder)
     step = _known_step(folder, step)
-    dataset = data.load(config.data.source, config.data.dir if data_dir is None else data_dir, config.data.image_size)
+    dataset = train.open_data(config, config.data.dir if data_dir is None else data_dir)
     workdirs.check_data(folder, dataset, ["class_names"])
     network, params, batch_stats = steps.as_functions(load_model(workdir, step))
     mesh = train.make_mesh()
     state = {"params": params, "batch_stats": batch_stats}
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    feed = steps.Feed(dataset.test, mesh, config.data.on_device)
-    score = train.make_evaluation(config, feed, network)(state)
-    return {"step": step, "images": len(dataset.test), **score}
+    feed = train.make_feed(config, dataset, "test", mesh, folder)
+    score = train.make_evaluation(config, feed, network, len(dataset.test))(state)
+    return {"step": step, **score}
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ class Bar:
             leave=False,
             file=sys.stderr,
         )
-        self.rate = self.overall_rate = 0.0
+        self.rate = self.overall_rate = self.seconds = 0.0
         self._pending, self._since = 0, time.perf_counter()
         self._steps, self._seconds = 0, 0.0
 
@@ -103,12 +103,12 @@ class Bar:
         self.tqdm.update(steps)
 
     def settle(self) -> None:
-        """The device is done with all dispatched steps: sets `rate`, in images/s since the last report, compilation
-        included.
+        """The device is done with all dispatched steps: sets `seconds` since the last report and `rate`, in images/s,
+        compilation included.
         """
-        seconds = time.perf_counter() - self._since
-        self._steps, self._seconds = self._steps + self._pending, self._seconds + seconds
-        self.rate = self._pending * self.progress.batch_size / seconds
+        self.seconds = time.perf_counter() - self._since
+        self._steps, self._seconds = self._steps + self._pending, self._seconds + self.seconds
+        self.rate = self._pending * self.progress.batch_size / self.seconds
         self.overall_rate = self._steps * self.progress.batch_size / self._seconds
         self._pending = 0
 
@@ -119,6 +119,7 @@ class Bar:
         )
         self.tqdm.set_postfix_str(
             f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.1%}, {self.rate:,.0f} images/s"
+            + (f", {values['data_wait']:.0%} waiting for data" if values["data_wait"] >= 0.05 else "")
         )
         self._since = time.perf_counter()
 

@@ -1,5 +1,4 @@
-"""One step of training and of evaluation, and the two ways to feed them: many steps per dispatch from the device's
-memory, or batch by batch from the host.
+"""One step of training and of evaluation.
 
 A training step knows no data set and no settings: it is built from a network, an optimizer and a preprocessing
 function.
@@ -16,13 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nfjax import metrics
-from nfjax.data import Images
 
 State = dict[str, Any]  # {"params", "batch_stats", "opt", "step"}, plain dicts of arrays
-# {"image": uint8 [B, H, W, 3], "label": int32 [B]}; training adds "step", evaluation "mask" [B]
+# {"image": uint8 [B, H, W, 3], "label": int32 [B], "mask": float32 [B]}; training adds "step"
 Batch = dict[str, jax.Array]
 Sums = dict[str, Any]  # of a batch: "loss", "correct", "count"; training adds "grad_norm"
 Step = Callable[[State, Batch], Any]
@@ -86,23 +83,24 @@ def make_train_step(
     label_smoothing: float,
 ) -> Step:
     """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`,
-    given `fold_in(key, step)`.
+    given `fold_in(key, step)`. The loss is the mean over the examples whose mask is 1: one that could not be read
+    counts for nothing (batch norm, where there is any, sees it black).
 
     A step whose loss, gradient or update is not finite leaves the state as it was, and so does every later one, because
     a batch counts only if its "step" is the state's: nothing is trained on after a NaN, however many steps were already
     on their way to the device.
     """
 
-    def loss_of(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> Any:
+    def loss_of(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
         logits, batch_stats = network.train(params, batch_stats, images)
         losses = metrics.cross_entropy(logits, labels, label_smoothing)
-        return losses.mean(), (losses, logits, batch_stats)
+        return (losses * mask).sum() / jnp.maximum(mask.sum(), 1), (losses, logits, batch_stats)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Sums]:
         images = preprocess(jax.random.fold_in(key, state["step"]), batch["image"])
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, (losses, logits, batch_stats)), grads = gradient(
-            state["params"], state["batch_stats"], images, batch["label"]
+            state["params"], state["batch_stats"], images, batch["label"], batch["mask"]
         )
         grad_norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
@@ -115,7 +113,7 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         good = finite & (batch["step"] == state["step"])
         state = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
-        return state, metrics.sums(losses, logits, batch["label"], jnp.ones_like(losses)) | {"grad_norm": grad_norm}
+        return state, metrics.sums(losses, logits, batch["label"], batch["mask"]) | {"grad_norm": grad_norm}
 
     return train_step
 
@@ -134,70 +132,3 @@ def fetch(parts: list[Sums]) -> Sums:
     """The sums of several dispatches on the host, NumPy arrays with one entry per step."""
     fetched = jax.device_get(parts)
     return {name: np.concatenate([np.atleast_1d(part[name]) for part in fetched]) for name in fetched[0]}
-
-
-class Feed:
-    """Images of one split, on the device or on the host, from which batches are taken by index."""
-
-    def __init__(self, split: Images, mesh: Mesh, on_device: bool):
-        self.host = split
-        self.by_batch = NamedSharding(mesh, PartitionSpec("data"))
-        self.device = None
-        if on_device:
-            self.device = jax.device_put(
-                {"image": split.images, "label": split.labels}, NamedSharding(mesh, PartitionSpec())
-            )
-
-    def __len__(self) -> int:
-        return len(self.host)
-
-    def each(self, step: Step, donate: bool) -> Callable[..., Any]:
-        """`call(state, indices [B], **rest)`: one step per dispatch; rest completes the batch. donate: the state's
-        memory is reused.
-        """
-        donated = 0 if donate else ()
-        if self.device is None:
-            jitted = jax.jit(step, donate_argnums=donated)
-            return lambda state, indices, **rest: jitted(
-                state, jax.device_put(self.host.take(indices), self.by_batch) | rest
-            )
-        jitted = jax.jit(
-            lambda state, split, indices, rest: step(state, self._gather(split, indices) | rest), donate_argnums=donated
-        )
-        return lambda state, indices, **rest: jitted(state, self.device, indices, rest)
-
-    def many(self, step: Step, length: int) -> Callable[[State, np.ndarray, int], tuple[State, Sums]]:
-        """`call(state, indices [n, B], first_step)`: n <= length training steps in one dispatch, the sums of each
-        stacked to [n].
-
-        n is an argument of the compiled loop, so that epochs of unequal length do not compile again.
-        """
-
-        def loop(
-            state: State, split: Any, indices: jax.Array, first_step: jax.Array, n: jax.Array
-        ) -> tuple[State, Sums]:
-            def at(state: State, i: Any) -> tuple[State, Sums]:
-                return step(state, self._gather(split, indices[i]) | {"step": first_step + i})
-
-            _, shapes = jax.eval_shape(at, state, 0)
-            stacked = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
-
-            def body(i: jax.Array, carry: tuple[State, Sums]) -> tuple[State, Sums]:
-                state, sums = at(carry[0], i)
-                return state, jax.tree.map(lambda all, one: all.at[i].set(one), carry[1], sums)
-
-            return jax.lax.fori_loop(0, n, body, (state, stacked))
-
-        jitted = jax.jit(loop, donate_argnums=0)
-
-        def call(state: State, indices: np.ndarray, first_step: int) -> tuple[State, Sums]:
-            n = len(indices)
-            padded = np.zeros((length, indices.shape[1]), np.int32)
-            padded[:n] = indices
-            state, stacked = jitted(state, self.device, padded, np.int32(first_step), np.int32(n))
-            return state, {name: x[:n] for name, x in jax.device_get(stacked).items()}
-
-        return call
-
-    def _gather(self, split: Any, indices: jax.Array) -> Batch:
-        return jax.lax.with_sharding_constraint({name: x[indices] for name, x in split.items()}, self.by_batch)

@@ -23,11 +23,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from nfjax import augment, checkpoint, cost, data, metrics, optim, resnet, spp, steps
+from nfjax import feed as feeds
 from nfjax import workdir as workdirs
+from nfjax.data import crops, memory, skips, stream
 from nfjax.progress import Bar, Interrupts, Progress
-from nfjax.steps import Feed, State, Sums
+from nfjax.steps import State, Sums
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+KEEP = ("device", "host", "disk")
+Feed = feeds.OnDevice | feeds.FromHost
 
 
 class TrainingDivergedError(RuntimeError):
@@ -48,7 +52,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     check(config)
     folder = workdirs.open_for(config, workdir)
-    dataset = data.load(config.data.source, config.data.dir, config.data.image_size)
+    dataset = open_data(config, config.data.dir)
     size = len(dataset.train)
     if size < config.batch_size:
         raise ValueError(
@@ -78,8 +82,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     train_step = steps.make_train_step(
         network, optimizer, preprocessing(config, train=True), augment_key, config.optim.label_smoothing
     )
-    run_steps = make_runner(config, Feed(dataset.train, mesh, config.data.on_device), train_step)
-    evaluate = make_evaluation(config, Feed(dataset.test, mesh, config.data.on_device), network)
+    train_feed = make_feed(config, dataset, "train", mesh, folder)
+    test_feed = make_feed(config, dataset, "test", mesh, folder)
+    run_steps = make_runner(config, train_feed, train_step, size, progress.total)
+    evaluate = make_evaluation(config, test_feed, network, len(dataset.test))
     measure_signal = make_signal_measurement(config, dataset.train, network)
     writer = metrics.Writer(folder, progress.step)
     if measure_signal and progress.step == 0:
@@ -107,7 +113,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     break  # interrupted between two log steps
                 values = progress.take("interval")
                 values = {"epoch": progress.epoch, "learning_rate": float(schedule(progress.step - 1))} | values
-                writer.write("train", progress.step, values | {"images_per_second": round(bar.rate, 1)})
+                waited, train_feed.waited = train_feed.waited, 0.0
+                values |= {"images_per_second": round(bar.rate, 1), "data_wait": round(waited / bar.seconds, 4)}
+                writer.write("train", progress.step, values)
                 if measure_signal and progress.step % config.log.signal_every_steps == 0:
                     writer.write("signal", progress.step, measure_signal(state))
                 bar.show(values)
@@ -134,6 +142,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 )
             best_step = checkpoints.best_step()
     finally:
+        train_feed.close()
+        test_feed.close()
         writer.close()
         checkpoints.close()
     return finish(config, folder, dataset, best_step, time.perf_counter() - start, bar.overall_rate)
@@ -180,11 +190,30 @@ def check(config: ConfigDict) -> None:
             f"log.signal_every_steps={every} must be a positive multiple of log.every_steps={config.log.every_steps}"
         )
     if config.steps_per_dispatch is not None and (
-        config.steps_per_dispatch < 1 or (config.steps_per_dispatch > 1 and not config.data.on_device)
+        config.steps_per_dispatch < 1 or (config.steps_per_dispatch > 1 and config.data.keep != "device")
     ):
         raise ValueError(
-            f"steps_per_dispatch={config.steps_per_dispatch} must be positive, and 1 where data.on_device is False"
+            f"steps_per_dispatch={config.steps_per_dispatch} must be positive, and 1 unless data.keep=device"
         )
+    if config.data.keep not in KEEP:
+        raise ValueError(f"unknown data.keep={config.data.keep!r}: expected one of {', '.join(KEEP)}")
+    if config.augment.resized_crop_scale is not None and config.data.keep != "disk":
+        raise ValueError(
+            f"augment.resized_crop_scale={tuple(config.augment.resized_crop_scale)} needs the original images: set "
+            "--config.data.keep=disk"
+        )
+    for name, least in (("workers", 1), ("ahead", 1)):
+        value = getattr(config.data, name)
+        if value is not None and value < least:
+            raise ValueError(f"data.{name}={value} must be at least {least}")
+    if not 0 <= config.data.max_skipped <= 1:
+        raise ValueError(f"data.max_skipped={config.data.max_skipped} must be a share, from 0 to 1")
+    for name in ("train", "test"):
+        make_transform(config, name)
+    if config.augment.rand_operations < 0:
+        raise ValueError(f"augment.rand_operations={config.augment.rand_operations} must be 0 (for none) or more")
+    size = config.data.image_size
+    jax.eval_shape(augmentation(config), jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8))
     # A wrong name in the model or the optimizer is found here, at no cost, and not after the images are decoded.
     nnx.eval_shape(lambda: build_model(config, num_classes=2, key=jax.random.key(0)))
     build_optimizer(config, epoch_ends=[1])
@@ -221,47 +250,128 @@ def build_optimizer(
     return optim.sgd(schedule, settings.momentum, settings.weight_decay, **clipping), schedule
 
 
+def open_data(config: ConfigDict, directory: str) -> data.Dataset:
+    """The data set of a config: decoded into memory, or as it lies on the disk, whatever the config says."""
+    dataset = data.load(config.data.source, directory, config.data.image_size)
+    if config.data.keep == "disk":
+        if isinstance(dataset.train, data.Images):
+            raise ValueError(
+                f"data.keep=disk: {config.data.source} has no image files to decode; set --config.data.keep=device"
+            )
+        return dataset
+    size = config.data.image_size
+    cut, middle = crops.CentreCrop(size, size), crops.CentreCrop(size, config.data.resize or size)
+    return memory.decoded(dataset, cut, middle, config.data.max_skipped)
+
+
+def make_transform(config: ConfigDict, name: str) -> stream.Transform:
+    """What the host does to each encoded image of the split "train" or "test"."""
+    size, scale = config.data.image_size, config.augment.resized_crop_scale
+    if name == "train" and scale is not None:
+        return crops.RandomResizedCrop(size, tuple(scale), tuple(config.augment.resized_crop_ratio), config.seed)
+    resize = config.data.resize if name == "test" else None
+    return crops.CentreCrop(size, resize or size)
+
+
+def make_feed(config: ConfigDict, dataset: data.Dataset, name: str, mesh: Mesh, folder: pathlib.Path | None) -> Feed:
+    """Batches of the split "train" or "test" from where the config keeps the images. folder: gets skipped.jsonl."""
+    split = getattr(dataset, name)
+    if isinstance(split, data.Images):
+        return feeds.OnDevice(split, mesh) if config.data.keep == "device" else feeds.FromHost(feeds.taken(split), mesh)
+    size = config.data.image_size
+    skipped = skips.Skips(name, split.name, len(split), config.data.max_skipped, folder)
+
+    def streamed(orders: Iterator[data.Order]) -> Iterator[feeds.HostBatch]:
+        wanted: list[int] = []
+
+        def noted() -> Iterator[data.Order]:
+            for order in orders:
+                wanted.append(int(order.mask.sum()))
+                yield order
+
+        shape, transform = (size, size, 3), make_transform(config, name)
+        batches = stream.stream(split, transform, shape, noted(), skipped, config.data.workers, config.data.ahead)
+        try:
+            for number, batch in enumerate(batches):
+                skipped.check()
+                skipped.check_batch(int(batch["mask"].sum()), wanted[number])
+                yield batch
+        finally:
+            batches.close()
+
+    return feeds.FromHost(streamed, mesh)
+
+
+def augmentation(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`(key, images) -> images`, uint8 [B, H, W, 3]: what a training step does to images before normalising."""
+    settings = config.augment
+
+    def augmented(key: jax.Array, images: jax.Array) -> jax.Array:
+        crop_key, flip_key = jax.random.split(key)
+        if settings.crop_padding:
+            images = augment.random_crop(crop_key, images, settings.crop_padding)
+        if settings.flip:
+            images = augment.random_flip(flip_key, images)
+        if settings.rand_operations:
+            images = augment.rand_augment(
+                jax.random.fold_in(key, 2),
+                images,
+                settings.rand_operations,
+                settings.rand_magnitude,
+                fill=settings.rand_fill,
+                interpolation=settings.rand_interpolation,
+            )
+        return images
+
+    return augmented
+
+
 def preprocessing(config: ConfigDict, train: bool) -> Callable[..., jax.Array]:
     """uint8 [B, H, W, 3] to normalised float32: `(key, images)` with augmentation for training, `(images)` for
     evaluation.
     """
+    augmented = augmentation(config)
 
     def normalize(images: jax.Array) -> jax.Array:
         return augment.normalize(images, config.data.mean, config.data.std)
 
-    def augmented(key: jax.Array, images: jax.Array) -> jax.Array:
-        crop_key, flip_key = jax.random.split(key)
-        if config.augment.crop_padding:
-            images = augment.random_crop(crop_key, images, config.augment.crop_padding)
-        if config.augment.flip:
-            images = augment.random_flip(flip_key, images)
-        return normalize(images)
-
-    return augmented if train else normalize
+    return (lambda key, images: normalize(augmented(key, images))) if train else normalize
 
 
 def make_runner(
-    config: ConfigDict, feed: Feed, train_step: steps.Step
+    config: ConfigDict, feed: Feed, train_step: steps.Step, size: int, last: int
 ) -> Callable[[State, int, int], Iterator[tuple[State, Sums]]]:
-    """`run(state, step, stop)` trains from `step` to `stop` and yields the state and the sums of each dispatch."""
-    indices = functools.partial(data.train_indices, config.seed, len(feed), config.batch_size)
+    """`run(state, step, stop)` trains from `step` to `stop` and yields the state and the sums of each dispatch.
+
+    size: of the training split. last: step at which the run ends. Each call goes on where the one before it stopped.
+    """
     per_dispatch = config.steps_per_dispatch
     if per_dispatch is None:
-        many_pay = config.data.on_device and jax.default_backend() != "cpu"
+        many_pay = config.data.keep == "device" and jax.default_backend() != "cpu"
         per_dispatch = config.log.every_steps if many_pay else 1
+    items: Iterator[feeds.Item] | None = None
+    before: Sums | None = None
+
+    def idle() -> bool:
+        return before is None or all(x.is_ready() for x in before.values())
 
     def run_each(state: State, step: int, stop: int) -> Iterator[tuple[State, Sums]]:
-        before = None
+        nonlocal items, before
+        if items is None:
+            items = feed.items(data.train_orders(config.seed, size, config.batch_size, step, last), idle)
         for number in range(step, stop):
-            state, sums = each(state, indices(number, 1)[0], step=np.int32(number))
+            item = next(items)
+            running = before
+            state, before = each(state, item, step=np.int32(number))
             # One step runs while the next is prepared, and no more: the bar and Ctrl-C stay close to the device.
-            jax.block_until_ready(before)
-            before = sums
-            yield state, sums
+            jax.block_until_ready(running)
+            yield state, before
 
     def run_many(state: State, step: int, stop: int) -> Iterator[tuple[State, Sums]]:
         for number in range(step, stop, per_dispatch):
-            state, sums = many(state, indices(number, min(per_dispatch, stop - number)), number)
+            taken = min(per_dispatch, stop - number)
+            indices = data.train_indices(config.seed, size, config.batch_size, number, taken)
+            state, sums = many(state, indices, number)
             yield state, sums
 
     if per_dispatch > 1:
@@ -271,28 +381,39 @@ def make_runner(
     return run_each
 
 
-def make_evaluation(config: ConfigDict, feed: Feed, network: steps.Network) -> Callable[[State], dict[str, float]]:
-    """`evaluate(state) -> {"loss", "accuracy"}` over all examples of the feed, each counted exactly once."""
+def make_evaluation(
+    config: ConfigDict, feed: Feed, network: steps.Network, size: int
+) -> Callable[[State], dict[str, float]]:
+    """`evaluate(state) -> {"loss", "accuracy", "images"}` over all `size` examples of the feed, each counted exactly
+    once, but for those that cannot be read.
+    """
     step = feed.each(steps.make_eval_step(network, preprocessing(config, train=False)), donate=False)
     devices = jax.device_count()
     batch_size = -(-config.batch_size // devices) * devices
 
     def evaluate(state: State) -> dict[str, float]:
-        sums = steps.fetch([step(state, rows, mask=mask) for rows, mask in data.eval_indices(len(feed), batch_size)])
-        return metrics.means({name: values.sum(dtype=np.float64) for name, values in sums.items()})
+        sums = steps.fetch([step(state, item) for item in feed.items(data.eval_orders(size, batch_size))])
+        totals = {name: values.sum(dtype=np.float64) for name, values in sums.items()}
+        return metrics.means(totals) | {"images": int(totals["count"])}
 
     return evaluate
 
 
 def make_signal_measurement(
-    config: ConfigDict, split: data.Images, network: steps.Network
+    config: ConfigDict, split: data.Images | data.Encoded, network: steps.Network
 ) -> Callable[[State], dict[str, float]] | None:
     """`measure(state)` gives the forward and backward variance of every block on the first examples of the split,
     without augmentation; None where the config asks for none.
     """
     if config.log.signal_every_steps is None:
         return None
-    images = preprocessing(config, train=False)(jnp.asarray(split.images[: config.batch_size]))
+    if isinstance(split, data.Images):
+        images = split.images[: config.batch_size]
+    else:
+        middle = crops.CentreCrop(config.data.image_size, config.data.image_size)
+        first = range(min(config.batch_size, len(split)))
+        images = np.stack([middle(split.reader(split.reference(i))[0]) for i in first])
+    images = preprocessing(config, train=False)(jnp.asarray(images))
     monitor = spp.Monitor(images, seed=config.seed)
 
     def measure(state: State) -> dict[str, float]:
@@ -369,16 +490,17 @@ def finish(
         f"done    {config.epochs} epochs, {last['step']:,} steps, {work}",
         f"test    {last['test_accuracy']:.2%} at the end, best {best['test_accuracy']:.2%} after epoch "
         f"{best['epoch']}, "
-        f"of {len(dataset.test):,} images",
+        f"of {last.get('test_images', len(dataset.test)):,} images",
         f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
         f"curves  {folder / 'curves.png'}",
         f"score   python -m nfjax.evaluate --workdir={folder}   (the best checkpoint: step {best_step:,}, {saved:.2%})",
     ]
-    if dataset.skipped:
-        more = f" and {len(dataset.skipped) - 5} more" if len(dataset.skipped) > 5 else ""
+    skipped = dataset.skipped | skips.read(folder)
+    if skipped:
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         lines.append(
-            f"skipped {len(dataset.skipped)} files that are no images: {', '.join(dataset.skipped[:5])}{more}; all are "
-            f"named in {folder / workdirs.DATA}"
+            f"skipped {len(skipped)} images that cannot be read: {', '.join(list(skipped)[:5])}{more}; all are named "
+            f"in {folder / (workdirs.DATA if dataset.skipped else skips.FILE)}"
         )
     print("\n".join(lines), flush=True)
     return {

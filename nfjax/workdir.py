@@ -18,8 +18,8 @@ from nfjax.data import Dataset
 
 CONFIG = "config.json"
 DATA = "data.json"
-# What may differ when a run goes on: where its data lies, and how often it reports and saves.
-MAY_CHANGE = ("data.dir", "log.", "checkpoint.")
+# What may differ when a run goes on: where its data lies and who decodes it, and how often it reports and saves.
+MAY_CHANGE = ("data.dir", "data.workers", "data.ahead", "data.max_skipped", "log.", "checkpoint.")
 PACKAGES = ("nfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "clu", "numpy")
 
 
@@ -61,7 +61,7 @@ def start(folder: pathlib.Path, config: ConfigDict, dataset: Dataset) -> None:
     """
     if _has_begun(folder):
         check_data(folder, dataset, ["class_names", "train_images"])
-    described = _described(dataset) | {"skipped_files": list(dataset.skipped)}
+    described = _described(dataset) | {"skipped_files": dataset.skipped}
     (folder / CONFIG).write_text(config.to_json_best_effort(indent=2) + "\n")
     (folder / DATA).write_text(json.dumps(described, indent=1) + "\n")
 

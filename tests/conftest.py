@@ -37,5 +37,6 @@ def tiny_config(monkeypatch):
     config.data.source = "synthetic"
     config.data.image_size = 8
     config.augment.crop_padding = 1
+    config.augment.rand_operations = 0  # it compiles longer than all the rest
     config.log.every_steps = 5
     return config

@@ -1,6 +1,11 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nfjax import augment
 
@@ -43,3 +48,141 @@ def test_augmentation_depends_on_the_key_only():
     for function in (lambda key: augment.random_crop(key, batch, 2), lambda key: augment.random_flip(key, batch)):
         np.testing.assert_array_equal(function(jax.random.key(1)), jax.jit(function)(jax.random.key(1)))
         assert (function(jax.random.key(1)) != function(jax.random.key(2))).any()
+
+
+FOUR_DEVICES = """
+import functools
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from nfjax import augment
+
+def everything(key, images):
+    crop, flip, policy, erase, mix, cut = jax.random.split(key, 6)
+    images = augment.random_flip(flip, augment.random_crop(crop, images, 2))
+    images = augment.random_erasing(erase, augment.rand_augment(policy, images, interpolation="bilinear"))
+    mixed = augment.mixup(mix, augment.normalize(images, (0.5,) * 3, (0.25,) * 3), 0.4)
+    return images, augment.rand_augment(policy, images), mixed, augment.cutmix(cut, images, 1.0)
+
+assert jax.device_count() == 4
+images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3)).astype(np.uint8)
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+sharded = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+one, four = (jax.jit(everything)(jax.random.key(7), x) for x in (images, sharded))
+assert len(four[0].sharding.device_set) == 4, four[0].sharding
+jax.tree.map(np.testing.assert_array_equal, one, four)
+print("equal")
+"""
+
+
+def test_four_devices_augment_as_one():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", FOUR_DEVICES], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "equal", run.stderr
+
+
+def test_erased_rectangles():
+    batch = jnp.full((2000, 24, 30, 3), 200, jnp.uint8)
+    erase = jax.jit(lambda key, images: augment.random_erasing(key, images, value=(0, 1, 2)))
+    erased = np.asarray(erase(jax.random.key(0), batch))
+    assert set(np.unique(erased)) == {0, 1, 2, 200}
+    is_erased = erased[..., 0] == 0
+    assert ((erased == (0, 1, 2)).all(-1) == is_erased).all()
+    hit = is_erased[is_erased.any((1, 2))]
+    assert abs(len(hit) / 2000 - 0.5) < 0.04
+    rows, columns = hit.any(2), hit.any(1)
+    # What is erased is the rectangle of its rows and columns, which have no gaps.
+    assert (hit == rows[:, :, None] & columns[:, None, :]).all()
+    for line in (rows, columns):
+        assert (np.abs(np.diff(np.pad(line, ((0, 0), (1, 1))).astype(int))).sum(1) == 2).all()
+    height, width = rows.sum(1), columns.sum(1)
+    area, ratio = height * width / (24 * 30), height / width
+    # Sides are rounded to pixels.
+    assert 0.01 < area.min() < 0.03
+    assert 0.3 < area.max() < 0.36
+    assert 0.25 < ratio.min() < 0.35
+    assert 2.8 < ratio.max() < 3.9
+    assert abs(area.mean() - 0.175) < 0.02
+    assert abs(np.log(ratio).mean()) < 0.1
+    for line, size in ((rows, 24), (columns, 30)):
+        assert line[:, 0].any()
+        assert line[:, -1].any()
+        assert abs(line.mean(0)[: size // 2].sum() - line.mean(0)[size - size // 2 :].sum()) < 0.5
+
+
+def test_erasing_with_noise_always_and_never():
+    batch = jnp.full((64, 16, 16, 3), 9.0)
+    erased = np.asarray(augment.random_erasing(jax.random.key(0), batch, probability=1.0, value="random"))
+    noise = erased[erased != 9]
+    assert (erased != 9).any((1, 2, 3)).all()
+    assert abs(noise.mean()) < 0.1
+    assert abs(noise.std() - 1) < 0.05
+    np.testing.assert_array_equal(augment.random_erasing(jax.random.key(0), batch, probability=0.0), batch)
+
+
+def test_mixup_is_the_weighted_sum_with_the_partner():
+    batch = jax.random.normal(jax.random.key(0), (256, 4, 4, 3))
+    mixed, partner, weight = jax.jit(augment.mixup, static_argnums=2)(jax.random.key(1), batch, 0.4)
+    assert partner.dtype == jnp.int32
+    assert weight.dtype == jnp.float32
+    np.testing.assert_array_equal(jnp.sort(partner), np.arange(256))
+    share = np.asarray(weight, np.float64)[:, None, None, None]
+    x = np.asarray(batch, np.float64)
+    np.testing.assert_allclose(mixed, share * x + (1 - share) * x[partner], atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 5.0])
+def test_weights_are_from_beta(alpha):
+    _, _, weight = augment.mixup(jax.random.key(2), jnp.zeros((20_000, 1, 1, 1)), alpha)
+    weight = np.asarray(weight, np.float64)
+    assert np.isfinite(weight).all()
+    assert abs(weight.mean() - 0.5) < 0.015
+    assert abs(weight.var() - 1 / (4 * (2 * alpha + 1))) < 0.005
+
+
+def test_mixup_passes_gradients_and_keeps_the_dtype():
+    key, batch = jax.random.key(0), jnp.ones((8, 2, 2, 3))
+    gradient = jax.grad(lambda x: augment.mixup(key, x, 0.2)[0].sum())(batch)
+    _, partner, weight = augment.mixup(key, batch, 0.2)
+    expected = weight + jnp.zeros(8).at[partner].add(1 - weight)
+    np.testing.assert_allclose(gradient[:, 0, 0, 0], expected, rtol=1e-6)
+    assert augment.mixup(key, batch.astype(jnp.bfloat16), 0.2)[0].dtype == jnp.bfloat16
+
+
+def test_cutmix_pastes_a_rectangle_and_weighs_it_exactly():
+    batch = jnp.broadcast_to(jnp.arange(200, dtype=jnp.uint8)[:, None, None, None], (200, 12, 20, 3))
+    mixed, partner, weight = jax.jit(augment.cutmix, static_argnums=2)(jax.random.key(3), batch, 1.0)
+    mixed, partner = np.asarray(mixed), np.asarray(partner)
+    pasted = mixed[..., 0] != np.arange(200)[:, None, None]
+    assert (mixed == np.where(pasted, partner[:, None, None], np.arange(200)[:, None, None])[..., None]).all()
+    moved = partner != np.arange(200)
+    np.testing.assert_array_equal(weight[moved], np.float32(1 - pasted.mean((1, 2), dtype=np.float64))[moved])
+    assert (pasted == pasted.any(2)[:, :, None] & pasted.any(1)[:, None, :]).all()
+    assert 0.5 < weight.mean() < 0.75  # more than the 1/2 of Beta(1, 1): rectangles are cut off at the border
+
+
+def test_alpha_zero_mixes_nothing():
+    batch = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
+    for function in (augment.mixup, augment.cutmix):
+        mixed, _, weight = function(jax.random.key(1), batch, 0)
+        np.testing.assert_array_equal(mixed, batch)
+        np.testing.assert_array_equal(weight, np.ones(8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: augment.mixup(jax.random.key(0), x, 0.2), "dtype uint8: mixup expects floats.*`normalize` first"),
+        (lambda x: augment.cutmix(jax.random.key(0), x, -1.0), "alpha=-1.0: expected 0, for no mixing"),
+        (lambda x: augment.cutmix(jax.random.key(0), x[0], 1.0), r"shape \(8, 8, 3\): expected \[B, H, W, C\]"),
+        (lambda x: augment.random_erasing(jax.random.key(0), x, probability=2), "probability=2: expected a probab"),
+        (lambda x: augment.random_erasing(jax.random.key(0), x, scale=(0.5, 0.1)), r"scale=\(0.5, 0.1\): expected"),
+        (lambda x: augment.random_erasing(jax.random.key(0), x, ratio=(0, 2)), r"ratio=\(0, 2\): expected"),
+        (lambda x: augment.random_erasing(jax.random.key(0), x, value="random"), "'random' for images of dtype uint8"),
+        (lambda x: augment.random_erasing(jax.random.key(0), x, value=0.5), "expected integers from 0 to 255"),
+        (lambda x: augment.random_erasing(jax.random.key(0), x, value=(1, 2)), "expected one number or 3"),
+    ],
+)
+def test_arguments_that_cannot_work(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(images(4))

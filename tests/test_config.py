@@ -105,7 +105,12 @@ def test_every_leaf_is_read_where_something_is_built(tiny_config, tmp_path, monk
     monkeypatch.setattr(train, "header", lambda *args: "")
     for name in ("open_for", "start"):  # they read all fields, to compare them and to write them down
         monkeypatch.setattr(train.workdirs, name, lambda *args: tmp_path)
-    tiny_config.epochs = 1
+    from test_data import make_folder
+
+    make_folder(tmp_path / "set", per_class=20)
+    tiny_config.epochs, tiny_config.batch_size, tiny_config.augment.rand_operations = 1, 32, 1
+    tiny_config.data.source, tiny_config.data.dir, tiny_config.data.keep = "folder", str(tmp_path / "set"), "disk"
+    tiny_config.augment.resized_crop_scale = (0.5, 1.0)
     recorder = Recorder(tiny_config)
     train.train(recorder, str(tmp_path))
     assert recorder.read == set(leaves(tiny_config))

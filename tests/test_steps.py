@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from tensorboardX.proto import event_pb2
 
 from nfjax import augment, checkpoint, data, metrics, steps, train
+from nfjax import feed as feeds
 from nfjax.resnet import PreActResNet
 
 
@@ -41,15 +42,20 @@ def test_network_is_the_model_in_both_modes(norm):
         assert float(jnp.abs(logits - predicted).max()) > 1e-3
 
 
+def both_feeds(split):
+    mesh = train.make_mesh()
+    return feeds.OnDevice(split, mesh), feeds.FromHost(feeds.taken(split), mesh)
+
+
 def test_evaluation_counts_every_example_once():
     """Seven examples in batches of four: equal to a mean over the seven by hand."""
     split = data.Images(images(7), np.array([0, 1, 2, 0, 1, 2, 0], np.int32))
     network, params, batch_stats = steps.as_functions(small_model())
     step = steps.make_eval_step(network, lambda x: x.astype(jnp.float32) / 255)
     state = {"params": params, "batch_stats": batch_stats}
-    for on_device in (True, False):
-        call = steps.Feed(split, train.make_mesh(), on_device).each(step, donate=False)
-        sums = steps.fetch([call(state, rows, mask=mask) for rows, mask in data.eval_indices(7, 4)])
+    for feed in both_feeds(split):
+        call = feed.each(step, donate=False)
+        sums = steps.fetch([call(state, item) for item in feed.items(data.eval_orders(7, 4))])
         logits = network.predict(params, batch_stats, jnp.asarray(split.images, jnp.float32) / 255)
         log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
         assert sums["count"].sum() == 7
@@ -61,7 +67,7 @@ def test_evaluation_counts_every_example_once():
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_a_training_step_by_hand(norm, smoothing):
     network, params, batch_stats = steps.as_functions(small_model(norm))
-    batch = {"image": jnp.asarray(images(4)), "label": jnp.array([0, 1, 2, 0])}
+    batch = {"image": jnp.asarray(images(4)), "label": jnp.array([0, 1, 2, 0]), "mask": jnp.ones(4)}
 
     def preprocess(key, x):
         return x.astype(jnp.float32) / 255 + jax.random.normal(key, x.shape)
@@ -91,22 +97,39 @@ def test_a_training_step_by_hand(norm, smoothing):
     assert int(state["step"]) == 2
 
 
-@pytest.mark.parametrize("on_device", [True, False])
-def test_training_donates_its_state(on_device):
-    split = data.Images(images(8), np.zeros(8, np.int32))
-    feed = steps.Feed(split, train.make_mesh(), on_device)
+def test_an_example_that_could_not_be_read_counts_for_nothing():
+    network, params, batch_stats = steps.as_functions(small_model())
+    optimizer = optax.sgd(0.1)
+    step = jax.jit(
+        steps.make_train_step(network, optimizer, lambda key, x: x.astype(jnp.float32) / 255, jax.random.key(0), 0.1)
+    )
+    state = steps.initial_state(params, batch_stats, optimizer) | {"step": jnp.int32(0)}
+    batch = {"image": jnp.asarray(images(4)), "label": jnp.array([0, 1, 2, 0]), "step": np.int32(0)}
+    masked, sums = step(state, batch | {"mask": jnp.array([1.0, 0.0, 1.0, 1.0])})
+    rest = {name: x[jnp.array([0, 2, 3])] for name, x in batch.items() if name != "step"}
+    without, expected = step(state, rest | {"mask": jnp.ones(3), "step": np.int32(0)})
+    assert {name: float(x) for name, x in sums.items()} == pytest.approx({n: float(x) for n, x in expected.items()})
+    assert float(sums["count"]) == 3
+    for ours, theirs in zip(jax.tree.leaves(masked["params"]), jax.tree.leaves(without["params"]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["device", "host"])
+def test_training_donates_its_state(kind):
+    feed = both_feeds(data.Images(images(8), np.zeros(8, np.int32)))[kind]
     state = {"a": jnp.zeros((1000,))}
 
     def step(state, batch):
         return {"a": state["a"] + batch["label"].sum().astype(jnp.float32)}, {}
 
-    feed.each(step, donate=True)(state, np.arange(4))
+    (item,) = feed.items(data.train_orders(0, 8, 4, 0, 1))
+    feed.each(step, donate=True)(state, item)
     assert state["a"].is_deleted()
 
 
 def test_many_steps_in_one_dispatch_are_the_steps_one_by_one():
     split = data.Images(images(8), np.arange(8, dtype=np.int32))
-    feed = steps.Feed(split, train.make_mesh(), on_device=True)
+    feed = feeds.OnDevice(split, train.make_mesh())
 
     def step(state, batch):
         return {"sum": state["sum"] * 2 + batch["label"].sum() + batch["step"]}, {"count": batch["label"].max()}
@@ -207,5 +230,5 @@ def test_optimizer_settings_are_those_of_the_config(tiny_config):
 def test_the_mesh_takes_all_devices():
     mesh = train.make_mesh()
     assert mesh.devices.size == jax.device_count()
-    feed = steps.Feed(data.Images(images(4), np.zeros(4, np.int32)), mesh, on_device=True)
+    feed = feeds.OnDevice(data.Images(images(4), np.zeros(4, np.int32)), mesh)
     assert feed.by_batch.spec == PartitionSpec("data")

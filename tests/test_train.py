@@ -17,7 +17,7 @@ from nfjax import checkpoint, data, evaluate, metrics, spp, steps, train
 from nfjax import workdir as workdirs
 from nfjax.progress import Interrupts, Progress
 
-TIMING = {"images_per_second"}
+TIMING = {"images_per_second", "data_wait"}
 
 
 def records(folder):
@@ -145,11 +145,11 @@ def test_a_finished_run_is_not_trained_again(whole, capsys):
     assert "already complete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("settings", [{"steps_per_dispatch": 3}, {"on_device": False}], ids=["loop", "host"])
+@pytest.mark.parametrize("settings", [{"steps_per_dispatch": 3}, {"keep": "host"}], ids=["loop", "host"])
 def test_other_ways_of_dispatch_give_the_same_run(whole, tmp_path, settings):
     config, folder, _ = whole
     config.steps_per_dispatch = settings.get("steps_per_dispatch")
-    config.data.on_device = settings.get("on_device", True)
+    config.data.keep = settings.get("keep", "device")
     train.train(config, str(tmp_path / "other"))
     for ours, other in zip(records(folder), records(tmp_path / "other"), strict=True):
         assert ours.keys() == other.keys()
@@ -295,7 +295,7 @@ def test_a_step_out_of_turn_changes_nothing():
     params = {"w": jnp.ones((3,))[None]}
     state = steps.initial_state(params, {}, optax.sgd(0.1))
     image = jnp.arange(24, dtype=jnp.uint8).reshape(1, 2, 4, 3)
-    batch = {"image": image, "label": jnp.zeros((1,), jnp.int32)}
+    batch = {"image": image, "label": jnp.zeros((1,), jnp.int32), "mask": jnp.ones(1)}
     skipped, _ = step(state, batch | {"step": np.int32(1)})
     assert_equal(jax.tree.leaves(skipped), jax.tree.leaves(state))
     moved, sums = step(state, batch | {"step": np.int32(0)})
@@ -308,7 +308,8 @@ def test_gradient_norm_and_loss_are_finite_or_the_state_stays():
     step = jax.jit(quadratic_step())
     state = steps.initial_state({"w": jnp.full((1, 3), jnp.inf)}, {}, optax.sgd(0.1))
     image = jnp.ones((1, 2, 4, 3), jnp.uint8)
-    after, sums = step(state, {"image": image, "label": jnp.zeros((1,), jnp.int32), "step": np.int32(0)})
+    batch = {"image": image, "label": jnp.zeros((1,), jnp.int32), "mask": jnp.ones(1), "step": np.int32(0)}
+    after, sums = step(state, batch)
     assert not np.isfinite(float(sums["loss"]))
     assert_equal(jax.tree.leaves(after), jax.tree.leaves(state))
 
@@ -342,20 +343,20 @@ def test_four_devices_equal_one(tiny_config, tmp_path):
     code = """
 import sys, json
 import jax
-from nfjax import resnet, steps, train
+from nfjax import feed, resnet, train
 from ml_collections import ConfigDict
 resnet.STAGES[10] = (resnet.BasicBlock, (1, 1, 1, 1))
 devices = int(sys.argv[3])
 assert train.make_mesh().devices.size == jax.device_count() == devices
 
 # Each device holds its part of a batch and all of the parameters.
-gather = steps.Feed._gather
+gather = feed.OnDevice._gather
 def looking(self, split, indices):
     batch = gather(self, split, indices)
     show = lambda s: print("batch on", s.num_devices, s.is_fully_replicated)
     jax.debug.inspect_array_sharding(batch["image"], callback=show)
     return batch
-steps.Feed._gather = looking
+feed.OnDevice._gather = looking
 train.train(ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
 """
     tiny_config.model.residual, tiny_config.model.norm = "convshort", "batch"  # global statistics under jit
@@ -409,7 +410,17 @@ def test_how_often_it_reports_may_change(whole):
         ({"optim.clip_norm": 0.0}, "optim.clip_norm=0.0 must be positive"),
         ({"augment.crop_padding": -1}, "augment.crop_padding=-1 must be 0 or more"),
         ({"optim.label_smoothing": 1.0}, "optim.label_smoothing=1.0 must be at least 0 and less than 1"),
-        ({"steps_per_dispatch": 2, "data.on_device": False}, "and 1 where data.on_device is False"),
+        ({"steps_per_dispatch": 2, "data.keep": "host"}, "and 1 unless data.keep=device"),
+        ({"data.keep": "cloud"}, "unknown data.keep='cloud': expected one of device, host, disk"),
+        (
+            {"data.keep": "disk"},
+            "data.keep=disk: synthetic has no image files to decode; set --config.data.keep=device",
+        ),
+        ({"data.workers": 0}, "data.workers=0 must be at least 1"),
+        ({"data.max_skipped": 2.0}, "data.max_skipped=2.0 must be a share"),
+        ({"augment.resized_crop_scale": (0.1, 1.0)}, "needs the original images: set --config.data.keep=disk"),
+        ({"augment.resized_crop_scale": (0.0, 1.0), "data.keep": "disk"}, "expected 0 < low <= high <= 1"),
+        ({"data.resize": 4}, "a square of 8 pixels cannot be cut out of an image whose short side has 4"),
         ({"data.source": "cifar"}, "unknown data source 'cifar': expected one of digits, synthetic, folder"),
         ({"optim.anneal": "never"}, "unknown optim.anneal='never': expected one of epoch, step"),
         ({"batch_size": 0}, "batch_size=0 must be positive"),

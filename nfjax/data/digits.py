@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nfjax.data.arrays import Dataset, Images
+from nfjax.data.splits import Dataset, Images
 
 
 def load(directory: str, image_size: int) -> Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nfjax.data.arrays import Dataset, Images
+from nfjax.data.splits import Dataset, Images
 
 CLASSES, TRAIN, TEST = 10, 1024, 250
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen, nnx
 
 from nfjax import initializers, residual, resnet, spp
-from nfjax.data.folder import decode
+from nfjax.data.crops import CentreCrop
 
 PLOTS = (".png", ".svg", ".pdf")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
@@ -204,10 +204,10 @@ def load_images(folder: pathlib.Path, count: int, size: int) -> np.ndarray:
         raise UsageError(
             f"--input={folder}: {len(paths)} images, fewer than the batch of {count}; pass --batch={len(paths)}"
         )
-    images = np.empty((count, size, size, 3), np.float32)
+    images, middle = np.empty((count, size, size, 3), np.float32), CentreCrop(size, size)
     for image, i in zip(images, np.linspace(0, len(paths) - 1, count).astype(int), strict=True):
         try:
-            image[:] = decode(paths[i], size)
+            image[:] = middle(paths[i].read_bytes())
         except (OSError, ValueError) as error:
             raise UsageError(f"--input={folder}: {paths[i]} cannot be read as an image ({error})") from None
     images -= images.mean(axis=(0, 1, 2))

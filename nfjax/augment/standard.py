@@ -1,6 +1,4 @@
-"""Augmentation on the device: pure functions `(key, images) -> images` on uint8 [B, H, W, C], each example with its own
-randomness.
-"""
+"""What nearly every recipe does: random crop, random flip, normalization."""
 
 from __future__ import annotations
 

@@ -1,0 +1,254 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) as their author publishes them: found in a directory, or downloaded there.
+
+The archives hold pickles, which can run any code when they are read. Each file's checksum is compared with the
+published one, and the unpickler used here can build NumPy arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import pickle
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from nfjax.data.splits import Dataset, Images
+
+PAGE = "https://www.cs.toronto.edu/~kriz/"
+BLOCK = 1 << 20
+TIMEOUT = 60.0  # seconds without an answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """Where a data set lies: its archive, its folder when unpacked, and in it the files of the splits and of the class
+    names. md5: of each, as published.
+    """
+
+    title: str
+    file: str
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    names: str
+    labels_key: bytes
+    names_key: bytes
+    md5: dict[str, str]
+
+
+CIFAR10 = Archive(
+    title="CIFAR-10",
+    file="cifar-10-python.tar.gz",
+    folder="cifar-10-batches-py",
+    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test=("test_batch",),
+    names="batches.meta",
+    labels_key=b"labels",
+    names_key=b"label_names",
+    md5={
+        "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "test_batch": "40351d587109b95175f43aff81a1287e",
+        "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+    },
+)
+CIFAR100 = Archive(
+    title="CIFAR-100",
+    file="cifar-100-python.tar.gz",
+    folder="cifar-100-python",
+    train=("train",),
+    test=("test",),
+    names="meta",
+    labels_key=b"fine_labels",
+    names_key=b"fine_label_names",
+    md5={
+        "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
+        "train": "16019d7e3df5f24257cddd939b257f8d",
+        "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+        "meta": "7973b15100ade9c7d40fb424638fde48",
+    },
+)
+
+
+def load_cifar10(directory: str) -> Dataset:
+    """50 000 training and 10 000 test images [32, 32, 3] in 10 classes, from `directory`; see `load`."""
+    return load(CIFAR10, directory)
+
+
+def load_cifar100(directory: str) -> Dataset:
+    """50 000 training and 10 000 test images [32, 32, 3] in 100 classes, from `directory`; see `load`."""
+    return load(CIFAR100, directory)
+
+
+def found(directory: str) -> Callable[[str], Dataset] | None:
+    """What loads the archive in `directory`, if there is one."""
+    for archive, loader in ((CIFAR10, load_cifar10), (CIFAR100, load_cifar100)):
+        if any(os.path.exists(os.path.join(directory, name)) for name in (archive.file, archive.folder)):
+            return loader
+    return None
+
+
+def load(archive: Archive, directory: str) -> Dataset:
+    """Reads the unpacked folder in `directory`, else the archive, which is downloaded where it is missing.
+
+    Raises ValueError where a file is not the published one, OSError with the way to get it by hand where downloading
+    fails.
+    """
+    if not directory:
+        raise ValueError(f"no data directory given: expected one with {archive.file}, or to download it to")
+    root = pathlib.Path(directory)
+    if root.is_dir() and (root / archive.folder).is_dir():
+        contents = _from_folder(archive, root / archive.folder)
+    else:
+        if not (root / archive.file).exists():
+            _download(archive, root)
+        contents = _from_tar(archive, root / archive.file)
+    names = _field(archive, contents, archive.names, archive.names_key)
+    if not names or not all(isinstance(name, bytes) for name in names):
+        raise ValueError(f"{archive.title}: {archive.names} names no classes")
+    class_names = tuple(name.decode() for name in names)
+    train, test = (_images(archive, contents, files, len(names)) for files in (archive.train, archive.test))
+    digest = "-".join(archive.md5[name] for name in (*archive.train, *archive.test))
+    return Dataset(train, test, class_names, fingerprint=lambda: hashlib.sha256(digest.encode()).hexdigest()[:16])
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays, numbers, texts, lists and dictionaries, and refuses whatever else a pickle asks for."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        wanted = (module.replace("numpy._core", "numpy.core"), name)
+        if wanted == ("numpy.core.multiarray", "_reconstruct"):
+            return np.empty(0).__reduce__()[0]
+        if wanted == ("numpy", "ndarray"):
+            return np.ndarray
+        if wanted == ("numpy", "dtype"):
+            return np.dtype
+        if wanted == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return _latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _unpickled(archive: Archive, name: str, data: bytes) -> dict[bytes, Any]:
+    try:
+        content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:  # unpicklers raise nearly anything on corrupt bytes
+        raise ValueError(f"{archive.title}: {name} cannot be read: {error}. {_by_hand(archive)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{archive.title}: {name} holds {type(content).__name__}, expected a dictionary")
+    return content
+
+
+def _field(archive: Archive, contents: dict[str, bytes], name: str, key: bytes) -> Any:
+    content = _unpickled(archive, name, contents[name])
+    if key not in content:
+        raise ValueError(f"{archive.title}: {name} lacks {key.decode()}. {_by_hand(archive)}")
+    return content[key]
+
+
+def _images(archive: Archive, contents: dict[str, bytes], files: tuple[str, ...], num_classes: int) -> Images:
+    images, labels = [], []
+    for name in files:
+        content = _unpickled(archive, name, contents[name])
+        pixels, numbers = content.get(b"data"), content.get(archive.labels_key)
+        shaped = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (3072,)
+        if not shaped or not isinstance(numbers, list) or len(numbers) != len(pixels):
+            raise ValueError(f"{archive.title}: {name} holds no images [N, 3072] with N labels. {_by_hand(archive)}")
+        wrong = [label for label in numbers if not isinstance(label, int) or not 0 <= label < num_classes]
+        if wrong:
+            raise ValueError(f"{archive.title}: {name} has the label {wrong[0]!r}: expected 0 to {num_classes - 1}")
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels += numbers
+    return Images(np.ascontiguousarray(np.concatenate(images)), np.array(labels, np.int32))
+
+
+def _from_folder(archive: Archive, folder: pathlib.Path) -> dict[str, bytes]:
+    contents = {}
+    for name in (*archive.train, *archive.test, archive.names):
+        try:
+            contents[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{folder} lacks the file {name}: unpack {archive.file} again") from None
+        _check(archive, name, hashlib.md5(contents[name], usedforsecurity=False).hexdigest(), folder / name)
+    return contents
+
+
+def _from_tar(archive: Archive, file: pathlib.Path) -> dict[str, bytes]:
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    _check(archive, archive.file, digest, file)
+    wanted = {f"{archive.folder}/{name}": name for name in (*archive.train, *archive.test, archive.names)}
+    contents = {}
+    try:
+        with tarfile.open(file) as tar:  # read in memory: nothing is unpacked to disk
+            for member in tar:
+                if member.isfile() and member.name in wanted:
+                    contents[wanted[member.name]] = tar.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read: {error}. {_by_hand(archive)}") from error
+    missing = sorted(set(wanted.values()) - contents.keys())
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}. {_by_hand(archive)}")
+    return contents
+
+
+def _check(archive: Archive, name: str, digest: str, file: pathlib.Path) -> None:
+    if digest != archive.md5[name]:
+        raise ValueError(
+            f"{file} is not the published file: its MD5 is {digest}, expected {archive.md5[name]}; it is damaged or "
+            f"incomplete. Remove it to have it downloaded again. {_by_hand(archive)}"
+        )
+
+
+def _by_hand(archive: Archive) -> str:
+    return f"By hand: fetch {PAGE}{archive.file} and put it in the data directory"
+
+
+def _download(archive: Archive, root: pathlib.Path) -> None:
+    url, temporary = PAGE + archive.file, root / f"{archive.file}.{os.getpid()}.part"
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (
+            urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+            open(temporary, "wb") as out,
+            tqdm.tqdm(
+                total=int(response.headers.get("Content-Length", 0)) or None,
+                desc=archive.file,
+                unit="B",
+                unit_scale=True,
+            ) as bar,
+        ):
+            while block := response.read(BLOCK):
+                out.write(block)
+                digest.update(block)
+                bar.update(len(block))
+        _check(archive, archive.file, digest.hexdigest(), temporary)
+        os.replace(temporary, root / archive.file)
+    except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise OSError(
+            f"{archive.title} cannot be downloaded from {url} to {root}: {reason}. {_by_hand(archive)}"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,134 @@
+"""A whole data set decoded into memory: once, in parallel, and cached for the next run.
+
+The cache lies under `remote.cache_directory()`, keyed by the fingerprint of the data set and by what was done to its
+pixels.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+import tqdm
+from absl import logging
+
+from nfjax.data.crops import CentreCrop
+from nfjax.data.remote import cache_directory
+from nfjax.data.skips import Skips
+from nfjax.data.splits import Dataset, Encoded, Images
+from nfjax.data.worker import explained
+
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: float) -> Dataset:
+    """The data set with both splits as arrays of the crops' sizes; what is in memory already stays as it is.
+
+    An image that cannot be decoded is left out, and named in `skipped` with the cause. Raises ValueError if that is
+    more than the share `max_skipped` of a split, or if the arrays would take more than half of the machine's memory.
+    """
+    splits = {"train": (dataset.train, train), "test": (dataset.test, test)}
+    if all(isinstance(split, Images) for split, _ in splits.values()):
+        return dataset
+    _check_memory([(len(split), crop.size) for split, crop in splits.values()])
+    cache = cache_directory() / f"decoded-{_key(dataset, train, test)}.npz"
+    stored = _read(cache)
+    if stored is None:
+        arrays, skipped = {}, {}
+        for name, (split, crop) in splits.items():
+            if isinstance(split, Images):
+                images, labels = split.images, split.labels
+            else:
+                images, labels, bad = _decode(split, crop, name, max_skipped)
+                skipped |= bad
+            arrays |= {f"{name}_images": images, f"{name}_labels": labels}
+        _write(cache, arrays, skipped)
+    else:
+        arrays, skipped = stored
+        logging.info("decoded images read from %s", cache)
+    images = {name: Images(arrays[f"{name}_images"], arrays[f"{name}_labels"]) for name in splits}
+    return Dataset(images["train"], images["test"], dataset.class_names, dataset.skipped | skipped)
+
+
+def _check_memory(splits: list[tuple[int, int]]) -> None:
+    needed = sum(count * size * size * 3 for count, size in splits)
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if needed > limit:
+        raise ValueError(
+            f"{sum(count for count, _ in splits)} images of {splits[0][1]}x{splits[0][1]} pixels take "
+            f"{needed / 2**30:.1f} GiB, more than half of this machine's memory ({limit / 2**30:.1f} GiB); leave them "
+            "on the disk with --config.data.keep=disk, or use a smaller --config.data.image_size or fewer images"
+        )
+
+
+def _key(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> str:
+    fingerprint = dataset.fingerprint() if dataset.fingerprint else ""
+    return hashlib.sha256(f"2 {fingerprint} {train} {test}".encode()).hexdigest()[:16]
+
+
+def _decode(
+    split: Encoded, crop: CentreCrop, name: str, max_skipped: float
+) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    images = np.empty((len(split), crop.size, crop.size, 3), np.uint8)
+    labels = np.zeros(len(split), np.int32)
+    failures: dict[int, tuple[str, str]] = {}
+
+    def decode_slice(start: int) -> None:
+        stop = min(start + 64, len(split))
+        for i in range(start, stop):
+            try:
+                data, labels[i] = split.reader(split.reference(i))
+                images[i] = crop(data)
+            except Exception as error:  # any file may be bad in any way
+                failures[i] = explained(error)
+        bar.update(stop - start)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm.tqdm(total=len(split), desc=f"decoding {name}", unit=" images", mininterval=1) as bar,
+    ):
+        list(pool.map(decode_slice, range(0, len(split), 64)))
+    skips = Skips(name, split.name, len(split), max_skipped)
+    for i in sorted(failures):
+        skips(i, *failures[i])
+    skips.check()
+    good = np.ones(len(split), bool)
+    good[list(failures)] = False
+    if failures:
+        images, labels = images[good], labels[good]
+    return images, labels, skips.causes
+
+
+Stored = tuple[dict[str, np.ndarray], dict[str, str]]
+
+
+def _read(cache: pathlib.Path) -> Stored | None:
+    try:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in _ARRAYS}, json.loads(str(stored["skipped"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logging.warning("the cache %s cannot be read (%s) and is made again", cache, error)
+        return None
+
+
+def _write(cache: pathlib.Path, arrays: dict[str, np.ndarray], skipped: dict[str, str]) -> None:
+    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays, skipped=np.array(json.dumps(skipped)))
+        os.replace(temporary, cache)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        logging.warning(
+            "the decoded images cannot be cached in %s (%s); the next run decodes them again", cache.parent, error
+        )

@@ -1,0 +1,69 @@
+"""The order in which training and evaluation visit the examples of a split.
+
+The order of training is a function of (seed, position): example number p of a run, counted over all epochs, is number p
+mod n of the permutation of epoch p // n. Batches are cut from this endless stream, so every epoch visits each example
+exactly once, a batch may span two epochs, and the position in a run is a single number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """One batch to be made: positions int64 [B] in the run, indices int32 [B] of the examples there, mask float32 [B],
+    0 for padding, which comes last.
+    """
+
+    positions: np.ndarray
+    indices: np.ndarray
+    mask: np.ndarray
+
+    def share(self, process: int, processes: int) -> Order:
+        """What one of several hosts makes of it: consecutive examples, without overlap or loss."""
+        if len(self.indices) % processes:
+            raise ValueError(f"a batch of {len(self.indices)} cannot be divided over {processes} processes")
+        size = len(self.indices) // processes
+        part = slice(process * size, (process + 1) * size)
+        return Order(self.positions[part], self.indices[part], self.mask[part])
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def train_indices(seed: int, size: int, batch_size: int, step: int, steps: int) -> np.ndarray:
+    """The examples of training steps `step` to `step + steps - 1` out of `size` examples, int32 [steps, batch_size]."""
+    positions = np.arange(step * batch_size, (step + steps) * batch_size, dtype=np.int64)
+    indices = np.empty(len(positions), np.int32)
+    for epoch in range(int(positions[0] // size), int(positions[-1] // size) + 1):
+        here = positions // size == epoch
+        indices[here] = _permutation(seed, epoch, size)[positions[here] % size]
+    return indices.reshape(steps, batch_size)
+
+
+def train_orders(seed: int, size: int, batch_size: int, step: int, last: int) -> Iterator[Order]:
+    """The batches of training steps `step` to `last - 1`."""
+    for number in range(step, last):
+        positions = np.arange(number * batch_size, (number + 1) * batch_size, dtype=np.int64)
+        (indices,) = train_indices(seed, size, batch_size, number, 1)
+        yield Order(positions, indices, np.ones(batch_size, np.float32))
+
+
+def eval_orders(size: int, batch_size: int) -> Iterator[Order]:
+    """The batches of an evaluation: every example once, the last batch padded with masked entries."""
+    for start in range(0, size, batch_size):
+        positions = np.arange(start, start + batch_size, dtype=np.int64)
+        indices = np.minimum(positions, size - 1).astype(np.int32)
+        yield Order(positions, indices, (positions < size).astype(np.float32))
+
+
+def epoch_end(epoch: int, size: int, batch_size: int) -> int:
+    """The number of steps after which `epoch` whole passes over the data are done."""
+    return -(-epoch * size // batch_size)

@@ -1,0 +1,226 @@
+"""Packs a data set into shards that training reads fast: see `nfjax.data.records` for what it writes.
+
+Shard k of a split holds examples k * per_shard to (k + 1) * per_shard - 1 of the source, in its order, less those that
+cannot be decoded. A shard appears under its name only when it is complete, with a note beside it, so that a pack that
+was killed goes on with the next shard; the manifest is written last, when everything is there.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import logging
+
+from nfjax.data import records, remote, shards
+from nfjax.data.splits import Dataset, Images
+from nfjax.data.stream import default_workers
+
+STATE = "packing.json"  # the settings of a pack that is not finished
+PER_SHARD = 4096
+MAX_SKIPPED = 0.01
+AHEAD = 4  # images a thread may be ahead of the writer
+
+
+def pack(
+    dataset: Dataset,
+    out: str,
+    *,
+    source: str = "",
+    short_side: int | None = None,
+    quality: int = 90,
+    per_shard: int = PER_SHARD,
+    max_skipped: float = MAX_SKIPPED,
+    threads: int | None = None,
+    verify_after: bool = False,
+) -> records.Manifest:
+    """Writes `dataset` to the directory `out`, local or in a bucket, and returns its manifest.
+
+    source: where the data came from, for the manifest. short_side: images with a longer one are reduced to it, with
+    Pillow's antialiased bilinear resize, the one of the evaluation crop, so that evaluation at that size sees the same
+    pixels but for the JPEG of `quality` and 4:2:0 chroma that they become; all others, and all without short_side, keep
+    their bytes. Arrays are encoded as PNG, without loss. Every image is decoded on the way: those that cannot be are
+    left out, and named with their cause in the manifest; more than the share `max_skipped` of a split is an error.
+
+    Run again with the same arguments, it goes on where it was interrupted. A bucket is written from a local copy in
+    `remote.cache_directory()`. Raises ValueError where settings are wrong or differ from those of a pack already in
+    `out`, FileExistsError where `out` holds something else, or another process packs there.
+    """
+    _check(short_side, quality, per_shard, max_skipped)
+    local = pathlib.Path(out)
+    if remote.is_remote(out):
+        remote.path(out)  # fails here, and not after the work, where a package is missing
+        local = remote.cache_directory() / "packed" / hashlib.sha256(out.encode()).hexdigest()[:16]
+    settings = {"source": source, "short_side": short_side, "quality": quality if short_side else None}
+    settings |= {"per_shard": per_shard, "fingerprint": _fingerprint(dataset)}
+    with _locked(local):
+        manifest = _begin(local, settings)
+        if manifest is None:
+            convert = functools.partial(shards.converted, short_side=short_side, quality=quality)
+            manifest = _pack(dataset, local, settings, convert, max_skipped, threads or default_workers())
+        else:
+            logging.info("%s is packed already", local)
+        if verify_after:
+            verify(str(local))
+    if remote.is_remote(out):
+        files = [shard.file for shards in manifest.shards.values() for shard in shards]
+        remote.upload(local, out, [*files, records.MANIFEST])  # the manifest last: it says that the rest is there
+        logging.info("%s can be removed", local)
+    return manifest
+
+
+def verify(directory: str) -> int:
+    """Reads every byte and every record of a packed directory, and returns the number of records.
+
+    Raises ValueError that names the first shard or record that is not as it was written.
+    """
+    manifest, _ = records.read_manifest(directory)
+    total = sum(shard.count for shards in manifest.shards.values() for shard in shards)
+    with tqdm.tqdm(total=total, desc=f"verifying {directory}", unit=" images", mininterval=1) as bar:
+        for split in records.SPLITS:
+            found = np.zeros(len(manifest.class_names), int)
+            for shard in manifest.shards[split]:
+                if shards.sha256(pathlib.Path(directory) / shard.file) != shard.sha256:
+                    raise ValueError(
+                        f"{directory}/{shard.file} is not as it was written: its SHA-256 differs; pack again"
+                    )
+                reader = records.RecordReader(directory, (shard,), len(manifest.class_names))
+                for i in range(shard.count):
+                    found[reader(i)[1]] += 1
+                    bar.update()
+            if found.tolist() != list(manifest.labels[split]):
+                raise ValueError(f"{directory}: the labels of {split} are not as the manifest counts them; pack again")
+    return total
+
+
+def _check(short_side: int | None, quality: int, per_shard: int, max_skipped: float) -> None:
+    for name, value, good, expected in (
+        ("short_side", short_side, short_side is None or short_side >= 1, "a positive number of pixels"),
+        ("quality", quality, 1 <= quality <= 100, "1 to 100"),
+        ("per_shard", per_shard, per_shard >= 1, "a positive number of images"),
+        ("max_skipped", max_skipped, 0 <= max_skipped <= 1, "a share from 0 to 1"),
+    ):
+        if not good:
+            raise ValueError(f"{name}={value}: expected {expected}")
+
+
+@contextlib.contextmanager
+def _locked(local: pathlib.Path) -> Iterator[None]:
+    if (
+        local.is_dir()
+        and any(local.iterdir())
+        and not any((local / name).exists() for name in (records.MANIFEST, STATE))
+    ):
+        raise FileExistsError(f"{local} is not empty, and holds no pack: choose another directory, or empty it")
+    local.mkdir(parents=True, exist_ok=True)
+    with open(local / STATE, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is packing to {local}: wait for it, or end it") from None
+        try:
+            yield
+        finally:
+            if (local / records.MANIFEST).exists():
+                (local / STATE).unlink()
+
+
+def _begin(local: pathlib.Path, settings: dict[str, Any]) -> records.Manifest | None:
+    """The manifest, if all is packed already; refuses a directory that was packed with other settings."""
+    manifest, before = None, (local / STATE).read_text()
+    if (local / records.MANIFEST).exists():
+        manifest, _ = records.read_manifest(str(local))
+        found = manifest.settings
+    elif before:
+        found = json.loads(before)
+    else:
+        (local / STATE).write_text(json.dumps(settings))
+        return None
+    differ = [
+        f"{'the source (its files changed)' if key == 'fingerprint' else key}: {found.get(key)!r} there, {value!r} now"
+        for key, value in settings.items()
+        if found.get(key) != value
+    ]
+    if differ:
+        raise ValueError(
+            f"{local} was packed from other data or with other settings; {'; '.join(differ)}. Choose another "
+            "directory, or remove it"
+        )
+    return manifest
+
+
+def _pack(
+    dataset: Dataset,
+    local: pathlib.Path,
+    settings: dict[str, Any],
+    convert: Callable[[bytes], bytes],
+    max_skipped: float,
+    threads: int,
+) -> records.Manifest:
+    splits = {"train": dataset.train, "test": dataset.test}
+    listed, labels, skipped = {}, {}, {"source": dict(dataset.skipped)}
+    total = sum(map(len, splits.values()))
+    with (
+        tqdm.tqdm(total=total, desc=f"packing to {local}", unit=" images", mininterval=1) as bar,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
+    ):
+        for split, examples in splits.items():
+            done: list[records.Shard] = []
+            counts = np.zeros(len(dataset.class_names), int)
+            bad: dict[str, str] = {}
+            number = -(-len(examples) // settings["per_shard"])
+            for k in range(number):
+                start = k * settings["per_shard"]
+                indices = range(start, min(start + settings["per_shard"], len(examples)))
+                file = local / f"{split}-{k:05d}-of-{number:05d}.array_record"
+                note = shards.finished(file)
+                if note is None:
+                    example = functools.partial(shards.example, examples, convert, len(dataset.class_names))
+                    note = shards.write(file, shards.in_order(pool, example, indices, AHEAD * threads), bar)
+                else:
+                    bar.update(len(indices))
+                done.append(records.Shard(**note["shard"]))
+                counts += np.bincount(note["labels"], minlength=len(counts))
+                bad |= note["skipped"]
+                _stop_at(split, bad, len(examples), max_skipped)
+            records.warn_of_missing_classes(f"{settings['source']} {split}", counts, dataset.class_names)
+            listed[split], labels[split], skipped[split] = tuple(done), tuple(counts.tolist()), bad
+    manifest = records.Manifest(dataset.class_names, listed, labels, skipped, settings)
+    shards.write_text(local / records.MANIFEST, manifest.to_json())
+    for note in local.glob("*.array_record.json"):
+        note.unlink()
+    return manifest
+
+
+def _stop_at(split: str, bad: dict[str, str], total: int, max_skipped: float) -> None:
+    if len(bad) <= max_skipped * total:
+        return
+    causes = collections.Counter(problem.partition(":")[0] for problem in bad.values())
+    counted = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
+    named = "".join(f"\n  {name}: {problem}" for name, problem in list(bad.items())[:10])
+    raise ValueError(
+        f"{len(bad)} of the {total} images of {split} cannot be used ({counted}), more than {max_skipped:.0%}:{named}"
+        f"{f'{chr(10)}  and more' if len(bad) > 10 else ''}\nRepair or remove them, or allow more with --max-skipped"
+    )
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    if dataset.fingerprint is not None:
+        return dataset.fingerprint()
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.test):
+        if not isinstance(split, Images):
+            raise ValueError("a data set that is read from files needs a fingerprint")
+        digest.update(np.ascontiguousarray(split.images))
+        digest.update(np.ascontiguousarray(split.labels))
+    return digest.hexdigest()[:16]

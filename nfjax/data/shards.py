@@ -1,0 +1,135 @@
+"""One shard of a packed data set: its images made ready in parallel and written in order, with a note beside it.
+
+The note, `<shard>.json`, says that the shard is complete and what it holds; the manifest takes its place at the end.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from nfjax.data import decode, records
+from nfjax.data.splits import Encoded, Images
+from nfjax.data.worker import explained
+
+Example = tuple[str, bytes, int, str]  # (name, image, label, "") or, of a bad one, (name, b"", 0, "cause: detail")
+
+
+def example(examples: Images | Encoded, convert: Callable[[bytes], bytes], num_classes: int, index: int) -> Example:
+    """Example `index` of a split, its image converted, or an array as PNG."""
+    if isinstance(examples, Images):
+        from PIL import Image
+
+        stream = io.BytesIO()
+        Image.fromarray(examples.images[index]).save(stream, "PNG")
+        return str(index), stream.getvalue(), int(examples.labels[index]), ""
+    name = examples.name(index)
+    try:
+        data, label = examples.reader(examples.reference(index))
+        records.check_label(label, num_classes, lambda: name)
+        return name, convert(data), label, ""
+    except Exception as error:  # any file may be bad in any way
+        return name, b"", 0, ": ".join(explained(error))
+
+
+def converted(data: bytes, short_side: int | None, quality: int) -> bytes:
+    """The image, decoded to see that it can be; reduced and encoded as JPEG where it is larger than `short_side`."""
+    pixels = decode.decode(data)
+    short = min(pixels.shape[:2])
+    if short_side is None or short <= short_side:
+        return data
+    import simplejpeg
+    from PIL import Image
+
+    height, width = (int(short_side * n / short) for n in pixels.shape[:2])  # as torchvision and `crops` round
+    reduced = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    return simplejpeg.encode_jpeg(reduced, quality=quality, colorspace="RGB", colorsubsampling="420")
+
+
+def in_order(pool: Any, function: Callable[[int], Any], indices: range, ahead: int) -> Iterator[Any]:
+    """function(index) of each index, in order, computed in parallel, at most `ahead` of them at a time."""
+    waiting: collections.deque = collections.deque()
+    try:
+        for index in indices:
+            waiting.append(pool.submit(function, index))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def write(file: pathlib.Path, examples: Iterator[Example], bar: Any) -> dict[str, Any]:
+    """Writes a shard, and the note beside it: {"shard", "labels", "skipped"}. Raises OSError where it cannot."""
+    temporary = file.with_suffix(".part")
+    try:
+        labels, skipped = _write_records(temporary, examples, bar)
+    except RuntimeError as error:  # how array_record reports every trouble
+        raise OSError(f"{temporary} cannot be written: {error}; is the disk full?") from error
+    shard = records.Shard(file.name, len(labels), temporary.stat().st_size, sha256(temporary))
+    os.replace(temporary, file)
+    note = {"shard": dataclasses.asdict(shard), "labels": labels, "skipped": skipped}
+    write_text(note_of(file), json.dumps(note))
+    return note
+
+
+def _write_records(temporary: pathlib.Path, examples: Iterator[Example], bar: Any) -> tuple[list[int], dict[str, str]]:
+    from array_record.python import array_record_module
+
+    labels, skipped = [], {}
+    writer = array_record_module.ArrayRecordWriter(str(temporary), records.OPTIONS)
+    try:
+        for name, image, label, problem in examples:
+            bar.update()
+            if problem:
+                skipped[name] = problem
+                continue
+            writer.write(msgpack.packb({"image": image, "label": label, "name": name}))
+            labels.append(label)
+    finally:
+        writer.close()
+    reader = array_record_module.ArrayRecordReader(str(temporary))
+    written = reader.num_records()
+    reader.close()
+    if written != len(labels):
+        raise RuntimeError(f"{written} records instead of {len(labels)}")
+    return labels, skipped
+
+
+def finished(file: pathlib.Path) -> dict[str, Any] | None:
+    """The note of a shard that an earlier run completed."""
+    try:
+        note = json.loads(note_of(file).read_text())
+        return note if file.stat().st_size == note["shard"]["bytes"] else None
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def note_of(file: pathlib.Path) -> pathlib.Path:
+    """Where the note of a shard lies."""
+    return file.with_name(file.name + ".json")
+
+
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Writes a text file that is there in full or not at all."""
+    temporary = file.with_name(file.name + ".part")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, file)
+
+
+def sha256(file: pathlib.Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,80 @@
+"""The two forms in which a source hands over a split: decoded arrays in memory, or encoded images read one by one.
+
+Every example of a split has an index from 0, and the order in which training visits the indices is not the split's
+concern.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """images: uint8 [N, H, W, 3]; labels: int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        if (
+            self.images.dtype != np.uint8
+            or self.images.ndim != 4
+            or self.images.shape[-1] != 3
+            or len(self.images) != len(self.labels)
+        ):
+            raise ValueError(
+                f"images {self.images.dtype} {self.images.shape} with {len(self.labels)} labels: "
+                "expected uint8 [N, H, W, 3] and N labels"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch of these examples: {"image", "label"}."""
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
+
+class Reader(Protocol):
+    """Reads one encoded example. Small and picklable: every worker process gets its own copy, and opens files itself,
+    when it first needs them.
+    """
+
+    def __call__(self, reference: Any) -> tuple[bytes, int]:
+        """(the bytes of an image file, label). Raises OSError or ValueError that says what is wrong with this one."""
+
+
+class Encoded(Protocol):
+    """Images as their files hold them. The listing stays in the process that made it; what crosses to a worker is a
+    reference per example.
+    """
+
+    reader: Reader
+
+    def __len__(self) -> int: ...
+
+    def reference(self, index: int) -> Any:
+        """What the reader needs to find example `index`; small and picklable."""
+
+    def name(self, index: int) -> str:
+        """How a person finds example `index`: a path, or a record's number and file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A training and a test split with the names of their classes, label 0 first.
+
+    skipped: {what could not be read: why}. fingerprint(): changes when the data does, and so names a cache of decoded
+    images; a function, because finding out may mean asking for the time and size of a million files.
+    """
+
+    train: Images | Encoded
+    test: Images | Encoded
+    class_names: tuple[str, ...]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    fingerprint: Callable[[], str] | None = None

@@ -1,0 +1,193 @@
+"""Image classification sets of TensorFlow Datasets, read without TensorFlow.
+
+tfds reads a set at random, and without TensorFlow, where it was prepared in the format array_record. Preparing needs
+TensorFlow, once; the errors here say how. The images stay encoded: JPEG, or PNG for small ones such as CIFAR.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from absl import logging
+
+from nfjax.data import records, remote
+from nfjax.data.splits import Dataset
+
+TEST_NAMES = ("test", "validation")
+FORMAT = "array_record"
+METADATA = ("dataset_info.json", "features.json")
+INSTALL = 'pip install "nfjax[prepare]"'
+
+
+class TfdsReader:
+    """Reads example n of a split of a prepared data set: (image bytes, label).
+
+    Raises ValueError that names the example where its hash does not match, where it cannot be parsed or where its label
+    is out of range; OSError where its shard cannot be opened.
+    """
+
+    def __init__(self, name: str, directory: str, split: str, num_classes: int) -> None:
+        self._name, self._directory, self._split, self._num_classes = name, directory, split, num_classes
+        self._source: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_source": None}  # open files belong to the process that opened them
+
+    def name(self, index: int) -> str:
+        return f"{self._name} {self._split} example {index}"
+
+    def __call__(self, reference: int) -> tuple[bytes, int]:
+        if self._source is None:
+            self._source = _open(self._directory, self._split)
+        source, parse = self._source
+        data = records.read(source, reference, self.name)
+        try:
+            example = parse(data)
+            image, label = example["image"], example["label"]
+        except Exception as error:  # of protobuf, or whatever tfds stumbles over
+            raise ValueError(f"{self.name(reference)} cannot be parsed: {error!r}") from error
+        if not isinstance(image, bytes):
+            raise ValueError(f"{self.name(reference)} holds no encoded image")
+        records.check_label(label, self._num_classes, lambda: self.name(reference))
+        return image, label
+
+
+def load(name: str, directory: str) -> Dataset:
+    """The prepared data set `name`, with `/config` and `:version` where needed, below `directory`, as tfds lays it out.
+
+    directory: local or in a bucket (copied to the local disk first, see `remote.mirror`); empty: tfds's own default.
+    The splits are train, and test or validation. Raises FileNotFoundError or ValueError with the command that prepares
+    what is missing.
+    """
+    builder_dir = _prepared(name, directory)
+    info = _builder(builder_dir).info
+    _check_features(name, info.features)
+    if FORMAT not in {file_format.value for file_format in info.available_file_formats()}:
+        raise ValueError(
+            f"{builder_dir} is prepared as {info.file_format.value}, which cannot be read at random: move it away, or "
+            f"choose another directory, and prepare it as {FORMAT}. {_how(name, directory)}"
+        )
+    if remote.is_remote(builder_dir):
+        builder_dir = _mirror(builder_dir)
+    info = _builder(builder_dir, FORMAT).info
+    class_names = tuple(info.features["label"].names)
+
+    def split(of: str) -> records.Records:
+        if not remote.is_remote(builder_dir):
+            for file in info.splits[of].filepaths:
+                if not os.path.exists(file):
+                    raise FileNotFoundError(f"{file} is missing, a part of {name}: copy it, or prepare it again")
+        return records.Records(TfdsReader(name, builder_dir, of, len(class_names)), info.splits[of].num_examples)
+
+    sizes = {key: info.splits[key].num_examples for key in info.splits}
+    if not sizes.get("train"):
+        raise ValueError(f"tfds:{name} has no split train with examples: it has {_listed(sizes)}")
+    tests = [split(key) for key in TEST_NAMES if sizes.get(key)]
+    if not tests:
+        raise ValueError(f"tfds:{name} has no split {' or '.join(TEST_NAMES)} with examples: it has {_listed(sizes)}")
+    test = tests[-1] if len(tests) > 1 and not _has_labels(tests[0]) else tests[0]
+    return Dataset(split("train"), test, class_names, fingerprint=lambda: _fingerprint(builder_dir))
+
+
+def _listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{split} ({size})" for split, size in sizes.items()) or "none"
+
+
+def _has_labels(test: records.Records) -> bool:
+    """False for splits such as ImageNet's test, whose labels are secret, -1."""
+    try:
+        test.reader(test.reference(0))
+    except ValueError as error:
+        logging.info("the split validation stands in for test: %s", error)
+        return False
+    return True
+
+
+def _how(name: str, directory: str) -> str:
+    where = f"data_dir={directory!r}, " if directory else ""
+    return (
+        "Once, where TensorFlow may be installed:\n"
+        f"  {INSTALL}\n"
+        f'  python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({name!r}, {where}file_format='{FORMAT}').download_and_prepare()\"\n"
+        "ImageNet must be fetched by hand first: see https://www.tensorflow.org/datasets/catalog/imagenet2012. "
+        "Reading needs no TensorFlow."
+    )
+
+
+def _prepared(name: str, directory: str) -> str:
+    """Where the newest prepared version of the data set lies."""
+    if not re.fullmatch(r"\w+(/[\w.-]+)?(:[\w.*]+)?", name):
+        raise ValueError(f"tfds:{name} names no data set: expected tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION")
+    try:
+        from tensorflow_datasets.core import read_only_builder, registered
+    except ImportError as error:
+        raise ImportError(
+            f"the source tfds:{name} needs a package more: pip install tensorflow-datasets ({error})"
+        ) from error
+    if directory:
+        root = remote.path(directory)
+        if not root.exists():
+            raise FileNotFoundError(f"the data directory {directory} does not exist. {_how(name, directory)}")
+    try:
+        keywords = {"data_dir": directory} if directory else {}
+        return os.fspath(read_only_builder.builder_from_files(name, **keywords).data_dir)
+    except registered.DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"{directory or 'the default directory of tfds'} holds no prepared data set {name}: expected "
+            f"{directory or '~/tensorflow_datasets'}/{name.replace(':', '/')}/…/{METADATA[0]}. {_how(name, directory)}"
+        ) from error
+
+
+def _builder(builder_dir: str, file_format: str | None = None) -> Any:
+    from tensorflow_datasets.core import read_only_builder
+
+    return read_only_builder.builder_from_directory(builder_dir, file_format=file_format)
+
+
+def _open(builder_dir: str, split: str) -> tuple[Any, Callable[[bytes], dict[str, Any]]]:
+    """The serialized examples of a split, and what makes {"image": encoded bytes, "label": int, …} of one."""
+    from tensorflow_datasets.core import decode
+
+    builder = _builder(builder_dir, FORMAT)
+    records.allow_open_files(builder.info.splits[split].num_shards)
+    source = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
+    skip = {"image": decode.SkipDecoding()}
+    return source, functools.partial(builder.info.features.deserialize_example_np, decoders=skip)
+
+
+def _check_features(name: str, found: Any) -> None:
+    from tensorflow_datasets.core import features
+
+    for key, kind in (("image", features.Image), ("label", features.ClassLabel)):
+        if key not in found or not isinstance(found[key], kind):
+            has = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(found.items()))
+            raise ValueError(
+                f"tfds:{name} is no image classification set: expected an `image` (Image) and a `label` (ClassLabel); "
+                f"it has {has}"
+            )
+
+
+def _mirror(builder_dir: str) -> str:
+    """A local copy of a prepared data set: its metadata and its shards."""
+    root = remote.path(builder_dir)
+    files = [file for file in root.iterdir() if file.name.endswith((".json", ".txt")) or FORMAT in file.name]
+    version = hashlib.sha256(b"".join((root / file).read_bytes() for file in METADATA)).hexdigest()
+    return remote.mirror(builder_dir, {file.name: file.stat().length for file in files}, version)
+
+
+def _fingerprint(builder_dir: str) -> str:
+    digest = hashlib.sha256()
+    root = remote.path(builder_dir)
+    for file in METADATA:
+        digest.update((root / file).read_bytes())
+    for file in sorted(root.iterdir()):
+        if FORMAT in file.name:
+            status = file.stat()
+            digest.update(f"{file.name} {status.length} {status.mtime}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,199 @@
+"""The two ways in which batches reach a step: gathered from images that lie on the device, or sent from the host, made
+while the device is at work.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nfjax.data import Images, Order
+from nfjax.steps import Batch, State, Step, Sums
+
+HostBatch = dict[str, np.ndarray]
+Item = dict[str, Any]  # what `items` yields and the function of `each` takes
+
+
+def _never() -> bool:
+    return False
+
+
+class OnDevice:
+    """Images of one split in the device's memory, from which batches are taken by index."""
+
+    waited = 0.0  # seconds: nothing is ever waited for
+
+    def __init__(self, split: Images, mesh: Mesh):
+        self.by_batch = NamedSharding(mesh, PartitionSpec("data"))
+        arrays = {"image": split.images, "label": split.labels}
+        self.split = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+
+    def items(self, orders: Iterator[Order], idle: Callable[[], bool] = _never) -> Iterator[Item]:
+        """One item per batch, for `each`."""
+        del idle  # there is nothing to wait for
+        for order in orders:
+            yield {"indices": order.indices, "mask": order.mask}
+
+    def each(self, step: Step, donate: bool) -> Callable[..., Any]:
+        """`call(state, item, **rest)`: one step per dispatch; rest completes the batch. donate: the state's memory is
+        reused.
+        """
+
+        def gathered(state: State, split: Any, item: Item, rest: Any) -> Any:
+            return step(state, self._gather(split, item["indices"]) | {"mask": item["mask"]} | rest)
+
+        jitted = jax.jit(gathered, donate_argnums=0 if donate else ())
+        return lambda state, item, **rest: jitted(state, self.split, item, rest)
+
+    def many(self, step: Step, length: int) -> Callable[[State, np.ndarray, int], tuple[State, Sums]]:
+        """`call(state, indices [n, B], first_step)`: n <= length training steps in one dispatch, the sums of each
+        stacked to [n].
+
+        n is an argument of the compiled loop, so that epochs of unequal length do not compile again.
+        """
+
+        def loop(
+            state: State, split: Any, indices: jax.Array, first_step: jax.Array, n: jax.Array
+        ) -> tuple[State, Sums]:
+            mask = jnp.ones(indices.shape[1], jnp.float32)
+
+            def at(state: State, i: Any) -> tuple[State, Sums]:
+                return step(state, self._gather(split, indices[i]) | {"mask": mask, "step": first_step + i})
+
+            _, shapes = jax.eval_shape(at, state, 0)
+            stacked = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
+
+            def body(i: jax.Array, carry: tuple[State, Sums]) -> tuple[State, Sums]:
+                state, sums = at(carry[0], i)
+                return state, jax.tree.map(lambda all, one: all.at[i].set(one), carry[1], sums)
+
+            return jax.lax.fori_loop(0, n, body, (state, stacked))
+
+        jitted = jax.jit(loop, donate_argnums=0)
+
+        def call(state: State, indices: np.ndarray, first_step: int) -> tuple[State, Sums]:
+            n = len(indices)
+            padded = np.zeros((length, indices.shape[1]), np.int32)
+            padded[:n] = indices
+            state, stacked = jitted(state, self.split, padded, np.int32(first_step), np.int32(n))
+            return state, {name: x[:n] for name, x in jax.device_get(stacked).items()}
+
+        return call
+
+    def _gather(self, split: Any, indices: jax.Array) -> Batch:
+        return jax.lax.with_sharding_constraint({name: x[indices] for name, x in split.items()}, self.by_batch)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def taken(split: Images) -> Callable[[Iterator[Order]], Iterator[HostBatch]]:
+    """Makes host batches of images in the host's memory."""
+    return lambda orders: (split.take(order.indices) | {"mask": order.mask} for order in orders)
+
+
+class FromHost:
+    """Batches made by `make(orders)` on the host, in a thread of their own, and sent to the devices ahead of their use.
+
+    waited: seconds for which nothing was left to do for the device because a batch was not there yet.
+    """
+
+    def __init__(self, make: Callable[[Iterator[Order]], Iterator[HostBatch]], mesh: Mesh):
+        self.make, self.by_batch = make, NamedSharding(mesh, PartitionSpec("data"))
+        self.waited = 0.0
+        self._open: list[_Prefetch] = []
+
+    def items(self, orders: Iterator[Order], idle: Callable[[], bool] = _never) -> Iterator[Item]:
+        """One item per batch, for `each`. idle() tells whether the device has finished what it was given."""
+        prefetch = _Prefetch(self.make(self._shares(orders)), self._send)
+        self._open.append(prefetch)
+        try:
+            while True:
+                start = time.perf_counter()
+                while (item := prefetch.get(timeout=0.002)) is None:
+                    now = time.perf_counter()
+                    if idle():
+                        self.waited += now - start
+                    start = now
+                if item is _Prefetch.END:
+                    return
+                yield item
+        finally:
+            prefetch.close()
+            self._open.remove(prefetch)
+
+    def each(self, step: Step, donate: bool) -> Callable[..., Any]:
+        """`call(state, item, **rest)`: one step; rest completes the batch. donate: the state's memory is reused."""
+        jitted = jax.jit(lambda state, batch: step(state, batch), donate_argnums=0 if donate else ())
+        return lambda state, item, **rest: jitted(state, item | rest)
+
+    def _shares(self, orders: Iterator[Order]) -> Iterator[Order]:
+        for order in orders:
+            yield order.share(jax.process_index(), jax.process_count())
+
+    def _send(self, batch: HostBatch) -> Item:
+        return {name: jax.make_array_from_process_local_data(self.by_batch, x) for name, x in batch.items()}
+
+    def close(self) -> None:
+        """Ends the threads, and the worker processes behind them."""
+        for prefetch in list(self._open):
+            prefetch.close()
+
+
+class _Prefetch:
+    """Runs an iterator in a thread, `ahead` results before they are asked for."""
+
+    END = object()
+
+    def __init__(self, batches: Iterator[HostBatch], send: Callable[[HostBatch], Item], ahead: int = 1):
+        self._batches, self._send = batches, send
+        self._queue: queue.Queue[Any] = queue.Queue(ahead)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nfjax-prefetch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for batch in self._batches:
+                if not self._put(self._send(batch)):
+                    break
+            else:
+                self._put(self.END)
+        except BaseException as error:
+            self._put(error)
+        finally:
+            if hasattr(self._batches, "close"):
+                self._batches.close()  # here, because a generator may only be closed where it does not run
+
+    def _put(self, value: Any) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(value, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def get(self, timeout: float) -> Any:
+        """The next result, END after the last, None if there is none yet; raises what the iterator raised."""
+        try:
+            value = self._queue.get(timeout=timeout)
+        except queue.Empty:
+            if self._thread.is_alive() or not self._queue.empty():
+                return None
+            raise RuntimeError("the thread that makes batches has ended") from None
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()

@@ -1,0 +1,172 @@
+"""Decoding: any file becomes RGB pixels or a named cause, before it can fill the memory."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from nfjax.data import decode, jpeg
+
+PHOTO = load_sample_image("china.jpg")  # [427, 640, 3]
+
+
+def encoded(pixels=PHOTO, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pillow(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.fixture(params=["libjpeg-turbo 3", "simplejpeg"])
+def decoder(request, monkeypatch):
+    """Both ways of decoding a JPEG."""
+    if request.param == "simplejpeg":
+        monkeypatch.setattr(decode, "_region_decoder", lambda: None)
+    else:
+        assert jpeg.library() is not None, "a development installation has the turbojpeg package"
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_is_what_pillow_makes_of_it(decoder, subsampling, progressive):
+    data = encoded(quality=85, subsampling=subsampling, progressive=progressive)
+    assert decode.size(data) == (427, 640)
+    np.testing.assert_array_equal(decode.decode(data), pillow(data))
+
+
+def test_regions_are_cut_out_of_the_whole(decoder):
+    rng = np.random.default_rng(0)
+    for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
+        data = encoded(quality=90, subsampling=subsampling)
+        whole = pillow(data)
+        for _ in range(40):
+            top, left = rng.integers(0, 426), rng.integers(0, 639)
+            height, width = rng.integers(1, 428 - top), rng.integers(1, 641 - left)
+            region = decode.region(data, (int(top), int(left), int(height), int(width)), 1)
+            np.testing.assert_array_equal(region, whole[top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_reduced_regions(decoder, factor):
+    data = encoded(quality=90, subsampling="4:2:0")
+    whole = decode.region(data, (0, 0, 427, 640), factor).copy()
+    assert whole.shape == (-(-427 // factor), 640 // factor, 3)
+    middle = decode.region(data, (160, 80, 80, 160), factor)
+    places = whole[160 // factor : 240 // factor, 80 // factor : 240 // factor]
+    np.testing.assert_array_equal(middle, places)
+    exact = pillow(data)[160:240, 80:240].reshape(80 // factor, factor, 160 // factor, factor, 3).mean((1, 3))
+    assert np.abs(middle - exact).mean() < 4
+
+
+def test_both_decoders_agree():
+    if jpeg.library() is None:
+        pytest.skip("no libjpeg-turbo 3")
+    data = encoded(quality=70)
+    ours = jpeg.RegionDecoder()(data, 20, 30, 100, 90, 2)
+    np.testing.assert_array_equal(ours, decode._with_simplejpeg(data, 2)[20:120, 30:120])
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("RGBA", "PNG"), ("RGB", "WEBP")],
+)
+def test_other_modes_and_formats_become_rgb(decoder, mode, kind):
+    data = encoded(Image.fromarray(PHOTO).convert(mode), kind)
+    np.testing.assert_array_equal(decode.decode(data), pillow(data))
+
+
+def test_cmyk_at_a_reduced_scale():
+    data = encoded(Image.fromarray(PHOTO).convert("CMYK"), quality=95)
+    reduced = decode.region(data, (0, 0, 427, 640), 2)
+    assert reduced.shape == (214, 320, 3)
+    assert np.abs(reduced[:213] - pillow(data)[:426].reshape(213, 2, 320, 2, 3).mean((1, 3))).max() <= 0.75
+
+
+def test_sixteen_bits_keep_their_high_byte():
+    deep = np.array([[0, 255, 256], [40_000, 65_535, 511]], np.uint16)
+    pixels = decode.decode(encoded(Image.fromarray(deep), "PNG"))
+    np.testing.assert_array_equal(pixels[..., 0], [[0, 0, 1], [156, 255, 1]])
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+
+
+def test_of_an_animation_the_first_frame():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode.decode(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 20), (20, 20_000)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_extreme_shapes(decoder, size, kind):
+    assert decode.decode(encoded(Image.new("RGB", size, (9, 9, 9)), kind)).shape == (size[1], size[0], 3)
+
+
+def test_a_region_of_a_png_is_cut_out_and_not_reduced():
+    data = encoded(kind="PNG")
+    np.testing.assert_array_equal(decode.region(data, (5, 6, 7, 8), 1), PHOTO[5:12, 6:14])
+    with pytest.raises(ValueError, match="factor=2: only a JPEG"):
+        decode.region(data, (0, 0, 8, 8), 2)
+
+
+GOOD = encoded(quality=80)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"", "empty file"),
+        (b"no image at all", "no image"),
+        (GOOD[:2000], "truncated JPEG"),
+        (GOOD[: len(GOOD) // 2], "truncated JPEG"),
+        (GOOD[:-2], "truncated JPEG"),
+        (GOOD[:20] + GOOD[-2:], "damaged JPEG"),
+        (GOOD[: len(GOOD) // 3] + GOOD[-2:], "damaged JPEG"),
+        (encoded(kind="PNG")[:5000], "damaged image"),
+        (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "unknown range of values"),
+    ],
+)
+def test_causes(decoder, data, cause):
+    with pytest.raises(decode.BadImageError) as caught:
+        decode.decode(data)
+    assert caught.value.cause == cause
+
+
+def test_what_follows_the_end_of_a_jpeg_does_no_harm(decoder):
+    np.testing.assert_array_equal(decode.decode(GOOD + bytes(5000)), pillow(GOOD))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_too_many_pixels_are_refused_before_they_are_decoded(kind):
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), kind))
+    if kind == "JPEG":
+        at = data.index(b"\xff\xc0")
+        data[at + 5 : at + 9] = (60_000).to_bytes(2) * 2
+    else:
+        import zlib
+
+        data[16:24] = (60_000).to_bytes(4) * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
+    for function in (decode.size, decode.decode):
+        with pytest.raises(decode.BadImageError, match="too many pixels"):
+            function(bytes(data))
+
+
+def test_files_too_large_are_not_decoded(monkeypatch):
+    monkeypatch.setattr(decode, "MAX_BYTES", 100)
+    with pytest.raises(decode.BadImageError, match=r"too large: .* bytes, at most 100 are read"):
+        decode.size(GOOD)
+
+
+def test_threads_do_not_share_a_buffer():
+    import concurrent.futures
+
+    shades = [encoded(Image.new("RGB", (300, 200), (i, i, i))) for i in range(0, 256, 4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        for expected, pixels in enumerate(executor.map(lambda data: decode.decode(data).copy(), shades * 4)):
+            assert np.abs(pixels.astype(int) - expected % 64 * 4).max() <= 1

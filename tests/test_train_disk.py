@@ -1,0 +1,90 @@
+"""Training from images that stay on the disk: the same run however often it is stopped, and nothing hidden."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_train import assert_equal, final_state, interrupt_at, records
+
+from nfjax import evaluate, metrics, train
+from nfjax.data import skips
+
+
+@pytest.fixture
+def disk_config(tiny_config, tmp_path):
+    """Two epochs of 5 steps on noise in two brightnesses, as JPEG files of many sizes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 80), ("test", 12)):
+        for label in range(2):
+            folder = tmp_path / "images" / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(count // 2):
+                noise = rng.integers(0, 128, (10 + i % 7, 12 + i % 5, 3)) + 120 * label
+                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i:03d}.jpg")
+    config = tiny_config
+    config.data.source, config.data.dir, config.data.keep = "folder", str(tmp_path / "images"), "disk"
+    config.data.workers = 1
+    config.batch_size, config.log.every_steps = 16, 2
+    config.augment.resized_crop_scale = (0.3, 1.0)
+    return config
+
+
+def test_stopped_runs_end_as_if_they_had_not_been(disk_config, tmp_path, monkeypatch, capsys):
+    """In the middle of an epoch, and going on with another number of workers."""
+    summary = train.train(disk_config, str(tmp_path / "whole"))
+    assert summary["steps"] == 10
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        with pytest.raises(train.TrainingInterruptedError):
+            train.train(disk_config, str(tmp_path / "stopped"))
+    disk_config.data.workers, disk_config.data.ahead = 2, 3
+    train.train(disk_config, str(tmp_path / "stopped"))
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    assert_equal(final_state(disk_config, tmp_path / "stopped"), final_state(disk_config, tmp_path / "whole"))
+    waits = [record["data_wait"] for record in metrics.read(tmp_path / "whole") if record["kind"] == "train"]
+    assert all(0 <= wait <= 1 for wait in waits)
+    scored = evaluate.evaluate(str(tmp_path / "whole"))
+    assert scored["images"] == 12
+    assert scored["accuracy"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
+
+
+def test_from_the_disk_or_from_memory_is_the_same_run(disk_config, tmp_path):
+    disk_config.augment.resized_crop_scale = None  # a box of the whole image: nothing is random on the host
+    disk_config.epochs = 1
+    train.train(disk_config, str(tmp_path / "disk"))
+    disk_config.data.keep = "host"
+    train.train(disk_config, str(tmp_path / "host"))
+    assert records(tmp_path / "disk") == records(tmp_path / "host")
+
+
+def test_what_cannot_be_read_is_named_in_the_workdir(disk_config, tmp_path, capsys):
+    bad = tmp_path / "images" / "train" / "class 1" / "007.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    (tmp_path / "images" / "test" / "class 0" / "002.jpg").write_bytes(b"")
+    disk_config.data.max_skipped, disk_config.epochs = 0.1, 1
+    train.train(disk_config, str(tmp_path / "run"))
+    named = skips.read(tmp_path / "run")
+    assert named == {"train/class 1/007.jpg": "truncated JPEG", "test/class 0/002.jpg": "empty file"}
+    out = capsys.readouterr().out
+    assert "skipped 2 images that cannot be read: " in out
+    assert str(tmp_path / "run" / skips.FILE) in out
+    assert evaluate.evaluate(str(tmp_path / "run"))["images"] == 11
+    disk_config.data.max_skipped = 0.001
+    with pytest.raises(
+        skips.TooManySkippedError, match=r"1 of the 80 images in train .*1 truncated JPEG: train/class 1"
+    ):
+        train.train(disk_config, str(tmp_path / "strict"))
+
+
+def test_a_directory_that_disappears_stops_the_run(disk_config, tmp_path, monkeypatch):
+    disk_config.epochs = 40
+
+    def vanish(step, stop, bar=train.Bar.line):
+        shutil.rmtree(tmp_path / "images", ignore_errors=True)
+        return bar(step, stop)
+
+    monkeypatch.setattr(train.Bar, "line", vanish)
+    with pytest.raises(skips.TooManySkippedError, match=r"cannot be read.*missing"):
+        train.train(disk_config, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints").exists()
