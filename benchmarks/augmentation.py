@@ -328,10 +328,10 @@ def report(records: list[dict]) -> str:
         sizes = " and ".join(f"{height}x{width}" for height, width in SIZES)
         parts += [
             "",
-            f"Levels (0 to 255) from torchvision {versions['torchvision']} with Pillow {versions['Pillow']} and from nfjax, "
-            f"over {setting['count']} images at {sizes}, all 31 bins and both signs. The policy draws 2 operations per "
-            "image, at magnitudes 5, 9, 15 and 30; the second can widen the difference of one level that a bilinear "
-            f"rotation leaves. Interpolation concerns the first five. {note}.",
+            f"Levels (0 to 255) from torchvision {versions['torchvision']} with Pillow {versions['Pillow']} and from "
+            f"nfjax, over {setting['count']} images at {sizes}, all 31 bins and both signs. The policy draws 2 "
+            "operations per image, at magnitudes 5, 9, 15 and 30; the second can widen the difference of one level "
+            f"that a bilinear rotation leaves. Interpolation concerns the first five. {note}.",
             "",
         ]
     parts += cost_table([record for record in records if record["kind"] == "cost"])

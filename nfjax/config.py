@@ -43,7 +43,8 @@ def base() -> ConfigDict:
     # section 4: "standard", which is 256 for ImageNet.
     config.data.resize = config_dict.placeholder(int)
     config.data.workers = config_dict.placeholder(int)  # processes that decode from the disk; none: one a core; ours
-    config.data.ahead = 2  # batches decoded from the disk before they are asked for; ours
+    # Batches decoded from the disk before they are asked for; none: two, or enough to keep all workers busy. Ours.
+    config.data.ahead = config_dict.placeholder(int)
     config.data.max_skipped = 0.01  # share of a split that may be unreadable before the run stops; ours
 
     config.augment = ConfigDict()
@@ -59,6 +60,13 @@ def base() -> ConfigDict:
     config.augment.rand_magnitude = 9  # M, of torchvision's scale from 0 to 30; not stated by the paper
     config.augment.rand_fill = 0  # grey level of what comes in from outside of the image; not stated by the paper
     config.augment.rand_interpolation = "nearest"  # or "bilinear"; not stated by the paper
+
+    # Off in the paper. The probability with which a rectangle of an image becomes the mean (Zhong et al. 2020), and the
+    # parameter of the Beta distribution of Mixup's (Zhang et al. 2018) and of CutMix's weights (Yun et al. 2019), 0 for
+    # none; where both are on, each batch gets one of the two.
+    config.augment.erasing_probability = 0.0  # paper: none
+    config.augment.mixup_alpha = 0.0  # paper: none
+    config.augment.cutmix_alpha = 0.0  # paper: none
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 0.01  # paper, section 4

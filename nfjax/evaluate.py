@@ -16,7 +16,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nfjax import checkpoint, steps, train
+from nfjax import assembly, checkpoint, steps, train
 from nfjax import workdir as workdirs
 
 
@@ -31,7 +31,7 @@ def load_model(workdir: str, step: int | None = None) -> nnx.Module:
     step = _known_step(folder, step)
     key = jax.random.key(0)  # every parameter is replaced below
     num_classes = len(workdirs.read_data(folder)["class_names"])
-    model = nnx.eval_shape(lambda: train.build_model(config, num_classes, key))
+    model = nnx.eval_shape(lambda: assembly.build_model(config, num_classes, key))
     checkpoints = checkpoint.Checkpoints(folder, read_only=True)
     try:
         stored = checkpoints.restore_untyped(step)["state"]
@@ -77,13 +77,13 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     folder = pathlib.Path(workdir)
     config = workdirs.read_config(folder)
     step = _known_step(folder, step)
-    dataset = train.open_data(config, config.data.dir if data_dir is None else data_dir)
+    dataset = assembly.open_data(config, config.data.dir if data_dir is None else data_dir)
     workdirs.check_data(folder, dataset, ["class_names"])
     network, params, batch_stats = steps.as_functions(load_model(workdir, step))
-    mesh = train.make_mesh()
+    mesh = assembly.make_mesh()
     state = {"params": params, "batch_stats": batch_stats}
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    feed = train.make_feed(config, dataset, "test", mesh, folder)
+    feed = assembly.make_feed(config, dataset, "test", mesh, folder)
     score = train.make_evaluation(config, feed, network, len(dataset.test))(state)
     return {"step": step, **score}
 

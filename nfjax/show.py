@@ -1,4 +1,4 @@
-"""A contact sheet of the first training batch: every image as it is in the file, and as the training step sees it."""
+"""A contact sheet of a training batch: every image as it is in the file, and as the network sees it."""
 
 from __future__ import annotations
 
@@ -8,46 +8,78 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from nfjax import data, train
-from nfjax.data.crops import CentreCrop
+from nfjax import assembly, data
+from nfjax.data import crops, stream
 
 
 def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
     """The first `count` images of the batch of training step `step`, in pairs: the whole image (its middle square)
-    above, the augmented one below, with their labels.
+    above, what a run with this config trains on below, with their labels.
 
-    Augmentation depends on the whole batch's key: these are the pixels that a run with this config trains on.
+    An image that cannot be read is black, as in training, and its title says why. Raises ValueError for settings or
+    data that cannot be used.
     """
-    dataset = train.open_data(config, config.data.dir)
+    dataset = assembly.open_data(config, config.data.dir)
     split, size = dataset.train, config.data.image_size
     (order,) = data.train_orders(config.seed, len(split), config.batch_size, step, step + 1)
+    causes: dict[int, str] = {}
     if isinstance(split, data.Images):
-        batch = split.take(order.indices)
-        plain, cropped, labels = batch["image"], batch["image"], batch["label"]
+        batch = split.take(order.indices) | {"mask": order.mask}
+        plain = batch["image"]
     else:
-        transform, middle = train.make_transform(config, "train"), CentreCrop(size, size)
-        read = [split.reader(split.reference(int(index))) for index in order.indices]
-        labels = np.array([label for _, label in read])
-        plain = np.stack([middle(image) for image, _ in read[:count]])
-        cropped = np.stack(
-            [transform(image, int(position)) for (image, _), position in zip(read, order.positions, strict=True)]
-        )
+
+        def made(transform: stream.Transform) -> dict[str, np.ndarray]:
+            def note(index: int, cause: str, detail: str) -> None:
+                causes[index] = cause
+
+            shape = (size, size, 3)
+            (batch,) = stream.stream(split, transform, shape, iter([order]), note, config.data.workers)
+            return batch
+
+        batch, plain = made(assembly.make_transform(config, "train")), made(crops.CentreCrop(size, size))["image"]
+    seen, partner, weight = _as_seen(config, batch, step)
+    names = [dataset.class_names[label] for label in batch["label"]]
+    titles = [
+        causes.get(int(order.indices[i])) or _title(names[i], names[partner[i]], weight[i])
+        for i in range(min(count, len(names)))
+    ]
+    return _sheet(plain, seen, titles)
+
+
+def _as_seen(config: ConfigDict, batch: dict[str, np.ndarray], step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(uint8 images, partner, weight), the last two of what is mixed."""
     _, augment_key = jax.random.split(jax.random.key(config.seed))
+    mix = assembly.mixing(config)
+
+    @jax.jit
+    def seen(key: jax.Array, images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        images = assembly.preprocessing(config, train=True)(key, images)
+        partner, weight = jnp.arange(len(images)), jnp.ones(len(images))
+        if mix is not None:
+            images, partner, weight = mix(key, images, mask)
+        shift, scale = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, 3) for x in (config.data.mean, config.data.std))
+        levels = jnp.round(255 * (images * scale + shift))
+        return jnp.clip(levels, 0, 255).astype(jnp.uint8), partner, weight
+
     key = jax.random.fold_in(augment_key, step)
-    augmented = np.asarray(jax.jit(train.augmentation(config))(key, jnp.asarray(cropped)))
-    return _sheet(plain[:count], augmented[:count], [dataset.class_names[label] for label in labels[:count]])
+    return jax.device_get(seen(key, jnp.asarray(batch["image"]), jnp.asarray(batch["mask"])))
 
 
-def _sheet(plain: np.ndarray, augmented: np.ndarray, names: list[str]) -> Figure:
-    columns = min(8, len(plain))
-    rows = -(-len(plain) // columns)
+def _title(name: str, partner: str, weight: float) -> str:
+    short, other = (text if len(text) <= 18 else f"{text[:17]}…" for text in (name, partner))
+    return short if weight == 1 else f"{weight:.0%} {short}\n{1 - weight:.0%} {other}"
+
+
+def _sheet(plain: np.ndarray, seen: np.ndarray, titles: list[str]) -> Figure:
+    columns = min(8, len(titles))
+    rows = -(-len(titles) // columns)
     figure = Figure(figsize=(1.4 * columns, 3.0 * rows), layout="constrained")
     axes = figure.subplots(2 * rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for i, name in enumerate(names):
+    for i, title in enumerate(titles):
         row, column = 2 * (i // columns), i % columns
         axes[row, column].imshow(plain[i])
-        axes[row, column].set_title(name if len(name) <= 18 else f"{name[:17]}…", fontsize=8)
-        axes[row + 1, column].imshow(augmented[i])
+        axes[row, column].set_title(title, fontsize=8)
+        axes[row + 1, column].imshow(seen[i])
     return figure

@@ -23,6 +23,9 @@ State = dict[str, Any]  # {"params", "batch_stats", "opt", "step"}, plain dicts 
 Batch = dict[str, jax.Array]
 Sums = dict[str, Any]  # of a batch: "loss", "correct", "count"; training adds "grad_norm"
 Step = Callable[[State, Batch], Any]
+Targets = list[tuple[jax.Array, jax.Array | float]]  # labels int32 [B], and how much of an example has them, [B] or 1
+# (key, float images, mask [B]) -> (images, partner int32 [B], weight float32 [B]), see nfjax.augment.mixup
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,26 +84,34 @@ def make_train_step(
     preprocess: Callable[[jax.Array, jax.Array], jax.Array],
     key: jax.Array,
     label_smoothing: float,
+    mix: Mix | None = None,
 ) -> Step:
-    """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`,
-    given `fold_in(key, step)`. The loss is the mean over the examples whose mask is 1: one that could not be read
-    counts for nothing (batch norm, where there is any, sees it black).
+    """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`, and
+    then `mix`, both given `fold_in(key, step)`. The loss is the mean over the examples whose mask is 1: one that could
+    not be read counts for nothing (batch norm, where there is any, sees it black). Where examples are mixed, "correct"
+    counts predictions of the class that has the greater part.
 
     A step whose loss, gradient or update is not finite leaves the state as it was, and so does every later one, because
     a batch counts only if its "step" is the state's: nothing is trained on after a NaN, however many steps were already
     on their way to the device.
     """
 
-    def loss_of(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, mask: jax.Array) -> Any:
+    def loss_of(params: Any, batch_stats: Any, images: jax.Array, targets: Targets, mask: jax.Array) -> Any:
         logits, batch_stats = network.train(params, batch_stats, images)
-        losses = metrics.cross_entropy(logits, labels, label_smoothing)
+        losses = sum(weight * metrics.cross_entropy(logits, labels, label_smoothing) for labels, weight in targets)
         return (losses * mask).sum() / jnp.maximum(mask.sum(), 1), (losses, logits, batch_stats)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Sums]:
-        images = preprocess(jax.random.fold_in(key, state["step"]), batch["image"])
+        step_key, labels, mask = jax.random.fold_in(key, state["step"]), batch["label"], batch["mask"]
+        images = preprocess(step_key, batch["image"])
+        targets = [(labels, 1.0)]
+        if mix is not None:
+            images, partner, weight = mix(step_key, images, mask)
+            targets = [(labels, weight), (labels[partner], 1 - weight)]
+            labels = jnp.where(weight >= 0.5, labels, labels[partner])
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, (losses, logits, batch_stats)), grads = gradient(
-            state["params"], state["batch_stats"], images, batch["label"], batch["mask"]
+            state["params"], state["batch_stats"], images, targets, mask
         )
         grad_norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
@@ -113,7 +124,7 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         good = finite & (batch["step"] == state["step"])
         state = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
-        return state, metrics.sums(losses, logits, batch["label"], batch["mask"]) | {"grad_norm": grad_norm}
+        return state, metrics.sums(losses, logits, labels, mask) | {"grad_norm": grad_norm}
 
     return train_step
 

@@ -8,30 +8,24 @@ newest checkpoint as if it had never been stopped.
 
 from __future__ import annotations
 
-import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nfjax import augment, checkpoint, cost, data, metrics, optim, resnet, spp, steps
+from nfjax import assembly, checkpoint, cost, data, metrics, spp, steps
 from nfjax import feed as feeds
 from nfjax import workdir as workdirs
-from nfjax.data import crops, memory, skips, stream
+from nfjax.data import crops, skips
 from nfjax.progress import Bar, Interrupts, Progress
 from nfjax.steps import State, Sums
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-KEEP = ("device", "host", "disk")
-Feed = feeds.OnDevice | feeds.FromHost
 
 
 class TrainingDivergedError(RuntimeError):
@@ -50,9 +44,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises ValueError or OSError for settings, data or a workdir that cannot be used, TrainingDivergedError,
     TrainingInterruptedError.
     """
-    check(config)
+    assembly.check(config)
     folder = workdirs.open_for(config, workdir)
-    dataset = open_data(config, config.data.dir)
+    dataset = assembly.open_data(config, config.data.dir)
     size = len(dataset.train)
     if size < config.batch_size:
         raise ValueError(
@@ -60,14 +54,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         )
     workdirs.start(folder, config, dataset)
 
-    mesh = make_mesh()
+    mesh = assembly.make_mesh()
     init_key, augment_key = jax.random.split(jax.random.key(config.seed))
-    model = build_model(config, len(dataset.class_names), init_key)
+    model = assembly.build_model(config, len(dataset.class_names), init_key)
     print(header(config, folder, dataset, model), flush=True)
     network, params, batch_stats = steps.as_functions(model)
     workdirs.note_parameters(folder, params)
     progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
-    optimizer, schedule = build_optimizer(config, progress.epoch_ends)
+    optimizer, schedule = assembly.build_optimizer(config, progress.epoch_ends)
     state = jax.device_put(steps.initial_state(params, batch_stats, optimizer), NamedSharding(mesh, PartitionSpec()))
     del model, params, batch_stats
 
@@ -79,11 +73,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         print(f"resumed at step {progress.step:,}, epoch {progress.epoch:.2f}", flush=True)
     workdirs.note_start(folder, progress.step)
 
-    train_step = steps.make_train_step(
-        network, optimizer, preprocessing(config, train=True), augment_key, config.optim.label_smoothing
-    )
-    train_feed = make_feed(config, dataset, "train", mesh, folder)
-    test_feed = make_feed(config, dataset, "test", mesh, folder)
+    preprocess, mix = assembly.preprocessing(config, train=True), assembly.mixing(config)
+    train_step = steps.make_train_step(network, optimizer, preprocess, augment_key, config.optim.label_smoothing, mix)
+    train_feed = assembly.make_feed(config, dataset, "train", mesh, folder)
+    test_feed = assembly.make_feed(config, dataset, "test", mesh, folder)
     run_steps = make_runner(config, train_feed, train_step, size, progress.total)
     evaluate = make_evaluation(config, test_feed, network, len(dataset.test))
     measure_signal = make_signal_measurement(config, dataset.train, network)
@@ -149,197 +142,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     return finish(config, folder, dataset, best_step, time.perf_counter() - start, bar.overall_rate)
 
 
-# ---------------------------------------------------------------- from settings to objects
-
-
-def check(config: ConfigDict) -> None:
-    """ValueError for settings that cannot work, before anything is written or loaded."""
-    for name in ("batch_size", "epochs", "log.every_steps", "checkpoint.every_epochs", "checkpoint.keep"):
-        value = functools.reduce(getattr, name.split("."), config)
-        if value < 1:
-            raise ValueError(f"{name}={value} must be positive")
-    if config.batch_size % jax.device_count():
-        near = max(config.batch_size // jax.device_count(), 1) * jax.device_count()
-        raise ValueError(
-            f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices; choose a multiple, "
-            f"such as --config.batch_size={near}"
-        )
-    if config.model.dtype not in DTYPES:
-        raise ValueError(f"unknown model.dtype={config.model.dtype!r}: expected one of {', '.join(DTYPES)}")
-    for name, values in (("mean", config.data.mean), ("std", config.data.std)):
-        if len(values) != 3:
-            raise ValueError(f"data.{name}={tuple(values)}: expected three numbers, for red, green and blue")
-    if min(config.data.std) <= 0:
-        raise ValueError(f"data.std={tuple(config.data.std)}: expected three positive numbers")
-    if config.seed < 0:
-        raise ValueError(f"seed={config.seed} must be 0 or more")
-    if not config.optim.learning_rate > 0:
-        raise ValueError(f"optim.learning_rate={config.optim.learning_rate} must be positive")
-    if not 0 <= config.optim.momentum < 1:
-        raise ValueError(f"optim.momentum={config.optim.momentum} must be at least 0 and less than 1")
-    for name, value in (("clip_norm", config.optim.clip_norm), ("adaptive_clip", config.optim.adaptive_clip)):
-        if value is not None and not value > 0:
-            raise ValueError(f"optim.{name}={value} must be positive, or left out for no clipping")
-    if config.augment.crop_padding < 0:
-        raise ValueError(f"augment.crop_padding={config.augment.crop_padding} must be 0 or more pixels")
-    if not 0 <= config.optim.label_smoothing < 1:
-        raise ValueError(f"optim.label_smoothing={config.optim.label_smoothing} must be at least 0 and less than 1")
-    every = config.log.signal_every_steps
-    if every is not None and (every < 1 or every % config.log.every_steps):
-        raise ValueError(
-            f"log.signal_every_steps={every} must be a positive multiple of log.every_steps={config.log.every_steps}"
-        )
-    if config.steps_per_dispatch is not None and (
-        config.steps_per_dispatch < 1 or (config.steps_per_dispatch > 1 and config.data.keep != "device")
-    ):
-        raise ValueError(
-            f"steps_per_dispatch={config.steps_per_dispatch} must be positive, and 1 unless data.keep=device"
-        )
-    if config.data.keep not in KEEP:
-        raise ValueError(f"unknown data.keep={config.data.keep!r}: expected one of {', '.join(KEEP)}")
-    if config.augment.resized_crop_scale is not None and config.data.keep != "disk":
-        raise ValueError(
-            f"augment.resized_crop_scale={tuple(config.augment.resized_crop_scale)} needs the original images: set "
-            "--config.data.keep=disk"
-        )
-    for name, least in (("workers", 1), ("ahead", 1)):
-        value = getattr(config.data, name)
-        if value is not None and value < least:
-            raise ValueError(f"data.{name}={value} must be at least {least}")
-    if not 0 <= config.data.max_skipped <= 1:
-        raise ValueError(f"data.max_skipped={config.data.max_skipped} must be a share, from 0 to 1")
-    for name in ("train", "test"):
-        make_transform(config, name)
-    if config.augment.rand_operations < 0:
-        raise ValueError(f"augment.rand_operations={config.augment.rand_operations} must be 0 (for none) or more")
-    size = config.data.image_size
-    jax.eval_shape(augmentation(config), jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8))
-    # A wrong name in the model or the optimizer is found here, at no cost, and not after the images are decoded.
-    nnx.eval_shape(lambda: build_model(config, num_classes=2, key=jax.random.key(0)))
-    build_optimizer(config, epoch_ends=[1])
-    data.loader(config.data.source)
-
-
-def make_mesh() -> Mesh:
-    """All devices on one axis, "data": a batch is divided over it, parameters are replicated."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-
-
-def build_model(config: ConfigDict, num_classes: int, key: jax.Array) -> nnx.Module:
-    """The network that a config describes, its parameters drawn from `key`."""
-    settings = config.model.to_dict()
-    settings["norm"] = None if settings["norm"] == "none" else settings["norm"]
-    settings["dtype"] = DTYPES[settings["dtype"]]
-    rngs = nnx.Rngs(params=key)
-    return resnet.PreActResNet(**settings, num_classes=num_classes, image_size=config.data.image_size, rngs=rngs)
-
-
-def build_optimizer(
-    config: ConfigDict, epoch_ends: Sequence[int]
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a config, and its learning rate by step. epoch_ends: the step at which each epoch is done."""
-    settings = config.optim
-    schedules = {
-        "epoch": lambda: optim.cosine_by_epoch(settings.learning_rate, epoch_ends),
-        "step": lambda: optim.cosine_by_step(settings.learning_rate, epoch_ends[-1]),
-    }
-    if settings.anneal not in schedules:
-        raise ValueError(f"unknown optim.anneal={settings.anneal!r}: expected one of {', '.join(schedules)}")
-    schedule = schedules[settings.anneal]()
-    clipping = {"clip_norm": settings.clip_norm, "adaptive_clip": settings.adaptive_clip}
-    return optim.sgd(schedule, settings.momentum, settings.weight_decay, **clipping), schedule
-
-
-def open_data(config: ConfigDict, directory: str) -> data.Dataset:
-    """The data set of a config: decoded into memory, or as it lies on the disk, whatever the config says."""
-    dataset = data.load(config.data.source, directory, config.data.image_size)
-    if config.data.keep == "disk":
-        if isinstance(dataset.train, data.Images):
-            raise ValueError(
-                f"data.keep=disk: {config.data.source} has no image files to decode; set --config.data.keep=device"
-            )
-        return dataset
-    size = config.data.image_size
-    cut, middle = crops.CentreCrop(size, size), crops.CentreCrop(size, config.data.resize or size)
-    return memory.decoded(dataset, cut, middle, config.data.max_skipped)
-
-
-def make_transform(config: ConfigDict, name: str) -> stream.Transform:
-    """What the host does to each encoded image of the split "train" or "test"."""
-    size, scale = config.data.image_size, config.augment.resized_crop_scale
-    if name == "train" and scale is not None:
-        return crops.RandomResizedCrop(size, tuple(scale), tuple(config.augment.resized_crop_ratio), config.seed)
-    resize = config.data.resize if name == "test" else None
-    return crops.CentreCrop(size, resize or size)
-
-
-def make_feed(config: ConfigDict, dataset: data.Dataset, name: str, mesh: Mesh, folder: pathlib.Path | None) -> Feed:
-    """Batches of the split "train" or "test" from where the config keeps the images. folder: gets skipped.jsonl."""
-    split = getattr(dataset, name)
-    if isinstance(split, data.Images):
-        return feeds.OnDevice(split, mesh) if config.data.keep == "device" else feeds.FromHost(feeds.taken(split), mesh)
-    size = config.data.image_size
-    skipped = skips.Skips(name, split.name, len(split), config.data.max_skipped, folder)
-
-    def streamed(orders: Iterator[data.Order]) -> Iterator[feeds.HostBatch]:
-        wanted: list[int] = []
-
-        def noted() -> Iterator[data.Order]:
-            for order in orders:
-                wanted.append(int(order.mask.sum()))
-                yield order
-
-        shape, transform = (size, size, 3), make_transform(config, name)
-        batches = stream.stream(split, transform, shape, noted(), skipped, config.data.workers, config.data.ahead)
-        try:
-            for number, batch in enumerate(batches):
-                skipped.check()
-                skipped.check_batch(int(batch["mask"].sum()), wanted[number])
-                yield batch
-        finally:
-            batches.close()
-
-    return feeds.FromHost(streamed, mesh)
-
-
-def augmentation(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """`(key, images) -> images`, uint8 [B, H, W, 3]: what a training step does to images before normalising."""
-    settings = config.augment
-
-    def augmented(key: jax.Array, images: jax.Array) -> jax.Array:
-        crop_key, flip_key = jax.random.split(key)
-        if settings.crop_padding:
-            images = augment.random_crop(crop_key, images, settings.crop_padding)
-        if settings.flip:
-            images = augment.random_flip(flip_key, images)
-        if settings.rand_operations:
-            images = augment.rand_augment(
-                jax.random.fold_in(key, 2),
-                images,
-                settings.rand_operations,
-                settings.rand_magnitude,
-                fill=settings.rand_fill,
-                interpolation=settings.rand_interpolation,
-            )
-        return images
-
-    return augmented
-
-
-def preprocessing(config: ConfigDict, train: bool) -> Callable[..., jax.Array]:
-    """uint8 [B, H, W, 3] to normalised float32: `(key, images)` with augmentation for training, `(images)` for
-    evaluation.
-    """
-    augmented = augmentation(config)
-
-    def normalize(images: jax.Array) -> jax.Array:
-        return augment.normalize(images, config.data.mean, config.data.std)
-
-    return (lambda key, images: normalize(augmented(key, images))) if train else normalize
+# ---------------------------------------------------------------- what a run consists of
 
 
 def make_runner(
-    config: ConfigDict, feed: Feed, train_step: steps.Step, size: int, last: int
+    config: ConfigDict, feed: assembly.Feed, train_step: steps.Step, size: int, last: int
 ) -> Callable[[State, int, int], Iterator[tuple[State, Sums]]]:
     """`run(state, step, stop)` trains from `step` to `stop` and yields the state and the sums of each dispatch.
 
@@ -382,12 +189,12 @@ def make_runner(
 
 
 def make_evaluation(
-    config: ConfigDict, feed: Feed, network: steps.Network, size: int
+    config: ConfigDict, feed: assembly.Feed, network: steps.Network, size: int
 ) -> Callable[[State], dict[str, float]]:
     """`evaluate(state) -> {"loss", "accuracy", "images"}` over all `size` examples of the feed, each counted exactly
     once, but for those that cannot be read.
     """
-    step = feed.each(steps.make_eval_step(network, preprocessing(config, train=False)), donate=False)
+    step = feed.each(steps.make_eval_step(network, assembly.preprocessing(config, train=False)), donate=False)
     devices = jax.device_count()
     batch_size = -(-config.batch_size // devices) * devices
 
@@ -413,7 +220,7 @@ def make_signal_measurement(
         middle = crops.CentreCrop(config.data.image_size, config.data.image_size)
         first = range(min(config.batch_size, len(split)))
         images = np.stack([middle(split.reader(split.reference(i))[0]) for i in first])
-    images = preprocessing(config, train=False)(jnp.asarray(images))
+    images = assembly.preprocessing(config, train=False)(jnp.asarray(images))
     monitor = spp.Monitor(images, seed=config.seed)
 
     def measure(state: State) -> dict[str, float]:

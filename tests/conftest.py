@@ -1,5 +1,7 @@
 """Strict numerics for every test, and a tiny network and config for those that train."""
 
+import os
+
 import jax
 import pytest
 
@@ -14,13 +16,14 @@ TINY = 10  # depth of a network with one basic block per stage, for tests only
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
-    """The same program is compiled once per test session, in this process and in those it starts."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
+    """The same program is compiled once per test session, in its processes and in those that they start."""
+    base = tmp_path_factory.getbasetemp()
+    folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
         patch.setenv("NFJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -172,6 +172,18 @@ def test_cutmix_pastes_a_rectangle_and_weighs_it_exactly():
     assert 0.5 < weight.mean() < 0.75  # more than the 1/2 of Beta(1, 1): rectangles are cut off at the border
 
 
+def test_examples_that_are_not_there_are_mixed_into_no_other():
+    batch = jax.random.normal(jax.random.key(0), (64, 8, 8, 3))
+    mask = jnp.ones(64).at[jnp.array([0, 7, 8, 63])].set(0.0)
+    for function in (augment.mixup, augment.cutmix):
+        mixed, partner, weight = jax.jit(lambda x, f=function: f(jax.random.key(1), x, 1.0, mask))(batch)
+        alone = np.asarray(mask)[partner] == 0
+        np.testing.assert_array_equal(np.flatnonzero(alone), [0, 1, 8, 9])
+        np.testing.assert_array_equal(weight[alone], 1)
+        np.testing.assert_array_equal(mixed[alone], batch[alone])
+        assert (np.asarray(weight)[~alone] < 1).mean() > 0.8
+
+
 def test_alpha_zero_mixes_nothing():
     batch = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
     for function in (augment.mixup, augment.cutmix):

@@ -8,8 +8,8 @@ import ml_collections
 import pytest
 from flax import nnx
 
+from nfjax import assembly, train
 from nfjax import config as configs
-from nfjax import train
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -25,8 +25,8 @@ def load(path, *arguments):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_builds_its_network(path):
     module, config = load(path)
-    train.check(config)
-    model = nnx.eval_shape(lambda: train.build_model(config, 10, jax.random.key(0)))
+    assembly.check(config)
+    model = nnx.eval_shape(lambda: assembly.build_model(config, 10, jax.random.key(0)))
     size = config.data.image_size
     assert nnx.eval_shape(lambda m: m(jax.numpy.zeros((1, size, size, 3))), model).shape == (1, 10)
     assert f"--config=configs/{path.name}" in module.__doc__  # the exact command
@@ -101,7 +101,7 @@ def leaves(config, prefix=""):
 
 
 def test_every_leaf_is_read_where_something_is_built(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "check", lambda config: None)  # these two only look
+    monkeypatch.setattr(assembly, "check", lambda config: None)  # these two only look
     monkeypatch.setattr(train, "header", lambda *args: "")
     for name in ("open_for", "start"):  # they read all fields, to compare them and to write them down
         monkeypatch.setattr(train.workdirs, name, lambda *args: tmp_path)

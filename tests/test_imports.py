@@ -46,6 +46,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
     readers = {name for name, path in MODULES.items() if reading.search(path.read_text())}
     assert readers <= {
         "nfjax.config",
+        "nfjax.assembly",
         "nfjax.data.__main__",
         "nfjax.train",
         "nfjax.workdir",

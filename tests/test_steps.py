@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from tensorboardX.proto import event_pb2
 
-from nfjax import augment, checkpoint, data, metrics, steps, train
+from nfjax import assembly, augment, checkpoint, data, metrics, steps, train
 from nfjax import feed as feeds
 from nfjax.resnet import PreActResNet
 
@@ -43,7 +43,7 @@ def test_network_is_the_model_in_both_modes(norm):
 
 
 def both_feeds(split):
-    mesh = train.make_mesh()
+    mesh = assembly.make_mesh()
     return feeds.OnDevice(split, mesh), feeds.FromHost(feeds.taken(split), mesh)
 
 
@@ -114,6 +114,66 @@ def test_an_example_that_could_not_be_read_counts_for_nothing():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_mixed_examples_have_the_loss_of_both_labels():
+    network, params, batch_stats = steps.as_functions(small_model())
+    batch = {"image": jnp.asarray(images(4)), "label": jnp.array([0, 1, 2, 0]), "mask": jnp.array([1.0, 1.0, 0.0, 1.0])}
+    partner, weight = jnp.array([3, 0, 1, 2]), jnp.array([0.8, 0.3, 0.5, 1.0])
+
+    def preprocess(key, x):
+        return x.astype(jnp.float32) / 255
+
+    def mix(key, x, mask):
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.fold_in(seed, 0)))
+        share = weight[:, None, None, None]
+        return share * x + (1 - share) * x[partner], partner, weight
+
+    seed = jax.random.key(5)
+    step = steps.make_train_step(network, optax.sgd(0.1), preprocess, seed, 0.1, mix)
+    _, sums = step(steps.initial_state(params, batch_stats, optax.sgd(0.1)), batch | {"step": np.int32(0)})
+    logits, _ = network.train(
+        params, batch_stats, mix(jax.random.fold_in(seed, 0), preprocess(None, batch["image"]), 0)[0]
+    )
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    expected, correct = 0.0, 0
+    for i in (0, 1, 3):
+        for label, share in ((batch["label"][i], weight[i]), (batch["label"][partner[i]], 1 - weight[i])):
+            expected -= share * (0.9 * log_p[i, label] + 0.1 * log_p[i].mean())
+        correct += log_p[i].argmax() == int(batch["label"][i if weight[i] >= 0.5 else partner[i]])
+    assert float(sums["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert (float(sums["correct"]), float(sums["count"])) == (correct, 3)
+
+
+def test_mixing_is_that_of_the_config(tiny_config):
+    x, mask, key = jax.random.normal(jax.random.key(0), (8, 4, 4, 3)), jnp.ones(8), jax.random.key(1)
+    assert assembly.mixing(tiny_config) is None
+    outcomes = {}
+    for name, alphas in (("mixup", (0.2, 0.0)), ("cutmix", (0.0, 1.0)), ("both", (0.2, 1.0))):
+        tiny_config.augment.mixup_alpha, tiny_config.augment.cutmix_alpha = alphas
+        mix = jax.jit(assembly.mixing(tiny_config))
+        outcomes[name] = [np.asarray(mix(jax.random.fold_in(key, i), x, mask)[0]) for i in range(8)]
+    kinds = [
+        [name for name in ("mixup", "cutmix") if np.allclose(outcomes[name][i], outcomes["both"][i], atol=1e-6)]
+        for i in range(8)
+    ]
+    assert sorted(set(map(tuple, kinds))) == [("cutmix",), ("mixup",)]
+    pasted = (outcomes["cutmix"][0] == np.roll(x, 1, axis=0)) | (outcomes["cutmix"][0] == x)
+    assert pasted.all()
+    tiny_config.augment.mixup_alpha = -1.0
+    with pytest.raises(ValueError, match=r"alpha=-1\.0: expected 0"):
+        assembly.check(tiny_config)
+
+
+def test_erasing_writes_the_mean(tiny_config):
+    tiny_config.augment.erasing_probability, tiny_config.data.image_size = 1.0, 16
+    batch = jnp.full((64, 16, 16, 3), 255, jnp.uint8)
+    tiny_config.augment.crop_padding = 0
+    seen = np.asarray(assembly.preprocessing(tiny_config, train=True)(jax.random.key(0), batch))
+    erased = np.abs(seen).max(-1) < 0.01  # within half a grey level of the mean
+    assert (erased | (seen.min(-1) > 1)).all()
+    assert 0.02 < erased.mean() < 0.33
+    assert erased.any((1, 2)).mean() > 0.9
+
+
 @pytest.mark.parametrize("kind", [0, 1], ids=["device", "host"])
 def test_training_donates_its_state(kind):
     feed = both_feeds(data.Images(images(8), np.zeros(8, np.int32)))[kind]
@@ -129,7 +189,7 @@ def test_training_donates_its_state(kind):
 
 def test_many_steps_in_one_dispatch_are_the_steps_one_by_one():
     split = data.Images(images(8), np.arange(8, dtype=np.int32))
-    feed = feeds.OnDevice(split, train.make_mesh())
+    feed = feeds.OnDevice(split, assembly.make_mesh())
 
     def step(state, batch):
         return {"sum": state["sum"] * 2 + batch["label"].sum() + batch["step"]}, {"count": batch["label"].max()}
@@ -143,13 +203,13 @@ def test_many_steps_in_one_dispatch_are_the_steps_one_by_one():
 def test_preprocessing_crops_then_flips_then_normalizes(tiny_config):
     batch, key = jnp.asarray(images(16)), jax.random.key(2)
     tiny_config.data.mean, tiny_config.data.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    ours = train.preprocessing(tiny_config, train=True)(key, batch)
+    ours = assembly.preprocessing(tiny_config, train=True)(key, batch)
     crop_key, flip_key = jax.random.split(key)
     expected = augment.random_flip(flip_key, augment.random_crop(crop_key, batch, 1))
     np.testing.assert_allclose(
         ours, (np.asarray(expected) / 255 - (0.1, 0.2, 0.3)) / (0.4, 0.5, 0.6), rtol=1e-4, atol=1e-5
     )
-    plain = train.preprocessing(tiny_config, train=False)(batch)
+    plain = assembly.preprocessing(tiny_config, train=False)(batch)
     np.testing.assert_allclose(
         plain, (np.asarray(batch) / 255 - (0.1, 0.2, 0.3)) / (0.4, 0.5, 0.6), rtol=1e-4, atol=1e-5
     )
@@ -197,7 +257,7 @@ def test_a_seed_draws_initialization_augmentation_and_order(tiny_config):
     def weights(seed):
         tiny_config.seed = seed
         key, _ = jax.random.split(jax.random.key(seed))
-        return train.build_model(tiny_config, 10, key).stem.conv.kernel[...]
+        return assembly.build_model(tiny_config, 10, key).stem.conv.kernel[...]
 
     assert (weights(0) != weights(1)).any()
     assert (data.train_indices(0, 50, 10, 0, 5) != data.train_indices(1, 50, 10, 0, 5)).any()
@@ -210,7 +270,7 @@ def test_optimizer_settings_are_those_of_the_config(tiny_config):
     def first_update(**settings):
         config = tiny_config.copy_and_resolve_references()
         config.optim.update(settings)
-        optimizer, _ = train.build_optimizer(config, [10])
+        optimizer, _ = assembly.build_optimizer(config, [10])
         updates, state = optimizer.update(grads, optimizer.init(params), params)
         second, _ = optimizer.update(grads, state, params)
         return float(updates["blocks"]["kernel"][0, 0]), float(updates["classifier"]["kernel"][0, 0]), second
@@ -228,7 +288,7 @@ def test_optimizer_settings_are_those_of_the_config(tiny_config):
 
 
 def test_the_mesh_takes_all_devices():
-    mesh = train.make_mesh()
+    mesh = assembly.make_mesh()
     assert mesh.devices.size == jax.device_count()
     feed = feeds.OnDevice(data.Images(images(4), np.zeros(4, np.int32)), mesh)
     assert feed.by_batch.spec == PartitionSpec("data")

@@ -169,8 +169,21 @@ def test_workers_import_neither_jax_nor_the_trainer():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.parametrize(("workers", "batch"), [(1, 100), (2, 100), (8, 256), (200, 100), (200, 1024), (200, 3)])
+def test_every_worker_has_a_task_ready_behind_the_one_it_is_at(workers, batch, monkeypatch):
+    monkeypatch.setattr(stream._Pump, "_start", lambda pump: None)
+    orders = order.train_orders(0, 10_000, batch, 0, 2000)
+    pump = stream._Pump(Split(10_000), None, SHAPE, orders, print, workers, None)
+    pump._plan()
+    assert len(pump.pending) >= 2 * workers
+    assert max(len(task.examples) for task in pump.pending) <= stream.CHUNK
+    assert len(pump.batches) == max(3, -(-8 * workers // batch))  # 200 workers: 1 600 images of 150 kB
+    pump.workers = []
+    pump.close()
+
+
 def test_at_least_one_worker():
-    with pytest.raises(ValueError, match="workers=0, ahead=2: expected at least 1"):
+    with pytest.raises(ValueError, match="workers=0, ahead=None: expected at least 1"):
         batches(Split(4), order.eval_orders(4, 4), workers=0)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from nfjax import checkpoint, data, evaluate, metrics, spp, steps, train
+from nfjax import assembly, checkpoint, data, evaluate, metrics, spp, steps, train
 from nfjax import workdir as workdirs
 from nfjax.progress import Interrupts, Progress
 
@@ -178,8 +178,8 @@ def test_signal_propagation_is_watched_and_changes_nothing(whole, tmp_path):
     watched = [record for record in metrics.read(tmp_path / "watched") if record["kind"] == "signal"]
     assert [record["step"] for record in watched] == [0, 10, 20, 30]
     dataset = data.load("synthetic", "", 8)
-    images = train.preprocessing(config, train=False)(jnp.asarray(dataset.train.images[:64]))
-    model = train.build_model(config, len(dataset.class_names), jax.random.split(jax.random.key(config.seed))[0])
+    images = assembly.preprocessing(config, train=False)(jnp.asarray(dataset.train.images[:64]))
+    model = assembly.build_model(config, len(dataset.class_names), jax.random.split(jax.random.key(config.seed))[0])
     at_start = spp.scalars(spp.propagate(model, images, seed=config.seed))
     assert len(at_start) == 2 * 4
     assert {name: watched[0][name] for name in at_start} == pytest.approx(at_start, rel=1e-4)
@@ -267,7 +267,7 @@ def test_load_model_gives_the_trained_network(whole):
     config, folder, _ = whole
     model = evaluate.load_model(str(folder))
     images = data.load("synthetic", "", 8).test
-    logits = model(train.preprocessing(config, train=False)(jnp.asarray(images.images)))
+    logits = model(assembly.preprocessing(config, train=False)(jnp.asarray(images.images)))
     accuracy = float((jnp.argmax(logits, axis=-1) == images.labels).mean())
     assert accuracy == pytest.approx(evaluate.evaluate(str(folder))["accuracy"])
     first, last = (evaluate.load_model(str(folder), step=step).stem.conv.kernel[...] for step in (16, 32))
@@ -343,11 +343,11 @@ def test_four_devices_equal_one(tiny_config, tmp_path):
     code = """
 import sys, json
 import jax
-from nfjax import feed, resnet, train
+from nfjax import assembly, feed, resnet, train
 from ml_collections import ConfigDict
 resnet.STAGES[10] = (resnet.BasicBlock, (1, 1, 1, 1))
 devices = int(sys.argv[3])
-assert train.make_mesh().devices.size == jax.device_count() == devices
+assert assembly.make_mesh().devices.size == jax.device_count() == devices
 
 # Each device holds its part of a batch and all of the parameters.
 gather = feed.OnDevice._gather
@@ -443,7 +443,7 @@ def test_batch_that_the_devices_do_not_divide(tiny_config, monkeypatch):
         ValueError,
         match=r"batch_size=100 cannot be divided over 8 devices; choose a multiple, such as --config.batch_size=96",
     ):
-        train.check(tiny_config)
+        assembly.check(tiny_config)
 
 
 def test_workdir_that_cannot_be_written(tiny_config, tmp_path):

@@ -13,7 +13,7 @@ several devices is augmented as it would be on one.
 """
 
 from nfjax.augment.erasing import random_erasing
-from nfjax.augment.mixing import cutmix, mixup
+from nfjax.augment.mixing import Mixed, cutmix, mixup
 from nfjax.augment.operations import OPERATIONS, Change, Operation
 from nfjax.augment.randaugment import apply, choose, rand_augment
 from nfjax.augment.standard import normalize, random_crop, random_flip
@@ -21,6 +21,7 @@ from nfjax.augment.standard import normalize, random_crop, random_flip
 __all__ = [
     "OPERATIONS",
     "Change",
+    "Mixed",
     "Operation",
     "apply",
     "choose",

@@ -54,7 +54,10 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the images of a split that may be damaged ({pack.MAX_SKIPPED})",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="(one for every core)")
-    parser.add_argument("--verify", action="store_true", help="read all of it again at the end, and compare")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True,
+        help="read all of it again at the end, and compare (yes)",
+    )  # fmt: skip
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -89,17 +92,17 @@ def _show(args: argparse.Namespace) -> None:
     from absl import flags
     from ml_collections import config_flags
 
-    from nfjax import show, train
+    from nfjax import assembly, show
 
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    values, argv = flags.FlagValues(), ["show", f"--config={args.config}", *args.settings]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
-        values(["show", f"--config={args.config}", *args.settings])
+        values(argv)
     except (flags.Error, AttributeError, KeyError) as error:
         raise ValueError(str(error).strip().splitlines()[-1]) from error
     if args.count < 1 or args.step < 0:
         raise ValueError(f"--count={args.count} --step={args.step}: expected at least one image, of step 0 or later")
-    train.check(holder.value)
+    assembly.check(holder.value)
     show.contact_sheet(holder.value, args.count, args.step).savefig(args.out, dpi=130)
     print(args.out)
 

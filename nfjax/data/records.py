@@ -139,7 +139,7 @@ def load(directory: str) -> Dataset:
     """A directory that `pack` wrote, local or in a bucket (copied to the local disk first, see `remote.mirror`).
 
     Raises FileNotFoundError, ValueError that name what is missing or damaged; shards are checked by size here, and
-    record by record where they are read. `python -m nfjax.data pack … --verify` checks all.
+    record by record where they are read. `pack.verify` checks all.
     """
     manifest, text = read_manifest(directory)
     sizes = {shard.file: shard.bytes for shards in manifest.shards.values() for shard in shards}

@@ -27,7 +27,8 @@ import numpy as np
 from nfjax.data.order import Order
 from nfjax.data.splits import Encoded
 
-CHUNK = 16  # images a task: long enough to hide the pipe, short enough that a batch does not wait for one worker
+# Images a task: long enough to hide the pipe, short enough that a batch does not wait for one worker.
+CHUNK, SMALLEST_CHUNK = 16, 4
 HUNG_AFTER = 120.0  # seconds without an answer to one task
 Transform = Callable[[bytes, int], np.ndarray]  # (the bytes of an image, position in the run) -> uint8 [H, W, 3]
 
@@ -35,6 +36,11 @@ Transform = Callable[[bytes, int], np.ndarray]  # (the bytes of an image, positi
 def default_workers() -> int:
     """One process for every core that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def default_ahead(workers: int, batch: int) -> int:
+    """Batches decoded ahead: two at least, and enough that each of many workers has two small tasks."""
+    return max(2, -(-2 * workers * SMALLEST_CHUNK // batch) - 1)
 
 
 class WorkersFailedError(RuntimeError):
@@ -97,18 +103,19 @@ def stream(
     orders: Iterator[Order],
     on_failure: Callable[[int, str, str], None],
     workers: int | None = None,
-    ahead: int = 2,
+    ahead: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of `orders`, in order: {"image" uint8 [B, *shape], "label" int32 [B], "mask" float32 [B]}.
 
     shape: of what the transform returns. on_failure(index, cause, detail) is called for each example that could not be
     read; its image is black and its mask 0: no other image takes its place. workers: processes, by default one for
-    every core. ahead: batches that are decoded before they are asked for, which is also the memory that is taken.
+    every core. ahead: batches that are decoded before they are asked for, which is also the memory that is taken, by
+    default `default_ahead`.
 
     Close the generator to end the workers; they also end when this process does. Raises WorkersFailedError.
     """
     workers = default_workers() if workers is None else workers
-    if workers < 1 or ahead < 1:
+    if workers < 1 or (ahead is not None and ahead < 1):
         raise ValueError(f"workers={workers}, ahead={ahead}: expected at least 1 of both")
     for part in (split.reader, transform):
         if "__main__" in (getattr(part, "__module__", None), type(part).__module__):
@@ -133,11 +140,13 @@ class _Pump:
         orders: Iterator[Order],
         on_failure: Callable[[int, str, str], None],
         workers: int,
-        ahead: int,
+        ahead: int | None,
     ):
-        self.split, self.orders, self.on_failure, self.ahead = split, orders, on_failure, ahead
+        self.split, self.orders, self.on_failure = split, orders, on_failure
         self.first = next(orders, None)
         self.size = 0 if self.first is None else len(self.first.indices)
+        ahead = ahead or default_ahead(workers, max(1, self.size))
+        self.chunk = min(CHUNK, max(SMALLEST_CHUNK, (ahead + 1) * self.size // (2 * workers)))
         shape = ((ahead + 1) * self.size, *shape)
         self.file = _anonymous_file(max(1, int(np.prod(shape))))
         self.mapped = mmap.mmap(self.file.fileno(), max(1, int(np.prod(shape))))
@@ -173,8 +182,10 @@ class _Pump:
                 order, slot, np.zeros(self.size, np.int32), order.mask.astype(np.float32), len(wanted)
             )
             self.rows[slot * self.size : (slot + 1) * self.size][order.mask == 0] = 0
-            for start in range(0, len(wanted), CHUNK):
-                places = wanted[start : start + CHUNK]  # the padding of a batch is at its end: places are consecutive
+            for start in range(0, len(wanted), self.chunk):
+                places = wanted[
+                    start : start + self.chunk
+                ]  # the padding of a batch is at its end: places are consecutive
                 examples = [
                     (self.split.reference(int(order.indices[i])), int(order.positions[i])) for i in places.tolist()
                 ]
