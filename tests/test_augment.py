@@ -57,10 +57,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from nfjax import augment
 
-def everything(key, images):
-    crop, flip, policy, erase, mix, cut = jax.random.split(key, 6)
+def alone(key, images):
+    crop, flip, policy, erase = jax.random.split(key, 4)
     images = augment.random_flip(flip, augment.random_crop(crop, images, 2))
-    images = augment.random_erasing(erase, augment.rand_augment(policy, images, interpolation="bilinear"))
+    return augment.random_erasing(erase, augment.rand_augment(policy, images, interpolation="bilinear"))
+
+def everything(key, images):
+    key, mix, cut = jax.random.split(key, 3)
+    images = alone(key, images)
     mixed = augment.mixup(mix, augment.normalize(images, (0.5,) * 3, (0.25,) * 3), 0.4)
     return images, mixed, augment.cutmix(cut, images, 1.0)
 
@@ -71,6 +75,9 @@ sharded = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
 one, four = (jax.jit(everything)(jax.random.key(7), x) for x in (images, sharded))
 assert len(four[0].sharding.device_set) == 4, four[0].sharding
 jax.tree.map(np.testing.assert_array_equal, one, four)
+program = jax.jit(alone).lower(jax.random.key(7), sharded).compile().as_text()
+crossing = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+assert not any(f" {name}(" in program for name in crossing), "what a device does to its images concerns no other"
 print("equal")
 """
 

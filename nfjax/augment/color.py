@@ -73,7 +73,12 @@ def apply_table(images: jax.Array, table: jax.Array) -> jax.Array:
     # Where entries rise, the greater of two neighbours is the second: nothing changes, but XLA keeps such a result
     # in memory, and would otherwise compute the table anew for every pixel.
     kept = jax.lax.reduce_window(table, np.int32(0), jax.lax.max, (1, 1, 2), (1, 1, 1), [(0, 0), (0, 0), (1, 0)])
-    return kept.reshape(-1).at[_entries(images)].get(mode="promise_in_bounds").astype(jnp.uint8)
+
+    def of_one(image: jax.Array, table: jax.Array) -> jax.Array:
+        return table.at[_entries(image)].get(mode="promise_in_bounds")
+
+    # Image by image: of a lookup over the whole batch the partitioner would not see that it stays on each device.
+    return jax.vmap(of_one)(images, kept.reshape(-1, 3 * 256)).astype(jnp.uint8)
 
 
 def autocontrast_table(counts: jax.Array) -> jax.Array:
@@ -109,13 +114,12 @@ def histogram(images: jax.Array) -> jax.Array:
 
 def histogram_by_scatter(images: jax.Array) -> jax.Array:
     """One addition per pixel: what a CPU does well."""
-    batch, _, _, channels = images.shape
-    counts = (
-        jnp.zeros(batch * channels * 256, jnp.int32)
-        .at[_entries(images).reshape(-1)]
-        .add(jnp.int32(1), mode="promise_in_bounds")
-    )
-    return counts.reshape(batch, channels, 256)
+
+    def of_one(image: jax.Array) -> jax.Array:
+        counts = jnp.zeros(image.shape[-1] * 256, jnp.int32)
+        return counts.at[_entries(image).reshape(-1)].add(jnp.int32(1), mode="promise_in_bounds")
+
+    return jax.vmap(of_one)(images).reshape(images.shape[0], -1, 256)
 
 
 def histogram_by_comparison(images: jax.Array) -> jax.Array:
@@ -150,8 +154,7 @@ def _divide(dividend: jax.Array, divisor: jax.Array | int) -> jax.Array:
     return jax.lax.div(dividend, jnp.broadcast_to(jnp.asarray(divisor, jnp.int32), dividend.shape))
 
 
-def _entries(images: jax.Array) -> jax.Array:
-    """The position of every level of [B, H, W, C] in a flat table [B, C, 256]."""
-    batch, _, _, channels = images.shape
-    first = jnp.arange(batch * channels, dtype=jnp.int32).reshape(batch, 1, 1, channels) * 256
-    return first + images.astype(jnp.int32)
+def _entries(image: jax.Array) -> jax.Array:
+    """The position of every level of [H, W, C] in a flat table [C, 256]."""
+    first = jnp.arange(image.shape[-1], dtype=jnp.int32) * 256
+    return first.reshape(1, 1, -1) + image.astype(jnp.int32)
