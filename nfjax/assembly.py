@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nfjax import augment, data, optim, resnet
 from nfjax import feed as feeds
+from nfjax import mesh as meshes
 from nfjax.data import crops, memory, skips, stream
 from nfjax.steps import Mix
 
@@ -28,16 +29,20 @@ Feed = feeds.OnDevice | feeds.FromHost
 
 def check(config: ConfigDict) -> None:
     """ValueError for settings that cannot work, before anything is written or loaded."""
-    for name in ("batch_size", "epochs", "log.every_steps", "checkpoint.every_epochs", "checkpoint.keep"):
+    counts = ("batch_size", "epochs", "log.every_steps", "checkpoint.every_epochs", "checkpoint.every_steps")
+    for name in (*counts, "checkpoint.keep", "train.accumulate_steps"):
         value = functools.reduce(getattr, name.split("."), config)
         if value < 1:
             raise ValueError(f"{name}={value} must be positive")
-    if config.batch_size % jax.device_count():
-        near = max(config.batch_size // jax.device_count(), 1) * jax.device_count()
+    parts = jax.device_count() * config.train.accumulate_steps
+    if config.batch_size % parts:
+        near = max(config.batch_size // parts, 1) * parts
+        accumulated = f" in {config.train.accumulate_steps} parts" if config.train.accumulate_steps > 1 else ""
         raise ValueError(
-            f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices; choose a multiple, "
-            f"such as --config.batch_size={near}"
+            f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices{accumulated}; choose "
+            f"a multiple, such as --config.batch_size={near}"
         )
+    meshes.make(config.train.state_shards)
     if config.model.dtype not in DTYPES:
         raise ValueError(f"unknown model.dtype={config.model.dtype!r}: expected one of {', '.join(DTYPES)}")
     for name, values in (("mean", config.data.mean), ("std", config.data.std)):
@@ -49,6 +54,12 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"seed={config.seed} must be 0 or more")
     if not config.optim.learning_rate > 0:
         raise ValueError(f"optim.learning_rate={config.optim.learning_rate} must be positive")
+    if config.optim.reference_batch_size is not None and config.optim.reference_batch_size < 1:
+        raise ValueError(
+            f"optim.reference_batch_size={config.optim.reference_batch_size} must be positive, or none for no scaling"
+        )
+    if not 0 <= config.optim.warmup_epochs <= config.epochs:
+        raise ValueError(f"optim.warmup_epochs={config.optim.warmup_epochs} must be from 0 to epochs={config.epochs}")
     if not 0 <= config.optim.momentum < 1:
         raise ValueError(f"optim.momentum={config.optim.momentum} must be at least 0 and less than 1")
     for name, value in (("clip_norm", config.optim.clip_norm), ("adaptive_clip", config.optim.adaptive_clip)):
@@ -97,11 +108,6 @@ def check(config: ConfigDict) -> None:
     data.loader(config.data.source)
 
 
-def make_mesh() -> Mesh:
-    """All devices on one axis, "data": a batch is divided over it, parameters are replicated."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-
-
 def build_model(config: ConfigDict, num_classes: int, key: jax.Array) -> nnx.Module:
     """The network that a config describes, its parameters drawn from `key`."""
     settings = config.model.to_dict()
@@ -116,13 +122,15 @@ def build_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a config, and its learning rate by step. epoch_ends: the step at which each epoch is done."""
     settings = config.optim
+    scale = config.batch_size / (settings.reference_batch_size or config.batch_size)
+    peak, warmup = settings.learning_rate * scale, settings.warmup_epochs * epoch_ends[-1] / len(epoch_ends)
     schedules = {
-        "epoch": lambda: optim.cosine_by_epoch(settings.learning_rate, epoch_ends),
-        "step": lambda: optim.cosine_by_step(settings.learning_rate, epoch_ends[-1]),
+        "epoch": lambda: optim.cosine_by_epoch(peak, epoch_ends),
+        "step": lambda: optim.cosine_by_step(peak, epoch_ends[-1]),
     }
     if settings.anneal not in schedules:
         raise ValueError(f"unknown optim.anneal={settings.anneal!r}: expected one of {', '.join(schedules)}")
-    schedule = schedules[settings.anneal]()
+    schedule = optim.warmed_up(schedules[settings.anneal](), round(warmup))
     clipping = {"clip_norm": settings.clip_norm, "adaptive_clip": settings.adaptive_clip}
     return optim.sgd(schedule, settings.momentum, settings.weight_decay, **clipping), schedule
 

@@ -7,12 +7,20 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from nfjax import distributed
+
 FOLDER = "checkpoints"
+CHECKSUMS = "checksums"  # the name under which they are saved beside the tree
 UNTESTED = -1.0  # stands for the accuracy of a checkpoint that was saved between two evaluations
+
+
+class DamagedError(ValueError):
+    """What was read is not what was saved."""
 
 
 class Checkpoints:
@@ -54,6 +62,11 @@ class Checkpoints:
                 self._set_aside(step, "its metrics are cut short")
 
     def _set_aside(self, step: int | str, reason: str) -> None:
+        if distributed.is_first():
+            self._move(step, reason)
+        distributed.barrier(f"set aside {step}")
+
+    def _move(self, step: int | str, reason: str) -> None:
         folder = self.directory.parent / "damaged_checkpoints"
         folder.mkdir(exist_ok=True)
         number = sum(path.name.partition(".")[0] == str(step) for path in folder.iterdir())
@@ -76,11 +89,22 @@ class Checkpoints:
     def save(self, step: int, tree: Any, accuracy: float | None = None) -> None:
         """Starts to save; the arrays may be changed or donated as soon as this returns."""
         metrics = {"accuracy": UNTESTED if accuracy is None else accuracy}
+        tree = {**tree, CHECKSUMS: checksums(_arrays(tree))}
         self.manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics, force=True)
 
     def restore(self, template: Any, step: int) -> Any:
-        """The pytree saved at `step`, with the structure, dtypes and shardings of `template`."""
-        return self.manager.restore(step, args=ocp.args.StandardRestore(template))
+        """The pytree saved at `step`, with the structure, dtypes and shardings of `template`.
+
+        Raises DamagedError where it is not bit for bit what was saved, and whatever orbax does for what it cannot read.
+        """
+        arrays = _arrays(template)
+        stored = np.zeros(len(arrays), np.uint32)
+        restored = self.manager.restore(step, args=ocp.args.StandardRestore({**template, CHECKSUMS: stored}))
+        stored = restored.pop(CHECKSUMS)
+        found = np.asarray(checksums(_arrays(restored)))
+        if (found != stored).any():
+            raise DamagedError(f"{(found != stored).sum()} of its {len(found)} arrays are not those that were saved")
+        return restored
 
     def restore_newest(self, template: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, as (step, pytree); None if none was ever saved.
@@ -94,7 +118,7 @@ class Checkpoints:
                 return step, self.restore(template, step)
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
                 reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-                if self._readable(step):
+                if not isinstance(error, DamagedError) and self._readable(step):
                     raise ValueError(
                         f"checkpoint {step} in {self.directory} is of another network: {reason}"
                     ) from error
@@ -135,6 +159,26 @@ class Checkpoints:
 
 def _accuracy(metrics: dict[str, float]) -> float:
     return metrics["accuracy"]
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)]
+
+
+@jax.jit
+def checksums(leaves: list[jax.Array]) -> jax.Array:
+    """uint32, for each array a number that changes when a bit of it does; whatever devices hold it."""
+
+    def of(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
+        position, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+        for axis in reversed(range(leaf.ndim)):
+            position += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            stride *= leaf.shape[axis]
+        # Odd factors modulo 2^32: no change of a single number is lost.
+        return (bits.astype(jnp.uint32) * (2 * position + 1)).sum(dtype=jnp.uint32)
+
+    return jnp.stack([of(leaf) for leaf in leaves])
 
 
 def template(tree: Any) -> Any:

@@ -28,6 +28,9 @@ def base() -> ConfigDict:
     config.model.init = "he_fan_out"  # a name in nfjax.initializers.INITIALIZERS; paper, eq. 2
     config.model.stem = "cifar"  # "cifar" (3x3) or "imagenet" (7x7, stride 2, max-pooling); not stated by the paper
     config.model.width = 64  # channels of the first stage; He et al. 2016, and implied by the paper's tables
+    # Whether a block's activations are computed anew for its gradient, instead of being kept: less memory, more time.
+    # Ours.
+    config.model.remat = False
     config.model.dtype = "float32"  # of activations, "float32" or "bfloat16"; parameters stay float32; ours
 
     config.data = ConfigDict()
@@ -70,6 +73,10 @@ def base() -> ConfigDict:
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 0.01  # paper, section 4
+    # Batch size that the learning rate is for: it is scaled linearly to the one that is used (Goyal et al. 2017); none
+    # for no scaling. Not stated by the paper.
+    config.optim.reference_batch_size = config_dict.placeholder(int)
+    config.optim.warmup_epochs = 0.0  # in which the learning rate rises linearly (likewise); not stated by the paper
     config.optim.momentum = 0.9  # paper, section 4
     config.optim.anneal = "epoch"  # cosine to zero, changed after every "epoch" (paper, section 4) or every "step"
     config.optim.weight_decay = 0.0  # on kernels; not stated by the paper ("without further regularization")
@@ -81,6 +88,12 @@ def base() -> ConfigDict:
     # accelerator, and 1 on CPU, where XLA runs convolutions inside a loop many times slower than outside. Ours.
     config.steps_per_dispatch = config_dict.placeholder(int)
 
+    config.train = ConfigDict()
+    # Parts of a batch that are computed one after the other: the gradient of the whole, in the memory of one. Ours.
+    config.train.accumulate_steps = 1
+    # Devices over which parameters and optimizer state are divided, 1 for a copy on each of them; ours.
+    config.train.state_shards = 1
+
     config.log = ConfigDict()
     config.log.every_steps = 50  # training steps between two lines of metrics.jsonl; ours
     # Training steps between two measurements of every block's forward and backward variance on the first training batch
@@ -89,6 +102,8 @@ def base() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1  # the test images are scored after every epoch, whether it is saved or not; ours
+    # Training steps after which a checkpoint is due, at the next log step, also within an epoch; ours.
+    config.checkpoint.every_steps = 1000
     config.checkpoint.keep = 2  # of the newest, besides the one with the best test accuracy; ours
     return config.lock()
 

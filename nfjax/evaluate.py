@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from nfjax import assembly, checkpoint, steps, train
+from nfjax import mesh as meshes
 from nfjax import workdir as workdirs
 
 
@@ -80,9 +80,9 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     dataset = assembly.open_data(config, config.data.dir if data_dir is None else data_dir)
     workdirs.check_data(folder, dataset, ["class_names"])
     network, params, batch_stats = steps.as_functions(load_model(workdir, step))
-    mesh = assembly.make_mesh()
+    mesh = meshes.make()
     state = {"params": params, "batch_stats": batch_stats}
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    state = meshes.place(state, meshes.replicated(mesh))
     feed = assembly.make_feed(config, dataset, "test", mesh, folder)
     score = train.make_evaluation(config, feed, network, len(dataset.test))(state)
     return {"step": step, **score}

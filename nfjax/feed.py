@@ -13,17 +13,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from nfjax import mesh as meshes
 from nfjax.data import Images, Order
 from nfjax.steps import Batch, State, Step, Sums
 
 HostBatch = dict[str, np.ndarray]
 Item = dict[str, Any]  # what `items` yields and the function of `each` takes
+OnCompiled = Callable[[jax.stages.Compiled], None]
 
 
 def _never() -> bool:
     return False
+
+
+def _ignore(compiled: jax.stages.Compiled) -> None:
+    del compiled
+
+
+class _Compiled:
+    """A jitted function, compiled for the shapes of its first call and shown before it runs."""
+
+    def __init__(self, jitted: Any, on_compiled: OnCompiled):
+        self._jitted, self._on_compiled = jitted, on_compiled
+        self._compiled: jax.stages.Compiled | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = self._jitted.lower(*arguments).compile()
+            self._on_compiled(self._compiled)
+        return self._compiled(*arguments)
 
 
 class OnDevice:
@@ -32,9 +52,8 @@ class OnDevice:
     waited = 0.0  # seconds: nothing is ever waited for
 
     def __init__(self, split: Images, mesh: Mesh):
-        self.by_batch = NamedSharding(mesh, PartitionSpec("data"))
-        arrays = {"image": split.images, "label": split.labels}
-        self.split = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+        self.by_batch = meshes.by_batch(mesh)
+        self.split = meshes.place({"image": split.images, "label": split.labels}, meshes.replicated(mesh))
 
     def items(self, orders: Iterator[Order], idle: Callable[[], bool] = _never) -> Iterator[Item]:
         """One item per batch, for `each`."""
@@ -42,31 +61,32 @@ class OnDevice:
         for order in orders:
             yield {"indices": order.indices, "mask": order.mask}
 
-    def each(self, step: Step, donate: bool) -> Callable[..., Any]:
+    def each(self, step: Step, donate: bool, on_compiled: OnCompiled = _ignore) -> Callable[..., Any]:
         """`call(state, item, **rest)`: one step per dispatch; rest completes the batch. donate: the state's memory is
-        reused.
+        reused. on_compiled is called with the program before it runs for the first time.
         """
 
         def gathered(state: State, split: Any, item: Item, rest: Any) -> Any:
             return step(state, self._gather(split, item["indices"]) | {"mask": item["mask"]} | rest)
 
-        jitted = jax.jit(gathered, donate_argnums=0 if donate else ())
-        return lambda state, item, **rest: jitted(state, self.split, item, rest)
+        compiled = _Compiled(jax.jit(gathered, donate_argnums=0 if donate else ()), on_compiled)
+        return lambda state, item, **rest: compiled(state, self.split, item, rest)
 
-    def many(self, step: Step, length: int) -> Callable[[State, np.ndarray, int], tuple[State, Sums]]:
-        """`call(state, indices [n, B], first_step)`: n <= length training steps in one dispatch, the sums of each
-        stacked to [n].
+    def many(self, step: Step, length: int, on_compiled: OnCompiled = _ignore) -> Callable[..., tuple[State, Sums]]:
+        """`call(state, indices [n, B], first_step, **rest)`: n <= length training steps in one dispatch, the sums of each
+        stacked to [n]; rest is added to every batch.
 
         n is an argument of the compiled loop, so that epochs of unequal length do not compile again.
         """
 
         def loop(
-            state: State, split: Any, indices: jax.Array, first_step: jax.Array, n: jax.Array
+            state: State, split: Any, indices: jax.Array, first_step: jax.Array, n: jax.Array, rest: Item
         ) -> tuple[State, Sums]:
             mask = jnp.ones(indices.shape[1], jnp.float32)
 
             def at(state: State, i: Any) -> tuple[State, Sums]:
-                return step(state, self._gather(split, indices[i]) | {"mask": mask, "step": first_step + i})
+                batch = self._gather(split, indices[i]) | {"mask": mask, "step": first_step + i} | rest
+                return step(state, batch)
 
             _, shapes = jax.eval_shape(at, state, 0)
             stacked = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), shapes)
@@ -77,13 +97,13 @@ class OnDevice:
 
             return jax.lax.fori_loop(0, n, body, (state, stacked))
 
-        jitted = jax.jit(loop, donate_argnums=0)
+        compiled = _Compiled(jax.jit(loop, donate_argnums=0), on_compiled)
 
-        def call(state: State, indices: np.ndarray, first_step: int) -> tuple[State, Sums]:
+        def call(state: State, indices: np.ndarray, first_step: int, **rest: Any) -> tuple[State, Sums]:
             n = len(indices)
             padded = np.zeros((length, indices.shape[1]), np.int32)
             padded[:n] = indices
-            state, stacked = jitted(state, self.split, padded, np.int32(first_step), np.int32(n))
+            state, stacked = compiled(state, self.split, padded, np.int32(first_step), np.int32(n), rest)
             return state, {name: x[:n] for name, x in jax.device_get(stacked).items()}
 
         return call
@@ -107,7 +127,7 @@ class FromHost:
     """
 
     def __init__(self, make: Callable[[Iterator[Order]], Iterator[HostBatch]], mesh: Mesh):
-        self.make, self.by_batch = make, NamedSharding(mesh, PartitionSpec("data"))
+        self.make, self.by_batch = make, meshes.by_batch(mesh)
         self.waited = 0.0
         self._open: list[_Prefetch] = []
 
@@ -130,17 +150,21 @@ class FromHost:
             prefetch.close()
             self._open.remove(prefetch)
 
-    def each(self, step: Step, donate: bool) -> Callable[..., Any]:
-        """`call(state, item, **rest)`: one step; rest completes the batch. donate: the state's memory is reused."""
+    def each(self, step: Step, donate: bool, on_compiled: OnCompiled = _ignore) -> Callable[..., Any]:
+        """`call(state, item, **rest)`: one step; rest completes the batch. donate: the state's memory is reused.
+        on_compiled is called with the program before it runs for the first time.
+        """
         jitted = jax.jit(lambda state, batch: step(state, batch), donate_argnums=0 if donate else ())
-        return lambda state, item, **rest: jitted(state, item | rest)
+        compiled = _Compiled(jitted, on_compiled)
+        return lambda state, item, **rest: compiled(state, item | rest)
 
     def _shares(self, orders: Iterator[Order]) -> Iterator[Order]:
         for order in orders:
-            yield order.share(jax.process_index(), jax.process_count())
+            yield order.take(meshes.local_rows(self.by_batch, len(order.indices)))
 
     def _send(self, batch: HostBatch) -> Item:
-        return {name: jax.make_array_from_process_local_data(self.by_batch, x) for name, x in batch.items()}
+        size = len(batch["mask"]) * jax.process_count()  # every process has as many devices
+        return {name: meshes.from_local(self.by_batch, x, size) for name, x in batch.items()}
 
     def close(self) -> None:
         """Ends the threads, and the worker processes behind them."""

@@ -10,9 +10,15 @@ from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with arguments behind a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its config, metrics, checkpoints and curves.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes train.")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "How many processes train together; SLURM and TPUs tell by themselves."
+)
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error was raised, not only what it says.")
 
 INTERRUPTED = 130  # as shells report Ctrl-C
+START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the scripts in launch/ start the same command again
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -60,15 +66,24 @@ def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below tell much; --verbosity=0 shows it
-    from nfjax import train  # after the flags are parsed, so that --help is quick
+    from nfjax import distributed, train  # after the flags are parsed, so that --help is quick
 
     try:
+        distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(_CONFIG.value, _WORKDIR.value)
     except (ValueError, OSError, train.TrainingDivergedError, train.TrainingInterruptedError) as error:
         if _TRACEBACK.value:
             raise
         print(f"nfjax: {error}\n(--traceback shows where this was raised)", file=sys.stderr)
-        sys.exit(INTERRUPTED if isinstance(error, train.TrainingInterruptedError) else 1)
+        distributed.leave(_code(error))
+
+
+def _code(error: Exception) -> int:
+    from nfjax import train
+
+    if isinstance(error, train.TrainingPreemptedError):
+        return START_AGAIN
+    return INTERRUPTED if isinstance(error, train.TrainingInterruptedError) else 1
 
 
 if __name__ == "__main__":

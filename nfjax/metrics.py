@@ -67,6 +67,16 @@ class Writer:
         self.events.close()
 
 
+class NoWriter:
+    """In place of a `Writer` in all processes but the first."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`, none if there is no such file; a line cut short by a crash is left out."""
     path = workdir / "metrics.jsonl"

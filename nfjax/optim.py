@@ -33,6 +33,16 @@ def cosine_by_step(peak: float, steps: int) -> optax.Schedule:
     return lambda step: decay(jnp.asarray(step, jnp.float32))
 
 
+def warmed_up(schedule: optax.Schedule, steps: int) -> optax.Schedule:
+    """`schedule`, raised linearly from near zero in the first `steps` steps (Goyal et al. 2017)."""
+
+    def warmed(step: Any) -> jax.Array:
+        share = (jnp.asarray(step, jnp.float32) + 1) / steps
+        return schedule(step) * jnp.minimum(share, 1)
+
+    return warmed if steps else schedule
+
+
 def sgd(
     schedule: optax.Schedule,
     momentum: float,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from nfjax import data, metrics
+from nfjax import data, distributed, metrics
 
 SUMMED = ("loss", "correct", "count", "grad_norm")  # what a training step returns
 
@@ -68,19 +68,26 @@ def _zeros() -> dict[str, np.ndarray]:
     return {name: np.zeros((), np.float64) for name in (*SUMMED, "steps")}
 
 
+def say(text: str) -> None:
+    """A line for a person, from the first process only."""
+    if distributed.is_first():
+        print(text, flush=True)
+
+
 class Bar:
     """A progress bar with epoch, loss, accuracy, images/s and time left, and one line per epoch; without a terminal
-    only the lines.
+    only the lines. In all but the first process it only counts.
     """
 
     def __init__(self, progress: Progress):
+        self.silent = not distributed.is_first()
         self.progress = progress
         self.epochs = len(progress.epoch_ends)
         self.tqdm = tqdm.tqdm(
             total=progress.total,
             initial=progress.step,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
-            disable=None,  # shown only on a terminal
+            disable=self.silent or None,  # None: shown only on a terminal
             dynamic_ncols=True,
             leave=False,
             file=sys.stderr,
@@ -125,6 +132,8 @@ class Bar:
 
     def line(self, values: Mapping[str, float]) -> None:
         """One line for an epoch that ended."""
+        if self.silent:
+            return
         width = len(str(self.epochs))
         tqdm.tqdm.write(
             f"epoch {values['epoch']:{width}d}/{self.epochs}  train loss {values['train_loss']:.4f} accuracy "
@@ -137,19 +146,25 @@ class Bar:
 
 
 class Interrupts(contextlib.AbstractContextManager):
-    """Within it, the first Ctrl-C sets `pending`; a second one interrupts at once, as usual."""
+    """Within it, the first Ctrl-C or SIGTERM sets `pending`, the signal; a second one ends the program at once.
+
+    SIGTERM is what SLURM, Kubernetes and a TPU's maintenance send before they take the machine away.
+    """
 
     def __init__(self) -> None:
-        self.pending = False
+        self.pending: signal.Signals | None = None
 
     def __enter__(self) -> Interrupts:
-        self._before = signal.signal(signal.SIGINT, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.pending = True
-        signal.signal(signal.SIGINT, self._before)
-        tqdm.tqdm.write("Ctrl-C: finishing this step and saving; press again to stop at once", file=sys.stderr)
+        self.pending = signal.Signals(number)
+        for known, handler in self._before.items():
+            signal.signal(known, handler)
+        name = "Ctrl-C" if number == signal.SIGINT else self.pending.name
+        tqdm.tqdm.write(f"{name}: finishing this step and saving; once more to stop at once", file=sys.stderr)

@@ -197,7 +197,8 @@ class PreActResNet(nnx.Module):
     convolutions, while the dense layer has variance 1 / n_in, standardized, and zero bias. stem: "cifar" or "imagenet".
     width: channels of the first stage, doubled in each of the next three. image_size: height and width in pixels that
     the network is initialized for, an integer or a pair (32 or 224 by default, by the stem); only
-    `he_effective_fan_out` depends on it. dtype: of activations and arithmetic; parameters are float32.
+    `he_effective_fan_out` depends on it. dtype: of activations and arithmetic; parameters are float32. remat: whether
+    the gradient computes what is inside a block anew instead of keeping it.
 
     `model.blocks` lists the residual blocks in execution order.
     """
@@ -213,6 +214,7 @@ class PreActResNet(nnx.Module):
         width: int = 64,
         image_size: int | tuple[int, int] | None = None,
         dtype: Any = jnp.float32,
+        remat: bool = False,
         *,
         rngs: nnx.Rngs,
     ):
@@ -250,14 +252,19 @@ class PreActResNet(nnx.Module):
         self.activation = Activation(features, norm, rngs=rngs)
         dense_init = initializers.standardize(initializers.he_normal("fan_in", "linear"))
         self.classifier = nnx.Linear(features, num_classes, kernel_init=dense_init, rngs=rngs)
-        self.dtype = dtype
+        self.dtype, self.remat = dtype, remat
 
     def __call__(self, images: jax.Array) -> jax.Array:
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images have shape {images.shape}: expected [B, H, W, 3], channels last")
         x = self.stem(images.astype(self.dtype))
+        run = nnx.remat(_run) if self.remat else _run
         for block in self.blocks:
-            x = block(x)
+            x = run(block, x)
         # The mean over pixels and the small dense layer in float32: the logits keep their digits under bfloat16.
         features = self.activation(x).astype(jnp.float32).mean(axis=(1, 2))
         return self.classifier(features)
+
+
+def _run(block: Block, x: jax.Array) -> jax.Array:
+    return block(x)

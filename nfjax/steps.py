@@ -7,6 +7,7 @@ function.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,9 @@ State = dict[str, Any]  # {"params", "batch_stats", "opt", "step"}, plain dicts 
 Batch = dict[str, jax.Array]
 Sums = dict[str, Any]  # of a batch: "loss", "correct", "count"; training adds "grad_norm"
 Step = Callable[[State, Batch], Any]
-Targets = list[tuple[jax.Array, jax.Array | float]]  # labels int32 [B], and how much of an example has them, [B] or 1
+# What a loss needs: {"image" float [B, H, W, 3], "targets" [(labels int32 [B], weights float32 [B]), ...],
+# "label" int32 [B] for the accuracy, "mask" float32 [B]}
+Examples = dict[str, Any]
 # (key, float images, mask [B]) -> (images, partner int32 [B], weight float32 [B]), see nfjax.augment.mixup
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
@@ -85,34 +88,63 @@ def make_train_step(
     key: jax.Array,
     label_smoothing: float,
     mix: Mix | None = None,
+    accumulate: int = 1,
 ) -> Step:
     """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`, and
     then `mix`, both given `fold_in(key, step)`. The loss is the mean over the examples whose mask is 1: one that could
     not be read counts for nothing (batch norm, where there is any, sees it black). Where examples are mixed, "correct"
     counts predictions of the class that has the greater part.
 
+    accumulate: parts of the batch whose gradients are computed one after the other and added, which takes the memory of
+    one. They are drawn and augmented together, so without batch norm this is the step of the whole batch; batch norm
+    sees the parts.
+
     A step whose loss, gradient or update is not finite leaves the state as it was, and so does every later one, because
     a batch counts only if its "step" is the state's: nothing is trained on after a NaN, however many steps were already
     on their way to the device.
     """
 
-    def loss_of(params: Any, batch_stats: Any, images: jax.Array, targets: Targets, mask: jax.Array) -> Any:
-        logits, batch_stats = network.train(params, batch_stats, images)
-        losses = sum(weight * metrics.cross_entropy(logits, labels, label_smoothing) for labels, weight in targets)
-        return (losses * mask).sum() / jnp.maximum(mask.sum(), 1), (losses, logits, batch_stats)
+    def loss_of(params: Any, batch_stats: Any, part: Examples, count: jax.Array) -> Any:
+        logits, batch_stats = network.train(params, batch_stats, part["image"])
+        cross_entropy = functools.partial(metrics.cross_entropy, logits, smoothing=label_smoothing)
+        losses = sum(weights * cross_entropy(labels) for labels, weights in part["targets"])
+        sums = metrics.sums(losses, logits, part["label"], part["mask"])
+        return (losses * part["mask"]).sum() / count, (batch_stats, sums)
+
+    def gradient(params: Any, batch_stats: Any, examples: Examples) -> tuple[Any, Any, jax.Array, Sums]:
+        """(gradient, batch statistics, loss, sums) of the examples."""
+        of_loss = jax.value_and_grad(loss_of, has_aux=True)
+        count = jnp.maximum(examples["mask"].sum(), 1)
+        if accumulate == 1:
+            (loss, (batch_stats, sums)), grads = of_loss(params, batch_stats, examples, count)
+            return grads, batch_stats, loss, sums
+        # Every part takes every n-th example, and with them as many from each device.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), examples)
+
+        def add(carry: Any, i: jax.Array) -> tuple[Any, None]:
+            part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), parts)
+            grads, batch_stats, loss, sums = carry
+            (more_loss, (batch_stats, more_sums)), more_grads = of_loss(params, batch_stats, part, count)
+            grads, loss, sums = jax.tree.map(jnp.add, (grads, loss, sums), (more_grads, more_loss, more_sums))
+            return (grads, batch_stats, loss, sums), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
+        # On CPU, XLA runs convolutions inside a loop many times slower than outside.
+        unroll = accumulate if jax.default_backend() == "cpu" else 1
+        start = (zeros, batch_stats, jnp.float32(0), sums)
+        return jax.lax.scan(add, start, jnp.arange(accumulate), unroll=unroll)[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Sums]:
         step_key, labels, mask = jax.random.fold_in(key, state["step"]), batch["label"], batch["mask"]
         images = preprocess(step_key, batch["image"])
-        targets = [(labels, 1.0)]
+        targets = [(labels, jnp.ones_like(mask))]
         if mix is not None:
             images, partner, weight = mix(step_key, images, mask)
             targets = [(labels, weight), (labels[partner], 1 - weight)]
             labels = jnp.where(weight >= 0.5, labels, labels[partner])
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (losses, logits, batch_stats)), grads = gradient(
-            state["params"], state["batch_stats"], images, targets, mask
-        )
+        examples = {"image": images, "targets": targets, "label": labels, "mask": mask}
+        grads, batch_stats, loss, sums = gradient(state["params"], state["batch_stats"], examples)
         grad_norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         new = {
@@ -124,7 +156,7 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         good = finite & (batch["step"] == state["step"])
         state = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
-        return state, metrics.sums(losses, logits, labels, mask) | {"grad_norm": grad_norm}
+        return state, sums | {"grad_norm": grad_norm}
 
     return train_step
 

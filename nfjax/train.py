@@ -9,6 +9,7 @@ newest checkpoint as if it had never been stopped.
 from __future__ import annotations
 
 import pathlib
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,15 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from nfjax import assembly, checkpoint, cost, data, metrics, spp, steps
+from nfjax import assembly, checkpoint, cost, data, distributed, footprint, metrics, spp, steps
 from nfjax import feed as feeds
+from nfjax import mesh as meshes
 from nfjax import workdir as workdirs
 from nfjax.data import crops, skips
-from nfjax.progress import Bar, Interrupts, Progress
+from nfjax.progress import Bar, Interrupts, Progress, say
 from nfjax.steps import State, Sums
 
 
@@ -36,8 +38,14 @@ class TrainingInterruptedError(RuntimeError):
     """Ctrl-C: the run was saved and can go on."""
 
 
+class TrainingPreemptedError(TrainingInterruptedError):
+    """SIGTERM, here or in another process of the run: it was saved and should be started again."""
+
+
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains what `config` describes, or goes on where the run in `workdir` stopped; prints a summary and returns it.
+
+    Where several processes train together, all of them call this, with the same arguments.
 
     The summary: "steps", "test_accuracy" at the end, "best_test_accuracy" and "best_epoch" of all epochs.
 
@@ -46,6 +54,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     assembly.check(config)
     folder = workdirs.open_for(config, workdir)
+    with workdirs.claim(folder):
+        return run(config, folder)
+
+
+def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
+    """`train` in a workdir that is open and claimed."""
     dataset = assembly.open_data(config, config.data.dir)
     size = len(dataset.train)
     if size < config.batch_size:
@@ -54,15 +68,17 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         )
     workdirs.start(folder, config, dataset)
 
-    mesh = assembly.make_mesh()
+    mesh = meshes.make(config.train.state_shards)
     init_key, augment_key = jax.random.split(jax.random.key(config.seed))
     model = assembly.build_model(config, len(dataset.class_names), init_key)
-    print(header(config, folder, dataset, model), flush=True)
+    say(header(config, folder, dataset, model))
     network, params, batch_stats = steps.as_functions(model)
     workdirs.note_parameters(folder, params)
     progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
     optimizer, schedule = assembly.build_optimizer(config, progress.epoch_ends)
-    state = jax.device_put(steps.initial_state(params, batch_stats, optimizer), NamedSharding(mesh, PartitionSpec()))
+    state = steps.initial_state(params, batch_stats, optimizer)
+    shardings = meshes.of_state(state, mesh)
+    state = meshes.place(state, shardings)
     del model, params, batch_stats
 
     checkpoints = checkpoint.Checkpoints(folder, config.checkpoint.keep)
@@ -70,31 +86,30 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if restored is not None:
         progress.step, tree = restored
         state, progress.sums = tree["state"], tree["sums"]
-        print(f"resumed at step {progress.step:,}, epoch {progress.epoch:.2f}", flush=True)
+        say(f"resumed at step {progress.step:,}, epoch {progress.epoch:.2f}")
     workdirs.note_start(folder, progress.step)
 
-    preprocess, mix = assembly.preprocessing(config, train=True), assembly.mixing(config)
-    train_step = steps.make_train_step(network, optimizer, preprocess, augment_key, config.optim.label_smoothing, mix)
+    interrupts = Interrupts()
+    votes = distributed.Votes(mesh, lambda: interrupts.pending is not None)
     train_feed = assembly.make_feed(config, dataset, "train", mesh, folder)
     test_feed = assembly.make_feed(config, dataset, "test", mesh, folder)
-    run_steps = make_runner(config, train_feed, train_step, size, progress.total)
+    train_step = make_train_step(config, network, optimizer, augment_key, shardings)
+    runner = Runner(config, train_feed, train_step, votes, size, progress.total)
     evaluate = make_evaluation(config, test_feed, network, len(dataset.test))
     measure_signal = make_signal_measurement(config, dataset.train, network)
-    writer = metrics.Writer(folder, progress.step)
+    writer = metrics.Writer(folder, progress.step) if distributed.is_first() else metrics.NoWriter()
     if measure_signal and progress.step == 0:
         writer.write("signal", 0, measure_signal(state))
-    start = time.perf_counter()
+    start, saved = time.perf_counter(), progress.step
     try:
-        with Interrupts() as interrupts, Bar(progress) as bar:
-            while progress.step < progress.total and not interrupts.pending:
+        with interrupts, Bar(progress) as bar:
+            while progress.step < progress.total and not runner.stopped:
                 stop = progress.next_stop()
                 parts = []
-                for after, sums in run_steps(state, progress.step, stop):
+                for after, sums in runner.steps(state, progress.step, stop):
                     state = after
                     parts.append(sums)
                     bar.advance(np.size(sums["count"]))
-                    if interrupts.pending:
-                        break
                 sums = steps.fetch(parts)
                 bar.settle()
                 first, progress.step = progress.step, progress.step + len(sums["count"])
@@ -113,6 +128,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     writer.write("signal", progress.step, measure_signal(state))
                 bar.show(values)
                 if (number := progress.epochs_ended()) is None:
+                    if progress.step - saved >= config.checkpoint.every_steps:
+                        checkpoints.save(progress.step, {"state": state, "sums": progress.sums})
+                        saved = progress.step
                     continue
                 tested = evaluate(state)
                 if not np.isfinite(tested["loss"]):
@@ -124,68 +142,111 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 bar.line(values)
                 if number % config.checkpoint.every_epochs == 0 or progress.step == progress.total:
                     checkpoints.save(progress.step, {"state": state, "sums": progress.sums}, tested["accuracy"])
+                    saved = progress.step
             checkpoints.wait()
             if progress.step < progress.total:
                 if progress.step not in checkpoints.steps():
                     checkpoints.save(progress.step, {"state": state, "sums": progress.sums})
                     checkpoints.wait()
-                raise TrainingInterruptedError(
-                    f"interrupted: saved at step {progress.step:,} of {progress.total:,} in {folder}; the same "
-                    "command goes on from there"
-                )
+                raise interruption(interrupts, progress, folder)
             best_step = checkpoints.best_step()
     finally:
         train_feed.close()
         test_feed.close()
         writer.close()
         checkpoints.close()
+    distributed.barrier("done")
     return finish(config, folder, dataset, best_step, time.perf_counter() - start, bar.overall_rate)
 
 
 # ---------------------------------------------------------------- what a run consists of
 
 
-def make_runner(
-    config: ConfigDict, feed: assembly.Feed, train_step: steps.Step, size: int, last: int
-) -> Callable[[State, int, int], Iterator[tuple[State, Sums]]]:
-    """`run(state, step, stop)` trains from `step` to `stop` and yields the state and the sums of each dispatch.
+def make_train_step(
+    config: ConfigDict, network: steps.Network, optimizer: optax.GradientTransformation, key: jax.Array, shardings: Any
+) -> steps.Step:
+    """The training step of a config, which leaves the state where it was and counts the votes in its batch."""
+    preprocess, mix = assembly.preprocessing(config, train=True), assembly.mixing(config)
+    step = steps.make_train_step(
+        network, optimizer, preprocess, key, config.optim.label_smoothing, mix, config.train.accumulate_steps
+    )
 
-    size: of the training split. last: step at which the run ends. Each call goes on where the one before it stopped.
+    def counted(state: State, batch: steps.Batch) -> tuple[State, Sums]:
+        state, sums = step(state, batch)
+        if "votes" in batch:
+            sums["votes"] = batch["votes"].sum(dtype=jnp.int32)
+        return jax.lax.with_sharding_constraint(state, shardings), sums
+
+    return counted
+
+
+class Runner:
+    """Runs training steps one after the other, each time from where it stopped before.
+
+    stopped: whether a process of the run was told to stop; no more steps are taken then. size: of the training split.
+    last: step at which the run ends.
     """
-    per_dispatch = config.steps_per_dispatch
-    if per_dispatch is None:
-        many_pay = config.data.keep == "device" and jax.default_backend() != "cpu"
-        per_dispatch = config.log.every_steps if many_pay else 1
-    items: Iterator[feeds.Item] | None = None
-    before: Sums | None = None
 
-    def idle() -> bool:
-        return before is None or all(x.is_ready() for x in before.values())
+    def __init__(
+        self,
+        config: ConfigDict,
+        feed: assembly.Feed,
+        train_step: steps.Step,
+        votes: distributed.Votes,
+        size: int,
+        last: int,
+    ):
+        self._feed, self._votes, self._last, self._size = feed, votes, last, size
+        self._seed, self._batch_size = config.seed, config.batch_size
+        self._items: Iterator[feeds.Item] | None = None
+        self._before: Sums | None = None  # of the step that runs
+        self.stopped = False
+        self._per_dispatch = config.steps_per_dispatch
+        if self._per_dispatch is None:
+            many_pay = config.data.keep == "device" and jax.default_backend() != "cpu"
+            self._per_dispatch = config.log.every_steps if many_pay else 1
+        if self._per_dispatch > 1:
+            self._many = feed.many(train_step, self._per_dispatch, _tell_memory)
+        else:
+            self._each = feed.each(train_step, donate=True, on_compiled=_tell_memory)
 
-    def run_each(state: State, step: int, stop: int) -> Iterator[tuple[State, Sums]]:
-        nonlocal items, before
-        if items is None:
-            items = feed.items(data.train_orders(config.seed, size, config.batch_size, step, last), idle)
+    def steps(self, state: State, step: int, stop: int) -> Iterator[tuple[State, Sums]]:
+        """Trains from `step` to `stop`, or until it is `stopped`; yields the state and the sums of each dispatch."""
+        return (self._run_each if self._per_dispatch == 1 else self._run_many)(state, step, stop)
+
+    def _run_each(self, state: State, step: int, stop: int) -> Iterator[tuple[State, Sums]]:
+        if self._items is None:
+            orders = data.train_orders(self._seed, self._size, self._batch_size, step, self._last)
+            self._items = self._feed.items(orders, self._idle)
         for number in range(step, stop):
-            item = next(items)
-            running = before
-            state, before = each(state, item, step=np.int32(number))
-            # One step runs while the next is prepared, and no more: the bar and Ctrl-C stay close to the device.
+            item = next(self._items)
+            running = self._before
+            state, self._before = self._each(state, item, step=np.int32(number), **self._votes.cast())
+            # One step runs while the next is prepared, and no more: the bar and signals stay close to the device.
             jax.block_until_ready(running)
-            yield state, before
+            yield state, self._before
+            self.stopped = self._votes.stop((running or {}).get("votes"))
+            if self.stopped:
+                return
+        # At a report everything is waited for: the last step's votes are known as well.
+        self.stopped = self._votes.stop(self._before.get("votes"))
 
-    def run_many(state: State, step: int, stop: int) -> Iterator[tuple[State, Sums]]:
-        for number in range(step, stop, per_dispatch):
-            taken = min(per_dispatch, stop - number)
-            indices = data.train_indices(config.seed, size, config.batch_size, number, taken)
-            state, sums = many(state, indices, number)
+    def _run_many(self, state: State, step: int, stop: int) -> Iterator[tuple[State, Sums]]:
+        for number in range(step, stop, self._per_dispatch):
+            taken = min(self._per_dispatch, stop - number)
+            indices = data.train_indices(self._seed, self._size, self._batch_size, number, taken)
+            state, sums = self._many(state, indices, number, **self._votes.cast())
             yield state, sums
+            self.stopped = self._votes.stop(sums.get("votes"))
+            if self.stopped:
+                return
 
-    if per_dispatch > 1:
-        many = feed.many(train_step, per_dispatch)
-        return run_many
-    each = feed.each(train_step, donate=True)
-    return run_each
+    def _idle(self) -> bool:
+        return self._before is None or all(x.is_ready() for x in self._before.values())
+
+
+def _tell_memory(compiled: jax.stages.Compiled) -> None:
+    say(footprint.described(footprint.of(compiled), footprint.available(jax.local_devices()[0])))
 
 
 def make_evaluation(
@@ -210,7 +271,7 @@ def make_signal_measurement(
     config: ConfigDict, split: data.Images | data.Encoded, network: steps.Network
 ) -> Callable[[State], dict[str, float]] | None:
     """`measure(state)` gives the forward and backward variance of every block on the first examples of the split,
-    without augmentation; None where the config asks for none.
+    without augmentation; None where the config asks for none. All processes call it, the first one measures.
     """
     if config.log.signal_every_steps is None:
         return None
@@ -224,9 +285,8 @@ def make_signal_measurement(
     monitor = spp.Monitor(images, seed=config.seed)
 
     def measure(state: State) -> dict[str, float]:
-        # Parameters are replicated: the copy of one device is enough.
-        here = jax.tree.map(lambda x: x.addressable_data(0), (state["params"], state["batch_stats"]))
-        return spp.scalars(monitor(network.model(*here)))
+        here = meshes.everywhere((state["params"], state["batch_stats"]))
+        return spp.scalars(monitor(network.model(*here))) if distributed.is_first() else {}
 
     return measure
 
@@ -278,10 +338,23 @@ def advice(what: str, checkpoints: checkpoint.Checkpoints) -> str:
     )
 
 
+def interruption(interrupts: Interrupts, progress: Progress, folder: pathlib.Path) -> TrainingInterruptedError:
+    """Why the run stopped, and how it goes on."""
+    kind, reason = TrainingPreemptedError, "stopped together with another process"
+    if interrupts.pending == signal.SIGINT:
+        kind, reason = TrainingInterruptedError, "interrupted"
+    elif interrupts.pending:
+        reason = "stopped by SIGTERM"
+    return kind(
+        f"{reason}: saved at step {progress.step:,} of {progress.total:,} in {folder}; the same command goes on from "
+        "there"
+    )
+
+
 def finish(
     config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best_step: int, seconds: float, rate: float
 ) -> dict[str, Any]:
-    """Draws curves.png, prints and returns the summary."""
+    """Draws curves.png, prints and returns the summary; the first process does, the others return it."""
     records = metrics.read(folder)
     epochs = [record for record in records if record["kind"] == "epoch"]
     if not epochs:
@@ -290,6 +363,14 @@ def finish(
         )
     last, best = epochs[-1], max(epochs, key=lambda record: record["test_accuracy"])
     saved = next((record["test_accuracy"] for record in epochs if record["step"] == best_step), last["test_accuracy"])
+    summary = {
+        "steps": last["step"],
+        "test_accuracy": last["test_accuracy"],
+        "best_test_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+    }
+    if not distributed.is_first():
+        return summary
     title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
     metrics.plot_curves(records, title).savefig(folder / "curves.png", dpi=150)
     work = f"{seconds:.0f} s, {rate:,.0f} images/s" if rate else "already complete"
@@ -310,12 +391,7 @@ def finish(
             f"in {folder / (workdirs.DATA if dataset.skipped else skips.FILE)}"
         )
     print("\n".join(lines), flush=True)
-    return {
-        "steps": last["step"],
-        "test_accuracy": last["test_accuracy"],
-        "best_test_accuracy": best["test_accuracy"],
-        "best_epoch": best["epoch"],
-    }
+    return summary
 
 
 def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

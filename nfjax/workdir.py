@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
+import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from nfjax import distributed
 from nfjax.data import Dataset
 
+LOCK = ".lock"
 CONFIG = "config.json"
 DATA = "data.json"
 # What may differ when a run goes on: where its data lies and who decodes it, and how often it reports and saves.
@@ -26,18 +34,26 @@ PACKAGES = ("nfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_c
 def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
     """Creates `workdir`, or checks that the run in it has this config. Writes nothing: `start` does.
 
-    Raises ValueError that names the fields which differ, and OSError if nothing can be written there.
+    Raises ValueError that names the fields which differ, and OSError if nothing can be written there, or if another
+    process does not see it.
     """
     folder = pathlib.Path(workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+    if distributed.is_first():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"the workdir {folder} cannot be written ({error.strerror}); choose another with --workdir=DIR"
+            ) from error
+    distributed.barrier("workdir")
+    if not folder.is_dir():
         raise OSError(
-            f"the workdir {folder} cannot be written ({error.strerror}); choose another with --workdir=DIR"
-        ) from error
+            f"process {jax.process_index()} does not see the workdir {folder} that process 0 has made: all processes "
+            "need the same shared directory"
+        )
     if _has_begun(folder):
         before, now = _flat(read_config(folder)), _flat(config)
         differing = [
@@ -53,6 +69,32 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
     return folder
 
 
+@contextlib.contextmanager
+def claim(folder: pathlib.Path) -> Iterator[None]:
+    """Within it, no other run may use `folder`; the system ends the claim when the process ends, however it does.
+
+    Raises ValueError where another run has it.
+    """
+    if not distributed.is_first():
+        yield
+        return
+    with open(folder / LOCK, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ValueError(
+                f"another run is at work in the workdir {folder} ({lock.read().strip() or 'process unknown'}): wait "
+                "for it, stop it, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): do not start a second run in it", folder, error)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        yield
+
+
 def start(folder: pathlib.Path, config: ConfigDict, dataset: Dataset) -> None:
     """Makes `folder` the workdir of a run with this config and these images: config.json and data.json.
 
@@ -62,6 +104,10 @@ def start(folder: pathlib.Path, config: ConfigDict, dataset: Dataset) -> None:
     if _has_begun(folder):
         check_data(folder, dataset, ["class_names", "train_images"])
     described = _described(dataset) | {"skipped_files": dataset.skipped}
+    distributed.same_everywhere("the data set", hashlib.sha256(json.dumps(described).encode()).hexdigest())
+    distributed.same_everywhere("the config", hashlib.sha256(json.dumps(_flat(config)).encode()).hexdigest())
+    if not distributed.is_first():
+        return
     (folder / CONFIG).write_text(config.to_json_best_effort(indent=2) + "\n")
     (folder / DATA).write_text(json.dumps(described, indent=1) + "\n")
 
@@ -108,6 +154,8 @@ def read_config(folder: pathlib.Path) -> ConfigDict:
 
 def note_start(folder: pathlib.Path, step: int) -> None:
     """Adds one entry to versions.json: when, from which step, by which versions, on which device, from which commit."""
+    if not distributed.is_first():
+        return
     path = folder / "versions.json"
     entries = json.loads(path.read_text()) if path.exists() else []
     device = jax.devices()[0]
@@ -126,7 +174,8 @@ def note_start(folder: pathlib.Path, step: int) -> None:
 
 def note_parameters(folder: pathlib.Path, params: Any) -> None:
     """Writes parameters.txt: name, shape, size, mean and standard deviation of every parameter before training."""
-    (folder / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params) + "\n")
+    if distributed.is_first():
+        (folder / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params) + "\n")
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tensorboardX.proto import event_pb2
 
 from nfjax import assembly, augment, checkpoint, data, metrics, steps, train
 from nfjax import feed as feeds
+from nfjax import mesh as meshes
 from nfjax.resnet import PreActResNet
 
 
@@ -43,7 +44,7 @@ def test_network_is_the_model_in_both_modes(norm):
 
 
 def both_feeds(split):
-    mesh = assembly.make_mesh()
+    mesh = meshes.make()
     return feeds.OnDevice(split, mesh), feeds.FromHost(feeds.taken(split), mesh)
 
 
@@ -189,7 +190,7 @@ def test_training_donates_its_state(kind):
 
 def test_many_steps_in_one_dispatch_are_the_steps_one_by_one():
     split = data.Images(images(8), np.arange(8, dtype=np.int32))
-    feed = feeds.OnDevice(split, assembly.make_mesh())
+    feed = feeds.OnDevice(split, meshes.make())
 
     def step(state, batch):
         return {"sum": state["sum"] * 2 + batch["label"].sum() + batch["step"]}, {"count": batch["label"].max()}
@@ -288,7 +289,7 @@ def test_optimizer_settings_are_those_of_the_config(tiny_config):
 
 
 def test_the_mesh_takes_all_devices():
-    mesh = assembly.make_mesh()
+    mesh = meshes.make()
     assert mesh.devices.size == jax.device_count()
     feed = feeds.OnDevice(data.Images(images(4), np.zeros(4, np.int32)), mesh)
     assert feed.by_batch.spec == PartitionSpec("data")

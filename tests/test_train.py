@@ -343,11 +343,12 @@ def test_four_devices_equal_one(tiny_config, tmp_path):
     code = """
 import sys, json
 import jax
-from nfjax import assembly, feed, resnet, train
+from nfjax import feed, resnet, train
+from nfjax import mesh as meshes
 from ml_collections import ConfigDict
 resnet.STAGES[10] = (resnet.BasicBlock, (1, 1, 1, 1))
 devices = int(sys.argv[3])
-assert assembly.make_mesh().devices.size == jax.device_count() == devices
+assert meshes.make().devices.size == jax.device_count() == devices
 
 # Each device holds its part of a batch and all of the parameters.
 gather = feed.OnDevice._gather

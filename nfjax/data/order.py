@@ -24,13 +24,9 @@ class Order:
     indices: np.ndarray
     mask: np.ndarray
 
-    def share(self, process: int, processes: int) -> Order:
-        """What one of several hosts makes of it: consecutive examples, without overlap or loss."""
-        if len(self.indices) % processes:
-            raise ValueError(f"a batch of {len(self.indices)} cannot be divided over {processes} processes")
-        size = len(self.indices) // processes
-        part = slice(process * size, (process + 1) * size)
-        return Order(self.positions[part], self.indices[part], self.mask[part])
+    def take(self, rows: np.ndarray) -> Order:
+        """The part of it that one of several processes makes."""
+        return Order(self.positions[rows], self.indices[rows], self.mask[rows])
 
 
 @functools.lru_cache(maxsize=2)

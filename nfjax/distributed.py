@@ -1,0 +1,128 @@
+"""Several processes in one run: one per host or per accelerator, found in the environment or given explicitly."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from nfjax import mesh as meshes
+
+HEARTBEAT = 60  # seconds after which a process that says nothing counts as gone
+START = 300  # seconds in which all processes have to arrive
+
+# Where each launcher says how many processes there are.
+LAUNCHERS = {
+    "SLURM": ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")),
+    "Open MPI": (
+        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri"),
+    ),
+}
+
+
+def launcher(environment: Mapping[str, str]) -> str | None:
+    """Which launcher started this process as one of several: "SLURM", "Open MPI", "TPU" or None."""
+    for name, (count, others) in LAUNCHERS.items():
+        if all(variable in environment for variable in (count, *others)) and int(environment[count]) > 1:
+            return name
+    chosen = environment.get("JAX_PLATFORMS", "tpu")
+    has_tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    if "tpu" in chosen and has_tpu and importlib.util.find_spec("libtpu"):
+        return "TPU"  # one host or many: the runtime asks the TPU's metadata
+    return None
+
+
+def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins the other processes of the run, before JAX is used; does nothing where there is only this one.
+
+    coordinator: HOST:PORT of process 0; processes: how many; process: which one this is, from 0. All three, or none:
+    then SLURM, Open MPI or the TPU tell.
+
+    Raises ValueError for numbers that cannot be, RuntimeError where the others do not arrive.
+    """
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if launcher(os.environ) is not None:
+            _join()
+        return
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} missing: expected all three of --coordinator=HOST:PORT --processes=N --process=I"
+        )
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and colon and port.isdigit()):
+        raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT of process 0, such as host1:1234")
+    if not 0 <= process < processes:
+        raise ValueError(f"--process={process} of --processes={processes}: expected 0 to {processes - 1}")
+    if processes > 1:
+        _join(coordinator_address=coordinator, num_processes=processes, process_id=process)
+
+
+def _join(**arguments: str | int) -> None:
+    jax.distributed.initialize(**arguments, initialization_timeout=START, heartbeat_timeout_seconds=HEARTBEAT)
+
+
+def leave(code: int) -> None:
+    """Ends this process. Where there are others, without waiting for them: they may be waiting for this one."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once: metrics, pictures, lines for a person."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def same_everywhere(what: str, value: str) -> None:
+    """Raises ValueError, in every process, unless all of them have the same text."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        digest = np.frombuffer(value.encode().ljust(64)[:64], np.uint8)
+        all_values = multihost_utils.process_allgather(digest)
+        different = [i for i, other in enumerate(all_values) if (other != all_values[0]).any()]
+        if different:
+            raise ValueError(f"{what} of process {', '.join(map(str, different))} is not that of process 0")
+
+
+class Votes:
+    """Whether any process wants to stop, known to all of them at the same step.
+
+    A signal reaches the processes of a run at different moments, and not all of them. So every step carries the wish
+    of each process, and its result the number of those who want to stop.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh, wants_to_stop: Callable[[], bool]):
+        self._sharding, self._wants_to_stop = meshes.by_batch(mesh), wants_to_stop
+        self._alone = jax.process_count() == 1
+
+    def cast(self) -> dict[str, jax.Array]:
+        """What to add to the batch of a step."""
+        if self._alone:
+            return {}
+        votes = np.full(jax.local_device_count(), self._wants_to_stop(), np.int32)
+        return {"votes": meshes.from_local(self._sharding, votes, jax.device_count())}
+
+    def stop(self, counted: jax.Array | np.ndarray | None) -> bool:
+        """Whether to stop. counted: "votes" of the sums of steps that are done."""
+        if self._alone:
+            return self._wants_to_stop()
+        return counted is not None and bool(np.any(np.asarray(counted) > 0))

@@ -1,0 +1,44 @@
+"""How much memory a compiled program takes on each device, against how much there is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+
+
+def of(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes on each device while the program runs: arguments, results and temporaries; None where the compiler does not
+    tell.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
+
+
+def available(device: jax.Device) -> int | None:
+    """Bytes that a program may use on this device; on CPU its share of the machine's. None where nobody tells."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    statistics: dict[str, Any] | None = device.memory_stats()
+    return (statistics or {}).get("bytes_limit")
+
+
+HINT = (
+    "smaller parts with --config.train.accumulate_steps=2 (or more), --config.model.dtype=bfloat16, "
+    "--config.model.remat=True, a smaller --config.batch_size, or more devices"
+)
+
+
+def described(needed: int | None, there: int | None) -> str:
+    """A line for the person who starts a run, with what helps where it will not fit."""
+    if needed is None:
+        return "memory  unknown: the compiler does not tell"
+    line = f"memory  {needed / 2**30:.2f} GiB for a step on each device"
+    if there is None:
+        return line
+    line += f", of {there / 2**30:.1f} GiB"
+    return f"{line}: this will not fit; what helps: {HINT}" if needed > there else line
