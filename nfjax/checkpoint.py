@@ -175,8 +175,11 @@ def checksums(leaves: list[jax.Array]) -> jax.Array:
         for axis in reversed(range(leaf.ndim)):
             position += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
             stride *= leaf.shape[axis]
-        # Odd factors modulo 2^32: no change of a single number is lost.
-        return (bits.astype(jnp.uint32) * (2 * position + 1)).sum(dtype=jnp.uint32)
+        # Each number mixed with its place by the last stage of MurmurHash3 (Appleby), so that changes do not cancel.
+        mixed = bits.astype(jnp.uint32) ^ (position * jnp.uint32(0x9E3779B9))
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        return mixed.sum(dtype=jnp.uint32)
 
     return jnp.stack([of(leaf) for leaf in leaves])
 

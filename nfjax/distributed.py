@@ -19,10 +19,7 @@ START = 300  # seconds in which all processes have to arrive
 # Where each launcher says how many processes there are.
 LAUNCHERS = {
     "SLURM": ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")),
-    "Open MPI": (
-        "OMPI_COMM_WORLD_SIZE",
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri"),
-    ),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri")),
 }
 
 
@@ -69,9 +66,14 @@ def _join(**arguments: str | int) -> None:
     jax.distributed.initialize(**arguments, initialization_timeout=START, heartbeat_timeout_seconds=HEARTBEAT)
 
 
+def has_others() -> bool:
+    """Whether this process has joined others. Starts no backend, which may be what failed."""
+    return jax.distributed.is_initialized()
+
+
 def leave(code: int) -> None:
     """Ends this process. Where there are others, without waiting for them: they may be waiting for this one."""
-    if jax.process_count() > 1:
+    if has_others():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

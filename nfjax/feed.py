@@ -73,8 +73,8 @@ class OnDevice:
         return lambda state, item, **rest: compiled(state, self.split, item, rest)
 
     def many(self, step: Step, length: int, on_compiled: OnCompiled = _ignore) -> Callable[..., tuple[State, Sums]]:
-        """`call(state, indices [n, B], first_step, **rest)`: n <= length training steps in one dispatch, the sums of each
-        stacked to [n]; rest is added to every batch.
+        """`call(state, indices [n, B], first_step, **rest)`: n <= length training steps in one dispatch, the sums of
+        each stacked to [n]; rest is added to every batch.
 
         n is an argument of the compiled loop, so that epochs of unequal length do not compile again.
         """

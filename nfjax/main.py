@@ -4,6 +4,7 @@ Trains what a config file describes; run again with the same workdir, it goes on
 """
 
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -76,6 +77,11 @@ def main(argv: list[str]) -> None:
             raise
         print(f"nfjax: {error}\n(--traceback shows where this was raised)", file=sys.stderr)
         distributed.leave(_code(error))
+    except Exception:
+        if not distributed.has_others():
+            raise
+        traceback.print_exc()
+        distributed.leave(1)
 
 
 def _code(error: Exception) -> int:

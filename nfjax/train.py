@@ -42,6 +42,10 @@ class TrainingPreemptedError(TrainingInterruptedError):
     """SIGTERM, here or in another process of the run: it was saved and should be started again."""
 
 
+class PeerLostError(TrainingPreemptedError):
+    """Another process of the run has ended: what was saved is whole, and the run should be started again."""
+
+
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains what `config` describes, or goes on where the run in `workdir` stopped; prints a summary and returns it.
 
@@ -53,9 +57,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     TrainingInterruptedError.
     """
     assembly.check(config)
-    folder = workdirs.open_for(config, workdir)
-    with workdirs.claim(folder):
-        return run(config, folder)
+    try:
+        folder = workdirs.open_for(config, workdir)
+        with workdirs.claim(folder):
+            return run(config, folder)
+    except jax.errors.JaxRuntimeError as error:
+        raise explained(error, workdir) from error
 
 
 def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     writer = metrics.Writer(folder, progress.step) if distributed.is_first() else metrics.NoWriter()
     if measure_signal and progress.step == 0:
         writer.write("signal", 0, measure_signal(state))
-    start, saved = time.perf_counter(), progress.step
+    start, saved, alone = time.perf_counter(), progress.step, jax.process_count() == 1
     try:
         with interrupts, Bar(progress) as bar:
             while progress.step < progress.total and not runner.stopped:
@@ -150,11 +157,13 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
                     checkpoints.wait()
                 raise interruption(interrupts, progress, folder)
             best_step = checkpoints.best_step()
+        alone = True  # or in step with the others
     finally:
         train_feed.close()
         test_feed.close()
         writer.close()
-        checkpoints.close()
+        if alone:  # otherwise it would wait for processes that are waiting for this one
+            checkpoints.close()
     distributed.barrier("done")
     return finish(config, folder, dataset, best_step, time.perf_counter() - start, bar.overall_rate)
 
@@ -349,6 +358,20 @@ def interruption(interrupts: Interrupts, progress: Progress, folder: pathlib.Pat
         f"{reason}: saved at step {progress.step:,} of {progress.total:,} in {folder}; the same command goes on from "
         "there"
     )
+
+
+def explained(error: jax.errors.JaxRuntimeError, workdir: str) -> Exception:
+    """What a failure of the runtime means for the person who reads it."""
+    what = str(error).strip().partition("\n")[0][:300]
+    if "RESOURCE_EXHAUSTED" in what:
+        return ValueError(f"the memory of the device does not suffice ({what}); what helps: {footprint.HINT}")
+    if jax.process_count() > 1:
+        # Nothing more can be done together with the others, closing the checkpoints included.
+        return PeerLostError(
+            f"process {jax.process_index()} has lost another one ({what}); its own message says why it ended. What was "
+            f"saved in {workdir} is whole: the same command, for all processes, goes on from there"
+        )
+    return error
 
 
 def finish(

@@ -26,8 +26,10 @@ from nfjax.data import Dataset
 LOCK = ".lock"
 CONFIG = "config.json"
 DATA = "data.json"
-# What may differ when a run goes on: where its data lies and who decodes it, and how often it reports and saves.
-MAY_CHANGE = ("data.dir", "data.workers", "data.ahead", "data.max_skipped", "log.", "checkpoint.")
+# What may differ when a run goes on: where its data lies and who decodes it, where its state lies, and how often it
+# reports and saves.
+MAY_CHANGE = ("data.dir", "data.workers", "data.ahead", "data.max_skipped", "train.state_shards", "model.remat")
+MAY_CHANGE += ("log.", "checkpoint.")
 PACKAGES = ("nfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "clu", "numpy")
 
 

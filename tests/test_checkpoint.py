@@ -112,3 +112,31 @@ def test_no_checkpoint_can_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"none of the checkpoints of .* can be read"):
         checkpoints.restore_newest(checkpoint.template(tree(0.0)))
     checkpoints.close()
+
+
+def test_no_flipped_bit_is_restored(tmp_path):
+    """Wherever in the stored numbers it is: what is read is what was saved, or the checkpoint is set aside."""
+    checkpoints = saved(tmp_path, {1: None, 2: None})
+    checkpoints.close()
+    template = checkpoint.template(tree(0.0))
+    data = max((tmp_path / checkpoint.FOLDER / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
+    whole, rng = data.read_bytes(), np.random.default_rng(0)
+    for at in rng.integers(0, len(whole), 12):
+        shutil.rmtree(tmp_path / "damaged_checkpoints", ignore_errors=True)
+        folder = tmp_path / f"copy{at}"
+        shutil.copytree(tmp_path / checkpoint.FOLDER, folder / checkpoint.FOLDER)
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << int(rng.integers(8))
+        (folder / data.relative_to(tmp_path)).write_bytes(bytes(flipped))
+        reader = checkpoint.Checkpoints(folder)
+        step, restored = reader.restore_newest(template)
+        reader.close()
+        np.testing.assert_array_equal(restored["state"]["blocks"][0], np.full((64, 64), float(step), np.float32))
+
+
+def test_checksums_tell_arrays_apart():
+    x = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
+    (sum_,) = checkpoint.checksums([x])
+    for other in (x.at[2, 1].set(jnp.nextafter(x[2, 1], jnp.float32(99))), x[::-1], x.T.reshape(3, 4), -x):
+        assert int(checkpoint.checksums([other])[0]) != int(sum_)
+    assert checkpoint.checksums([x, x.astype(jnp.bfloat16), jnp.int32(3)]).shape == (3,)

@@ -68,6 +68,25 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert "epoch  1/30" not in out
 
 
+def test_sigterm_saves_and_asks_to_be_started_again(tmp_path):
+    arguments = (DIGITS, f"--workdir={tmp_path}", "--config.epochs=400", "--config.model.width=4")
+    process = subprocess.Popen(
+        command("main", *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch   1/400"):
+            break
+    # A second run in the same workdir is refused while this one is at work.
+    code, _, errors = run("main", *arguments)
+    assert code == 1
+    assert f"another run is at work in the workdir {tmp_path} (process {process.pid} on " in errors
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "stopped by SIGTERM: saved at step" in errors
+    assert "Traceback" not in errors
+
+
 def test_divergence_has_an_exit_code(tmp_path):
     code, _, errors = run(
         "main",

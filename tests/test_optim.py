@@ -26,6 +26,13 @@ def test_cosine_by_step():
     assert [float(schedule(step)) for step in (0, 5, 10)] == pytest.approx([0.1, 0.05, 0.0], abs=1e-8)
 
 
+def test_warm_up_rises_linearly_to_the_schedule():
+    schedule = optim.warmed_up(lambda step: jnp.float32(0.1), 5)
+    assert [float(schedule(step)) for step in range(7)] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1])
+    plain = optim.cosine_by_step(0.1, 10)
+    assert optim.warmed_up(plain, 0) is plain
+
+
 PARAMS = {
     "blocks": {0: {"kernel": jnp.full((3, 3, 2, 4), 2.0), "alpha": jnp.array(3.0), "scale": jnp.full((4,), 5.0)}},
     "classifier": {"kernel": jnp.full((4, 5), 7.0), "bias": jnp.full((5,), 11.0)},

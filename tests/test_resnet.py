@@ -139,6 +139,26 @@ def test_bfloat16_computes_in_bfloat16_over_float32_parameters(norm):
     assert float(jnp.abs(half - full).max() / jnp.abs(full).max()) < 0.1
 
 
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_rematerialized_blocks_give_the_same_gradient_and_keep_less(norm):
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    outcomes, kept = [], []
+    for remat in (False, True):
+        model = PreActResNet(18, "convshort", norm, width=8, remat=remat, rngs=nnx.Rngs(0))
+        graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+        def loss(params, graph=graph, stats=stats):
+            model = nnx.merge(graph, params, stats, copy=True)
+            return (model(images) ** 2).mean(), nnx.state(model, nnx.BatchStat)
+
+        outcomes.append(jax.tree.leaves(jax.jit(jax.grad(loss, has_aux=True))(params)))
+        backward = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params, has_aux=True)[1], params)
+        kept.append(sum(leaf.size for leaf in jax.tree.leaves(backward)))
+    for ours, theirs in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert kept[1] < 0.7 * kept[0]
+
+
 def test_every_kernel_is_standardized():
     model = PreActResNet(18, "convshort", init="he_fan_out", width=8, rngs=nnx.Rngs(1))
     convolutions = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Conv)]

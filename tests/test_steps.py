@@ -175,6 +175,39 @@ def test_erasing_writes_the_mean(tiny_config):
     assert erased.any((1, 2)).mean() > 0.9
 
 
+@by_norm()
+def test_parts_of_a_batch_add_up_to_it(norm, tiny_config):
+    """The gradient of the whole batch, mixed and with an example that is not there; batch norm sees the parts."""
+    network, params, batch_stats = steps.as_functions(small_model(norm))
+    batch = {"image": jnp.asarray(images(8)), "label": jnp.arange(8) % 3, "mask": jnp.ones(8).at[3].set(0.0)}
+    tiny_config.augment.mixup_alpha = 0.4
+    outcomes = []
+    for parts in (1, 2, 4):
+        step = steps.make_train_step(
+            network,
+            optax.sgd(0.1),
+            lambda key, x: x.astype(jnp.float32) / 255,
+            jax.random.key(0),
+            0.1,
+            assembly.mixing(tiny_config),
+            parts,
+        )
+        state = steps.initial_state(params, batch_stats, optax.sgd(0.1))
+        outcomes.append(jax.jit(step)(state, batch | {"step": np.int32(0)}))
+    (whole, sums), *rest = outcomes
+    for state, others in rest:
+        assert float(others["count"]) == float(sums["count"]) == 7
+        if norm is None:
+            assert float(others["loss"]) == pytest.approx(float(sums["loss"]), rel=1e-6)
+            assert float(others["grad_norm"]) == pytest.approx(float(sums["grad_norm"]), rel=1e-5)
+            for ours, theirs in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(whole["params"]), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+        else:
+            assert float(others["loss"]) != float(sums["loss"])
+            for after, before in zip(jax.tree.leaves(state["batch_stats"]), jax.tree.leaves(batch_stats), strict=True):
+                assert (np.asarray(after) != np.asarray(before)).any()
+
+
 @pytest.mark.parametrize("kind", [0, 1], ids=["device", "host"])
 def test_training_donates_its_state(kind):
     feed = both_feeds(data.Images(images(8), np.zeros(8, np.int32)))[kind]
@@ -292,4 +325,4 @@ def test_the_mesh_takes_all_devices():
     mesh = meshes.make()
     assert mesh.devices.size == jax.device_count()
     feed = feeds.OnDevice(data.Images(images(4), np.zeros(4, np.int32)), mesh)
-    assert feed.by_batch.spec == PartitionSpec("data")
+    assert feed.by_batch.spec == PartitionSpec(("data", "shard"))

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -336,44 +333,6 @@ def test_all_of_the_optimizer_and_loss_settings(tiny_config, tmp_path):
     rates = [record["learning_rate"] for record in metrics.read(tmp_path) if record["kind"] == "train"]
     assert rates == sorted(rates, reverse=True)
     assert len(set(rates)) == len(rates)
-
-
-def test_four_devices_equal_one(tiny_config, tmp_path):
-    """The same run on one device and on four simulated ones, in processes of their own."""
-    code = """
-import sys, json
-import jax
-from nfjax import feed, resnet, train
-from nfjax import mesh as meshes
-from ml_collections import ConfigDict
-resnet.STAGES[10] = (resnet.BasicBlock, (1, 1, 1, 1))
-devices = int(sys.argv[3])
-assert meshes.make().devices.size == jax.device_count() == devices
-
-# Each device holds its part of a batch and all of the parameters.
-gather = feed.OnDevice._gather
-def looking(self, split, indices):
-    batch = gather(self, split, indices)
-    show = lambda s: print("batch on", s.num_devices, s.is_fully_replicated)
-    jax.debug.inspect_array_sharding(batch["image"], callback=show)
-    return batch
-feed.OnDevice._gather = looking
-train.train(ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
-"""
-    tiny_config.model.residual, tiny_config.model.norm = "convshort", "batch"  # global statistics under jit
-    for devices in (1, 4):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        arguments = [tiny_config.to_json(), str(tmp_path / str(devices)), str(devices)]
-        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"batch on {devices} {devices == 1}" in done.stdout
-    for one, four in zip(records(tmp_path / "1"), records(tmp_path / "4"), strict=True):
-        assert four["step"] == one["step"]
-        for name in one.keys() - {"kind"}:
-            tolerance = 0.01 if name.endswith("accuracy") else 0
-            assert four[name] == pytest.approx(one[name], rel=5e-3, abs=tolerance), name
-    score = evaluate.evaluate(str(tmp_path / "4"), step=32)  # here on one device
-    assert score["accuracy"] == pytest.approx(records(tmp_path / "4")[-1]["test_accuracy"], abs=0.01)
 
 
 def test_another_config_in_the_workdir_is_refused(whole):

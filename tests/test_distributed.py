@@ -1,0 +1,173 @@
+"""One device, several devices and several processes train the same network."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+from test_train import records
+
+from nfjax import checkpoint, distributed
+from nfjax import config as base
+
+SCRIPT = pathlib.Path(__file__).parent / "many_devices.py"
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return taken.getsockname()[1]
+
+
+def started(devices, *arguments):
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train_on(configs, folder, devices=1, processes=1, stop_at=None):
+    """{name: workdir} of runs of these configs, one after the other, below `folder`."""
+    runs = {name: folder / name for name in configs}
+    folder.mkdir(exist_ok=True)
+    file = folder / "runs.json"
+    described = {str(runs[name]): json.loads(config.to_json()) for name, config in configs.items()}
+    file.write_text(json.dumps({"runs": described, "stop_at": stop_at}))
+    coordinator = f"localhost:{free_port()}"
+    places = [(coordinator, processes, i) for i in range(processes)] if processes > 1 else [()]
+    for process in [started(devices, file, *place) for place in places]:
+        out, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, out
+        assert f"devices {devices * processes} processes {processes}" in out
+    return runs
+
+
+def final(workdir):
+    checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
+    state = checkpoints.restore_untyped(checkpoints.steps()[-1])["state"]
+    checkpoints.close()
+    return state
+
+
+def differences(ours, theirs):
+    """The largest relative difference of a loss, and of a parameter to the largest of its array."""
+    losses, parameters = [], []
+    for a, b in zip(records(ours), records(theirs), strict=True):
+        assert a["step"] == b["step"]
+        losses += [abs(a[name] - b[name]) / b[name] for name in a if name.endswith("loss")]
+    a, b = final(ours)["params"], final(theirs)["params"]
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        parameters.append(float(np.abs(x - y).max() / np.abs(y).max()))
+    return max(losses), max(parameters)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """Short runs with and without batch norm, in memory and streamed from the disk."""
+    images, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 90), ("test", 20)):  # the last batch of 20 leaves some devices without an example
+        for label in range(2):
+            folder = images / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(count // 2):
+                noise = rng.integers(0, 128, (10 + i % 7, 12 + i % 5, 3)) + 120 * label
+                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i:03d}.jpg")
+    made = {}
+    for name, norm, streamed in (("memory", None, False), ("norm", "batch", False), ("streamed", None, True)):
+        config = base.base()
+        config.epochs, config.batch_size, config.log.every_steps = 1, 16, 1
+        config.model.depth, config.model.width, config.model.norm = TINY, 4, norm
+        config.data.source, config.data.dir, config.data.image_size = "folder", str(images), 8
+        config.augment.crop_padding, config.augment.rand_operations = 1, 1
+        if streamed:
+            config.data.keep, config.data.workers = "disk", 1
+            config.augment.resized_crop_scale = (0.3, 1.0)
+        made[name] = config
+    return made
+
+
+@pytest.fixture(scope="module")
+def one(configs, tmp_path_factory):
+    """The same runs on one device."""
+    return train_on(configs, tmp_path_factory.mktemp("one"))
+
+
+# Relative to the largest number of each array, after one epoch in float32; batch norm divides by a standard deviation.
+BOUNDS = {"memory": 2e-6, "streamed": 2e-6, "norm": 2e-5, "divided": 2e-6}
+
+
+def check_equal(many, one):
+    for name, workdir in many.items():
+        assert max(differences(workdir, one.get(name, one["memory"]))) < BOUNDS[name], name
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_several_devices_train_as_one(configs, one, tmp_path, devices):
+    check_equal(train_on(configs, tmp_path / "many", devices), one)
+
+
+def test_eight_devices_with_the_state_on_each_of_them_and_divided(configs, one, tmp_path):
+    divided = configs["memory"].copy_and_resolve_references()
+    divided.train.state_shards = 4
+    check_equal(train_on(configs | {"divided": divided}, tmp_path / "many", 8), one)
+
+
+def test_two_processes_train_as_one(configs, one, tmp_path):
+    many = train_on(configs, tmp_path / "many", processes=2)
+    check_equal(many, one)
+    for workdir in many.values():  # what is written once is written once
+        assert len((workdir / "versions.json").read_text().split('"started"')) == 2
+        assert len(list(workdir.glob("events.*"))) == 1
+
+
+def test_stopped_on_eight_devices_or_two_processes_and_continued_on_others(configs, one, tmp_path):
+    """SIGTERM in the middle of the epoch, in one of the processes only."""
+    divided = configs["memory"].copy_and_resolve_references()
+    divided.train.state_shards = 2
+    chosen = {"memory": configs["memory"], "streamed": configs["streamed"]}
+    eight = train_on(chosen | {"divided": divided}, tmp_path / "eight", 8, stop_at=3)
+    two = train_on(chosen, tmp_path / "two", processes=2, stop_at=3)
+    for runs in (eight, two):
+        assert all(records(workdir)[-1]["step"] in (3, 4) for workdir in runs.values())
+    check_equal(train_on(chosen, tmp_path / "two"), one)
+    check_equal(train_on(chosen | {"divided": configs["memory"]}, tmp_path / "eight", processes=2), one)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # inside of salloc, but not started by srun
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a", "SLURM_PROCID": "0"}
+            | {"SLURM_LOCALID": "0"},
+            "SLURM",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_MCA_orte_hnp_uri": "x"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_MCA_orte_hnp_uri": "x"}, None),
+    ],
+)
+def test_launchers_are_recognized(environment, expected):
+    assert distributed.launcher(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host:1", None, None), "--processes and --process missing: expected all three"),
+        (("host", 2, 0), "--coordinator=host: expected HOST:PORT"),
+        (("host:1", 2, 2), "--process=2 of --processes=2: expected 0 to 1"),
+    ],
+)
+def test_wrong_numbers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.initialize(*arguments)
