@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -90,7 +92,8 @@ class Checkpoints:
         """Starts to save; the arrays may be changed or donated as soon as this returns."""
         metrics = {"accuracy": UNTESTED if accuracy is None else accuracy}
         tree = {**tree, CHECKSUMS: checksums(_arrays(tree))}
-        self.manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics, force=True)
+        with self._explained():
+            self.manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics, force=True)
 
     def restore(self, template: Any, step: int) -> Any:
         """The pytree saved at `step`, with the structure, dtypes and shardings of `template`.
@@ -150,8 +153,21 @@ class Checkpoints:
             return False
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self.manager.wait_until_finished()
+        """Returns when everything is on disk. Raises OSError where it does not get there."""
+        with self._explained():
+            self.manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """An error of one of orbax's many kinds as OSError that says what is safe; it may be of the save before."""
+        try:
+            yield
+        except Exception as error:
+            reason = "the disk is full" if "No space left" in str(error) else str(error).partition("\n")[0][:300]
+            raise OSError(
+                f"a checkpoint cannot be written to {self.directory} ({reason}); what was saved before is whole: mend "
+                "it, and start the same command again"
+            ) from error
 
     def close(self) -> None:
         self.manager.close()

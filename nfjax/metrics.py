@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +43,13 @@ class Writer:
     """Appends records to `metrics.jsonl` and their numbers to TensorBoard events in the same folder.
 
     A run that goes on from `step` first drops what it had written after that step: each step stands there once.
+    Raises OSError, at once, where something cannot be written.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
-        from tensorboardX import SummaryWriter
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self.path = workdir / "metrics.jsonl"
         kept = [record for record in read(workdir) if record["step"] <= step]
@@ -52,19 +57,33 @@ class Writer:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, self.path)
         self.stream = open(self.path, "a")  # noqa: SIM115  closed in close()
-        self.events = SummaryWriter(str(workdir), purge_step=step + 1)
+        self.events = EventsWriter(str(workdir / "events"))
+        # Tells TensorBoard to forget what it had read of later steps.
+        self.events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One record: kind is "train" (since the last one), "epoch" (of the epoch that ends at this step) or "signal"
         (of the state at this step)."""
-        self.stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.stream.flush()
-        for name, value in values.items():
-            self.events.add_scalar(f"{kind}/{name}", value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        try:
+            self.stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.stream.flush()
+            for name, value in values.items():
+                summary = scalar(f"{kind}/{name}", value)
+                self.events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self.events.flush()
+        except OSError as error:
+            raise OSError(
+                f"the metrics of step {step:,} cannot be written to {self.path.parent} ({error.strerror}); what was "
+                "saved before is whole: mend it, and start the same command again"
+            ) from error
 
     def close(self) -> None:
-        self.stream.close()
-        self.events.close()
+        for stream in (self.stream, self.events):
+            with contextlib.suppress(OSError):  # what could not be written was told before
+                stream.close()
 
 
 class NoWriter:

@@ -94,6 +94,8 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
         progress.step, tree = restored
         state, progress.sums = tree["state"], tree["sums"]
         say(f"resumed at step {progress.step:,}, epoch {progress.epoch:.2f}")
+    elif logged := metrics.read(folder):
+        say(f"no checkpoint in {folder}: the run begins anew, and its {len(logged)} lines of metrics with it")
     workdirs.note_start(folder, progress.step)
 
     interrupts = Interrupts()

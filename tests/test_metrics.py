@@ -1,3 +1,4 @@
+import errno
 import json
 
 import jax
@@ -58,3 +59,16 @@ def test_reading_a_workdir_without_metrics(tmp_path):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_keeps_its_dtype(smoothing):
     assert metrics.cross_entropy(jnp.ones((2, 3)), jnp.array([0, 1]), smoothing).dtype == jnp.float32
+
+
+def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
+    writer = metrics.Writer(tmp_path, 0)
+    writer.write("train", 1, {"loss": 0.5})
+
+    def full(event):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer.events, "write_event", full)
+    with pytest.raises(OSError, match=r"metrics of step 2 cannot be written.*No space left on device.*is whole"):
+        writer.write("train", 2, {"loss": 0.4})
+    writer.close()
