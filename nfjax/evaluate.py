@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from nfjax import assembly, checkpoint, steps, train
+from nfjax import assembly, checkpoint, compilation, steps, train
 from nfjax import mesh as meshes
 from nfjax import workdir as workdirs
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="where the images are now, if they have moved")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
+    compilation.keep()
     try:
         score = evaluate(arguments.workdir, arguments.step, arguments.data_dir)
     except (ValueError, OSError) as error:

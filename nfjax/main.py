@@ -67,8 +67,9 @@ def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below tell much; --verbosity=0 shows it
-    from nfjax import distributed, train  # after the flags are parsed, so that --help is quick
+    from nfjax import compilation, distributed, train  # after the flags are parsed, so that --help is quick
 
+    compilation.keep()
     try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(_CONFIG.value, _WORKDIR.value)

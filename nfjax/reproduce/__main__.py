@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 
+from nfjax import compilation
 from nfjax.reproduce import REPRODUCTIONS
 
 
@@ -28,6 +29,7 @@ def main() -> None:
             raise PermissionError(None, "no permission")
     except OSError as error:
         sys.exit(f"nfjax: cannot write to {out} ({error.strerror}); choose another folder with --out=DIR")
+    compilation.keep()
     for name in arguments.names:
         result = REPRODUCTIONS[name]()
         written = result.write(out / name)

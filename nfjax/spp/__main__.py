@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from flax import linen, nnx
 
-from nfjax import initializers, residual, resnet, spp
+from nfjax import compilation, initializers, residual, resnet, spp
 from nfjax.data.crops import CentreCrop
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -216,6 +216,7 @@ def load_images(folder: pathlib.Path, count: int, size: int) -> np.ndarray:
 
 def main() -> None:
     arguments = parse()
+    compilation.keep()
     try:
         for path in map(pathlib.Path, arguments.out):  # a folder that cannot be made is known before the work is done
             path.parent.mkdir(parents=True, exist_ok=True)

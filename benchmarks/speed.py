@@ -1,0 +1,263 @@
+"""A whole training step (forward, loss, backward, SGD with momentum) of nfjax and of PyTorch, in turn.
+
+    python benchmarks/speed.py --torch-python=PYTHON --grid=cpu --out=results
+    python benchmarks/speed.py --torch-python=PYTHON --grid=gpu --out=results
+
+PYTHON is an interpreter that has PyTorch, and timm if that is to be compared too; it may be the one that runs this, and
+neither is a dependency of nfjax. The PyTorch networks are those of nfjax with the same parameters (torch_networks.py),
+so that their losses can be compared, step by step. Every side is a process of its own that lives as long as a network
+is measured; they take turns of a few steps each. A lack of memory ends a side, not the run.
+
+The grid is measured in order of value, and every network is written to OUT/speed.jsonl when it is done: stopped, the
+same command goes on where it was. --depths, --networks, --images, --batches and --dtypes choose a part of it. Batch
+"max" doubles the batch from twice the largest number given until nothing fits, and gives each side the device to
+itself, a new process for every turn. OUT/speed.md is the table of all that has been measured so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+import speed_table
+import turns
+
+HERE = pathlib.Path(__file__).parent
+# name -> (residual, norm)
+NETWORKS = {"BatchNorm": ("identity", "batch"), "IdShort": ("idshort", None), "ConvShort": ("convshort", None)}
+TIMM = {(50, "BatchNorm", 224), (50, "IdShort", 224)}  # of whose kind timm has one
+CLASSES = {32: 10, 224: 1000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One network at one shape."""
+
+    depth: int
+    network: str
+    image: int
+    batch: int
+    dtype: str
+    width: int
+
+    def request(self) -> dict[str, Any]:
+        residual, norm = NETWORKS[self.network]
+        settings = dataclasses.asdict(self) | {"residual": residual, "norm": norm, "classes": CLASSES[self.image]}
+        del settings["network"]
+        return settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What is measured, each in order of value, and how often: `turns` of `steps` steps, after `warm` of them.
+
+    shapes: (pixels, batch or "max").
+    """
+
+    shapes: tuple[tuple[int, int | str], ...]
+    depths: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    sides: tuple[str, ...]
+    turns: int
+    steps: int
+    warm: int
+
+
+GRIDS = {
+    "cpu": Grid(
+        shapes=((32, 32),),
+        depths=(18, 50, 101),
+        dtypes=("float32",),
+        sides=("nfjax", "eager", "compile"),
+        turns=5,
+        steps=1,
+        warm=2,
+    ),
+    "gpu": Grid(
+        shapes=((224, 64), (224, "max"), (32, 128), (32, 1024)),
+        depths=(50, 18, 101),
+        dtypes=("bfloat16", "float32"),
+        sides=("nfjax", "eager", "compile", "autotune", "timm eager", "timm compile"),
+        turns=10,
+        steps=20,
+        warm=10,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-python", required=True, help="an interpreter that has PyTorch")
+    parser.add_argument("--grid", choices=GRIDS, required=True)
+    parser.add_argument("--depths", type=_integers, help="such as 18,50; by default those of the grid, as all below")
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--images", type=_integers, help="pixels, 32 or 224")
+    parser.add_argument("--batches", type=_batches, help="numbers, or max")
+    parser.add_argument("--dtypes")
+    parser.add_argument("--sides", help=f"of {', '.join(GRIDS['gpu'].sides)}")
+    parser.add_argument("--turns", type=int)
+    parser.add_argument("--steps", type=int, help="in a turn")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--out", default="results")
+    arguments = parser.parse_args()
+    grid = chosen(GRIDS[arguments.grid], arguments)
+    out = pathlib.Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "speed.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    bench = Bench(arguments.torch_python, grid)
+    peaks = bench.peaks()
+    done = {speed_table.key(record) for record in records}
+    for record in bench.run(cases(grid, arguments.networks.split(","), arguments.width), peaks, done):
+        records.append(record)
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        (out / "speed.md").write_text(speed_table.table(records))
+        print(speed_table.line(record), flush=True)
+    (out / "speed.md").write_text(speed_table.table(records))
+
+
+def chosen(grid: Grid, arguments: argparse.Namespace) -> Grid:
+    """The grid with what the flags change."""
+    images = arguments.images or list(dict.fromkeys(image for image, _ in grid.shapes))
+    shapes = [shape for shape in grid.shapes if shape[0] in images]
+    if arguments.batches or not shapes:
+        shapes = list(itertools.product(images, arguments.batches or [32]))
+    changes = {name: getattr(arguments, name) for name in ("depths", "turns", "steps") if getattr(arguments, name)}
+    changes |= {name: value.split(",") for name in ("dtypes", "sides") if (value := getattr(arguments, name))}
+    return dataclasses.replace(grid, shapes=tuple(shapes), **changes)
+
+
+def cases(grid: Grid, networks: list[str], width: int) -> list[tuple[Case, bool]]:
+    """(case, whether its batch is only where the doubling starts), in order of value."""
+    largest = max((batch for _, batch in grid.shapes if batch != "max"), default=32)
+    return [
+        (Case(depth, network, image, 2 * largest if batch == "max" else batch, dtype, width), batch == "max")
+        for dtype in grid.dtypes
+        for image, batch in grid.shapes
+        for depth in grid.depths
+        for network in networks
+    ]
+
+
+class Bench:
+    def __init__(self, torch_python: str, grid: Grid):
+        self.torch_python, self.grid = torch_python, grid
+
+    def run(self, cases: list[tuple[Case, bool]], peaks: dict[str, Any], done: set[str]) -> Any:
+        """Yields a record per case that is not done."""
+        device = peaks["device"]
+        for case, doubling in cases:
+            while True:
+                record = {"case": dataclasses.asdict(case), "device": device, "alone": doubling}
+                if speed_table.key(record) in done:
+                    sides = None
+                else:
+                    sides = self.alone(case) if doubling else self.together(case)
+                    yield record | {"peak": peaks[case.dtype], "sides": sides} | self._spent()
+                if not doubling or (sides is not None and not any("seconds" in side for side in sides.values())):
+                    break
+                if case.batch >= 8192:
+                    break
+                case = dataclasses.replace(case, batch=2 * case.batch)
+
+    def together(self, case: Case) -> dict[str, Any]:
+        """All sides alive at once, each in its turn."""
+        sides: dict[str, Any] = {}
+        workers: dict[str, turns.Worker] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in self._sides(case):
+                sides[name] = {}
+                workers[name] = self._start(name)
+                self._guarded(
+                    sides[name], lambda name=name: sides[name].update(self._prepare(workers[name], case, folder))
+                )
+            for _ in range(self.grid.turns):
+                for name, worker in workers.items():
+                    self._guarded(sides[name], lambda name=name, worker=worker: self._turn(sides[name], worker))
+            for name, worker in workers.items():
+                self._guarded(sides[name], lambda name=name, worker=worker: sides[name].update(worker.ask("report")))
+                worker.close()
+        return sides
+
+    def alone(self, case: Case) -> dict[str, Any]:
+        """One side at a time, with the device to itself; two rounds."""
+        sides: dict[str, Any] = {name: {} for name in self._sides(case)}
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(2):
+                for name, side in sides.items():
+                    if "error" in side:
+                        continue
+                    worker = self._start(name, alone=True)
+
+                    def measure(side: dict = side, worker: turns.Worker = worker) -> None:
+                        side.update(self._prepare(worker, case, folder))
+                        self._turn(side, worker)
+                        side.update(worker.ask("report"))
+
+                    self._guarded(side, measure)
+                    worker.close()
+        return sides
+
+    def peaks(self) -> dict[str, Any]:
+        """By dtype, what the device can do: the best of both libraries."""
+        workers = [self._start("nfjax"), self._start("eager")]
+        result: dict[str, Any] = {}
+        for dtype in self.grid.dtypes:
+            answers = [worker.ask("hardest", dtype=dtype) for worker in workers]
+            result["device"] = answers[0]["device"]
+            result[dtype] = {name: max(answer[name] for answer in answers) for name in ("matmul", "conv")}
+        for worker in workers:
+            worker.close()
+        return result
+
+    def _sides(self, case: Case) -> list[str]:
+        has_timm = (case.depth, case.network, case.image) in TIMM and case.width == 64
+        return [name for name in self.grid.sides if has_timm or not name.startswith("timm")]
+
+    def _start(self, name: str, alone: bool = False) -> turns.Worker:
+        if name == "nfjax":
+            # Memory is taken when it is needed: the other sides live on the same device.
+            return turns.Worker(
+                [sys.executable, str(HERE / "speed_nfjax.py")],
+                {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if alone else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            )
+        *timm, mode = name.split()
+        return turns.Worker([self.torch_python, str(HERE / "speed_torch.py"), mode, *timm])
+
+    def _prepare(self, worker: turns.Worker, case: Case, folder: str) -> dict[str, Any]:
+        return worker.ask("prepare", **case.request(), parameters=f"{folder}/parameters.npz", warm=self.grid.warm)
+
+    def _turn(self, side: dict[str, Any], worker: turns.Worker) -> None:
+        side.setdefault("seconds", []).append(worker.ask("take", n=self.grid.steps) / self.grid.steps)
+
+    def _guarded(self, side: dict[str, Any], action: Any) -> None:
+        """A side that has failed is left alone."""
+        if "error" in side:
+            return
+        try:
+            action()
+        except turns.LostError as error:
+            side["error"] = str(error)
+            side.pop("seconds", None)
+
+    def _spent(self) -> dict[str, Any]:
+        return {"turns": self.grid.turns, "steps": self.grid.steps, "warm": self.grid.warm}
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _batches(text: str) -> list[int | str]:
+    return [part if part == "max" else int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""nfjax's side of speed.py, which starts it: training steps as the trainer makes them, without augmentation."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import turns
+from flax import nnx
+
+from nfjax import assembly, augment, cost, footprint, optim, resnet, steps
+
+IMAGENET = 224
+
+
+class Training:
+    def __init__(self) -> None:
+        self.losses: list[jax.Array] = []
+
+    def prepare(
+        self,
+        depth: int,
+        residual: str,
+        norm: str | None,
+        image: int,
+        classes: int,
+        batch: int,
+        dtype: str,
+        width: int,
+        parameters: str,
+        warm: int,
+    ) -> dict[str, Any]:
+        """Builds, compiles, writes the parameters drawn to the .npz file `parameters`, and takes `warm` steps."""
+        start = time.perf_counter()
+        stem = "imagenet" if image >= IMAGENET else "cifar"
+        settings = {"norm": norm, "num_classes": classes, "stem": stem, "width": width, "image_size": image}
+        model = resnet.PreActResNet(depth, residual, **settings, dtype=assembly.DTYPES[dtype], rngs=nnx.Rngs(0))
+        macs = cost.count(model, (1, image, image, 3)).macs
+        network, params, batch_stats = steps.as_functions(model)
+        if not os.path.exists(parameters):
+            named = jax.tree_util.tree_flatten_with_path(params)[0]
+            np.savez(parameters, **{".".join(str(key.key) for key in path): leaf for path, leaf in named})
+        optimizer = optim.sgd(lambda step: jnp.float32(0.01), momentum=0.9)
+        self.state = jax.device_put(steps.initial_state(params, batch_stats, optimizer))
+        self.batch = jax.device_put(examples(batch, image, classes) | {"mask": np.ones(batch, np.float32)})
+        step = steps.make_train_step(
+            network,
+            optimizer,
+            lambda key, images: augment.normalize(images, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+            jax.random.key(0),
+            label_smoothing=0.0,
+        )
+
+        def numbered(state: steps.State, batch: steps.Batch) -> tuple[steps.State, steps.Sums]:
+            return step(state, batch | {"step": state["step"]})
+
+        built = time.perf_counter()
+        self.step = jax.jit(numbered, donate_argnums=0).lower(self.state, self.batch).compile()
+        compiled = time.perf_counter()
+        self.take(warm)
+        turns.forget_peak()
+        return {
+            "macs": macs,
+            "build_s": built - start,
+            "compile_s": compiled - built,
+            "program_bytes": footprint.of(self.step),
+            **machine(),
+        }
+
+    def take(self, n: int) -> float:
+        """Seconds for n steps, the last one finished."""
+        start = time.perf_counter()
+        for _ in range(n):
+            self.state, sums = self.step(self.state, self.batch)
+            self.losses.append(sums["loss"] / sums["count"])
+        jax.block_until_ready((self.state, self.losses))
+        return time.perf_counter() - start
+
+    def report(self) -> dict[str, Any]:
+        """What the steps since the start have left: the loss of each, the peak of memory in bytes."""
+        statistics = jax.devices()[0].memory_stats()
+        peak = turns.peak() if jax.default_backend() == "cpu" else (statistics or {}).get("peak_bytes_in_use")
+        return {"losses": [float(loss) for loss in self.losses], "peak_bytes": peak}
+
+
+def examples(batch: int, image: int, classes: int) -> dict[str, np.ndarray]:
+    """The same random images and labels on both sides."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, image, image, 3), np.uint8)
+    return {"image": images, "label": rng.integers(0, classes, batch, np.int32)}
+
+
+def machine() -> dict[str, str]:
+    device = jax.devices()[0]
+    return {"device": device.device_kind, "platform": device.platform, "version": f"jax {jax.__version__}"}
+
+
+def hardest(dtype: str) -> dict[str, Any]:
+    """FLOP/s of a large matrix product and of a large convolution: what this device can do at best."""
+    on_cpu = jax.default_backend() == "cpu"
+    n, b = (2048, 32) if on_cpu else (8192, 256)
+    keys, kind = jax.random.split(jax.random.key(0)), assembly.DTYPES[dtype]
+    square = jax.random.normal(keys[0], (n, n), kind)
+    images = jax.random.normal(keys[0], (b, 32, 32, 256), kind)
+    kernel = jax.random.normal(keys[1], (3, 3, 256, 256), kind)
+    convolve = jax.jit(
+        lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    )
+    return {
+        "matmul": 2 * n**3 / _shortest(jax.jit(jnp.matmul), square, square),
+        "conv": 2 * b * 32 * 32 * 9 * 256 * 256 / _shortest(convolve, images, kernel),
+        **machine(),
+    }
+
+
+def _shortest(function: Any, *arguments: jax.Array) -> float:
+    """Seconds per call, the shortest of five times four calls."""
+    jax.block_until_ready(function(*arguments))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready([function(*arguments) for _ in range(4)])
+        seconds.append((time.perf_counter() - start) / 4)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    training = Training()
+    turns.serve({"prepare": training.prepare, "take": training.take, "report": training.report, "hardest": hardest})

@@ -1,0 +1,51 @@
+"""What is compiled is kept, by default, where the user's caches lie, and where the user says otherwise, there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import jax
+from nfjax import compilation
+compilation.keep()
+jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((8, 8))).block_until_ready()
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs CODE with the user's cache directory in `tmp_path`; returns what it wrote to its standard error."""
+
+    def run(**changes):
+        environment = {k: v for k, v in os.environ.items() if k not in ("NFJAX_CACHE", "JAX_COMPILATION_CACHE_DIR")}
+        environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | changes
+        return subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True).stderr
+
+    return run
+
+
+def kept(folder):
+    return sorted(path.name for path in folder.glob("*-cache"))
+
+
+def test_programs_are_kept_in_the_cache_directory(run, tmp_path):
+    run()
+    first = kept(tmp_path / "nfjax" / "compiled")
+    assert first
+    run()
+    assert kept(tmp_path / "nfjax" / "compiled") == first  # found again
+
+
+def test_the_user_may_choose_another_place_or_none(run, tmp_path):
+    run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
+    assert kept(tmp_path / "mine")
+    assert not (tmp_path / "nfjax").exists()
+    run(JAX_ENABLE_COMPILATION_CACHE="false")
+    assert not kept(tmp_path / "nfjax" / "compiled")
+
+
+def test_a_cache_that_cannot_be_made_is_only_a_warning(run, tmp_path):
+    (tmp_path / "file").touch()
+    assert b"cannot be kept" in run(NFJAX_CACHE=str(tmp_path / "file"))
