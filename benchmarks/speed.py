@@ -6,12 +6,13 @@
 PYTHON is an interpreter that has PyTorch, and timm if that is to be compared too; it may be the one that runs this, and
 neither is a dependency of nfjax. The PyTorch networks are those of nfjax with the same parameters (torch_networks.py),
 so that their losses can be compared, step by step. Every side is a process of its own that lives as long as a network
-is measured; they take turns of a few steps each. A lack of memory ends a side, not the run.
+is measured; they take turns of a few steps each. Where the memory does not suffice for all at once, each has the device
+to itself, a new process in each of two rounds; where not for one either, its place in the table stays empty.
 
 The grid is measured in order of value, and every network is written to OUT/speed.jsonl when it is done: stopped, the
 same command goes on where it was. --depths, --networks, --images, --batches and --dtypes choose a part of it. Batch
-"max" doubles the batch from twice the largest number given until nothing fits, and gives each side the device to
-itself, a new process for every turn. OUT/speed.md is the table of all that has been measured so far.
+"max" doubles the batch from twice the largest number given until nothing fits. OUT/speed.md is the table of all that
+has been measured so far.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -32,7 +34,9 @@ HERE = pathlib.Path(__file__).parent
 # name -> (residual, norm)
 NETWORKS = {"BatchNorm": ("identity", "batch"), "IdShort": ("idshort", None), "ConvShort": ("convshort", None)}
 TIMM = {(50, "BatchNorm", 224), (50, "IdShort", 224)}  # of whose kind timm has one
+NO_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory", "ended with -9")
 CLASSES = {32: 10, 224: 1000}
+LARGEST = 8192  # batch up to which "max" goes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +117,9 @@ def main() -> None:
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     bench = Bench(arguments.torch_python, grid)
     peaks = bench.peaks()
-    done = {speed_table.key(record) for record in records}
+    done = {speed_table.key(record): record for record in records}
     for record in bench.run(cases(grid, arguments.networks.split(","), arguments.width), peaks, done):
+        done[speed_table.key(record)] = record
         records.append(record)
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -150,29 +155,37 @@ class Bench:
     def __init__(self, torch_python: str, grid: Grid):
         self.torch_python, self.grid = torch_python, grid
 
-    def run(self, cases: list[tuple[Case, bool]], peaks: dict[str, Any], done: set[str]) -> Any:
+    def run(self, cases: list[tuple[Case, bool]], peaks: dict[str, Any], done: dict[str, Any]) -> Any:
         """Yields a record per case that is not done."""
-        device = peaks["device"]
         for case, doubling in cases:
-            while True:
-                record = {"case": dataclasses.asdict(case), "device": device, "alone": doubling}
-                if speed_table.key(record) in done:
-                    sides = None
-                else:
-                    sides = self.alone(case) if doubling else self.together(case)
-                    yield record | {"peak": peaks[case.dtype], "sides": sides} | self._spent()
-                if not doubling or (sides is not None and not any("seconds" in side for side in sides.values())):
+            names = self._sides(case)
+            while names:
+                described = {"case": dataclasses.asdict(case), "device": peaks["device"]}
+                record = done.get(speed_table.key(described))
+                if record is None:
+                    record = described | {"peak": peaks[case.dtype], "cores": os.cpu_count()}
+                    record |= {"turns": self.grid.turns, "steps": self.grid.steps}
+                    yield record | self._measured(case, names, together=not doubling)
+                    record = done[speed_table.key(described)]
+                if not doubling or case.batch >= LARGEST:
                     break
-                if case.batch >= 8192:
-                    break
+                names = [name for name in names if record["sides"].get(name, {}).get("seconds")]
                 case = dataclasses.replace(case, batch=2 * case.batch)
 
-    def together(self, case: Case) -> dict[str, Any]:
+    def _measured(self, case: Case, names: list[str], together: bool) -> dict[str, Any]:
+        """{"together", "sides"}; where not all sides fit at once, each has the device to itself."""
+        if together:
+            sides = self.together(case, names)
+            if not any(sign in side.get("error", "") for side in sides.values() for sign in NO_MEMORY):
+                return {"together": True, "sides": sides}
+        return {"together": False, "sides": self.alone(case, names)}
+
+    def together(self, case: Case, names: list[str]) -> dict[str, Any]:
         """All sides alive at once, each in its turn."""
         sides: dict[str, Any] = {}
         workers: dict[str, turns.Worker] = {}
         with tempfile.TemporaryDirectory() as folder:
-            for name in self._sides(case):
+            for name in names:
                 sides[name] = {}
                 workers[name] = self._start(name)
                 self._guarded(
@@ -186,9 +199,9 @@ class Bench:
                 worker.close()
         return sides
 
-    def alone(self, case: Case) -> dict[str, Any]:
-        """One side at a time, with the device to itself; two rounds."""
-        sides: dict[str, Any] = {name: {} for name in self._sides(case)}
+    def alone(self, case: Case, names: list[str]) -> dict[str, Any]:
+        """One side at a time, with the device to itself, in two rounds of new processes."""
+        sides: dict[str, Any] = {name: {} for name in names}
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(2):
                 for name, side in sides.items():
@@ -198,7 +211,8 @@ class Bench:
 
                     def measure(side: dict = side, worker: turns.Worker = worker) -> None:
                         side.update(self._prepare(worker, case, folder))
-                        self._turn(side, worker)
+                        for _ in range(-(-self.grid.turns // 2)):
+                            self._turn(side, worker)
                         side.update(worker.ask("report"))
 
                     self._guarded(side, measure)
@@ -246,9 +260,6 @@ class Bench:
         except turns.LostError as error:
             side["error"] = str(error)
             side.pop("seconds", None)
-
-    def _spent(self) -> dict[str, Any]:
-        return {"turns": self.grid.turns, "steps": self.grid.steps, "warm": self.grid.warm}
 
 
 def _integers(text: str) -> tuple[int, ...]:

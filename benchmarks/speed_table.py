@@ -21,7 +21,7 @@ COMMAND = "python benchmarks/speed.py --torch-python=PYTHON --grid=gpu"
 
 def key(record: dict[str, Any]) -> str:
     """What a record is a measurement of."""
-    return json.dumps([record[name] for name in ("case", "device", "alone")], sort_keys=True)
+    return json.dumps([record["case"], record["device"]], sort_keys=True)
 
 
 def rate(record: dict[str, Any], side: str) -> float | None:
@@ -110,6 +110,7 @@ def _of_device(device: str, records: list[dict[str, Any]]) -> list[str]:
         f"{last['steps']} steps; {', '.join(dict.fromkeys(filter(None, versions)))}. GiB: the largest memory of the "
         f"{whose} while training. The peak is the best of a matrix product and a 3x3 convolution in either library, "
         f"measured in the same run: {listed}."
+        f"{'' if _is_cpu(last) else ' Products in float32 are TF32 on both sides.'}"
     )
     wrong = [f"{named(record['case'])}: {text}" for record in records if (text := agreement(record))]
     checked = "The losses of the first three steps agree between nfjax and PyTorch, and all fall."
