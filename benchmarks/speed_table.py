@@ -103,12 +103,15 @@ def _of_device(device: str, records: list[dict[str, Any]]) -> list[str]:
     lines = ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
     versions = [record["sides"].get(name, {}).get("version") for record in records[-1:] for name in names]
     peaks = {f"{record['case']['dtype']}": max(record["peak"].values()) for record in records}
+    memory = "memory of the process while training"
+    if not _is_cpu(records[0]):
+        memory = "memory in use while training: PyTorch's allocator tells, and of nfjax the compiled program"
     listed = ", ".join(f"{value / 1e12:.3g} TFLOP/s in {dtype}" for dtype, value in peaks.items())
-    last, whose = records[-1], "process" if _is_cpu(records[0]) else "allocator"
+    last = records[-1]
     note = (
         f"Images per second of a training step on {_called(device, records)}, the median of {last['turns']} turns of "
-        f"{last['steps']} steps; {', '.join(dict.fromkeys(filter(None, versions)))}. GiB: the largest memory of the "
-        f"{whose} while training. The peak is the best of a matrix product and a 3x3 convolution in either library, "
+        f"{last['steps']} steps; {', '.join(dict.fromkeys(filter(None, versions)))}. GiB: the largest "
+        f"{memory}. The peak is the best of a matrix product and a 3x3 convolution in either library, "
         f"measured in the same run: {listed}."
         f"{'' if _is_cpu(last) else ' Products in float32 are TF32 on both sides.'}"
     )

@@ -68,6 +68,7 @@ class Training:
         """Seconds for n steps, the last one finished."""
         start = time.perf_counter()
         for _ in range(n):
+            torch.compiler.cudagraph_mark_step_begin()  # what a graph returned in the step before may be overwritten
             loss = self.loss(self.images, self.labels)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
