@@ -125,6 +125,19 @@ def test_with_batch_norm_examples_are_not_independent():
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (1, 2)])
+def test_pooling_takes_the_largest_of_its_window_and_sends_the_gradient_there(size, dtype):
+    # No two values are equal, so that the gradient has one place to go.
+    values = np.random.default_rng(0).permutation(3 * size[0] * size[1]).reshape(1, *size, 3) - 100.0
+    x, window = jnp.asarray(values / 128, dtype), ((3, 3), (2, 2), ((1, 1), (1, 1)))
+    y, gradient = jax.vjp(resnet.max_pool, x)
+    expected, expected_gradient = jax.vjp(lambda x: nnx.max_pool(x, *window), x)
+    np.testing.assert_array_equal(y, expected)
+    cotangent = jnp.asarray(np.random.default_rng(1).integers(-8, 8, y.shape), dtype)
+    np.testing.assert_array_equal(gradient(cotangent)[0], expected_gradient(cotangent)[0])
+
+
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_bfloat16_computes_in_bfloat16_over_float32_parameters(norm):
     model = PreActResNet(18, "learnscalar", norm, width=8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
