@@ -26,7 +26,7 @@ def load_model(workdir: str, step: int | None = None) -> nnx.Module:
     Best is the highest test accuracy among the checkpoints that were kept.
     Raises FileNotFoundError if there is no run or no such checkpoint, ValueError if it cannot be read.
     """
-    folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir).expanduser()
     config = workdirs.read_config(folder)
     step = _known_step(folder, step)
     key = jax.random.key(0)  # every parameter is replaced below
@@ -74,7 +74,7 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     data_dir replaces the data directory of the run, where the images have moved.
     Raises FileNotFoundError if there is no run or no checkpoint, ValueError for images of other classes.
     """
-    folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir).expanduser()
     config = workdirs.read_config(folder)
     step = _known_step(folder, step)
     dataset = assembly.open_data(config, config.data.dir if data_dir is None else data_dir)
@@ -97,7 +97,7 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     try:
         score = evaluate(arguments.workdir, arguments.step, arguments.data_dir)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"nfjax: {error}")
     print(
         f"step {score['step']:,}: test accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}, of "

@@ -25,7 +25,7 @@ from nfjax import assembly, checkpoint, cost, data, distributed, footprint, metr
 from nfjax import feed as feeds
 from nfjax import mesh as meshes
 from nfjax import workdir as workdirs
-from nfjax.data import crops, skips
+from nfjax.data import skips
 from nfjax.progress import Bar, Interrupts, Progress, say
 from nfjax.steps import State, Sums
 
@@ -273,6 +273,8 @@ def make_evaluation(
     def evaluate(state: State) -> dict[str, float]:
         sums = steps.fetch([step(state, item) for item in feed.items(data.eval_orders(size, batch_size))])
         totals = {name: values.sum(dtype=np.float64) for name, values in sums.items()}
+        if not totals["count"]:
+            raise ValueError(f"none of the {size} test images can be read; skipped.jsonl in the workdir says why")
         return metrics.means(totals) | {"images": int(totals["count"])}
 
     return evaluate
@@ -289,9 +291,7 @@ def make_signal_measurement(
     if isinstance(split, data.Images):
         images = split.images[: config.batch_size]
     else:
-        middle = crops.CentreCrop(config.data.image_size, config.data.image_size)
-        first = range(min(config.batch_size, len(split)))
-        images = np.stack([middle(split.reader(split.reference(i))[0]) for i in first])
+        images = assembly.first_images(config, split)
     images = assembly.preprocessing(config, train=False)(jnp.asarray(images))
     monitor = spp.Monitor(images, seed=config.seed)
 

@@ -39,7 +39,7 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
     Raises ValueError that names the fields which differ, and OSError if nothing can be written there, or if another
     process does not see it.
     """
-    folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir).expanduser()
     if distributed.is_first():
         try:
             folder.mkdir(parents=True, exist_ok=True)

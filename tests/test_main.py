@@ -125,6 +125,10 @@ def test_divergence_has_an_exit_code(tmp_path):
         (("--config=configs/cifar10.py", "--workdir=W"), "no data directory given; set it with --config.data.dir=DIR"),
         ((DIGITS, "--workdir=W", "epochs=3"), "unexpected argument 'epochs=3': settings are flags"),
         ((DIGITS, "--workdir=W", "--epochs=3"), "Unknown command line flag 'epochs'"),
+        (("--config=README.md", "--workdir=W"), "--config=README.md is no config file, which is Python"),
+        (("--config=nfjax/config.py", "--workdir=W"), "--config=nfjax/config.py is no config file: it has no function"),
+        ((DIGITS, "--workdir=W", "--config.epochs=none"), "--config.epochs=none: expected a value, such as 200"),
+        ((DIGITS, "--workdir=W", "--config.epochz=none"), "unknown config field 'epochz': config has "),
     ],
 )
 def test_wrong_input_gets_one_message(tmp_path, arguments, message):
