@@ -13,7 +13,7 @@ from nfjax import config as base
 def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Adds --config to the flags, with an override for every field that `argv` names."""
     text = "A file of configs/, with arguments behind a colon."
-    config_flags.DEFINE_config_file("config", None, text, values, sys_argv=list(argv))
+    config_flags.DEFINE_config_file("config", None, text, values, sys_argv=[arg for arg in argv if not _is_none(arg)])
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
