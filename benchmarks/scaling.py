@@ -9,8 +9,8 @@ eight chips that need not be there. Overhead: one global batch on 1 to 8 simulat
 cores. Memory: what `nfjax.footprint` says, beside the measured growth of the process; rematerialization and
 accumulation. The plan is arithmetic on what the flags give it.
 
-Writes OUT/scaling.jsonl, one record per measurement, and OUT/scaling.md. --only=plan, or any of the parts, measures
-those anew and keeps the other records.
+Writes OUT/scaling.jsonl, one record per measurement, OUT/scaling.md and OUT/scaling_plan.md. --only=plan, or any of the
+parts, measures those anew and keeps the other records.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 from scaling_measured import Process, count_network, measure_bytes, measure_peak, prepare, run_prepared
 from scaling_plan import Records, plan_records
 from scaling_programs import BATCHES, DATA, DEVICES, TPU_TOPOLOGY
-from scaling_report import report
+from scaling_report import planned, report
 
 RULES = {
     "ConvShort": {"model.residual": "convshort"},
@@ -188,6 +188,7 @@ def main() -> None:
         records = renewed(out / "scaling.jsonl", part, arguments)
         (out / "scaling.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (out / "scaling.md").write_text(report(records))
+        (out / "scaling_plan.md").write_text(planned(records))
     print((out / "scaling.md").read_text())
 
 

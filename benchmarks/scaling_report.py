@@ -32,6 +32,12 @@ def report(records: Records) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def planned(records: Records) -> str:
+    """The plan alone, for the README; empty where there is none yet."""
+    of = {kind: [record for record in records if record["kind"] == kind] for kind in ("network", "plan")}
+    return plan_section(of["plan"], of) + "\n" if of["plan"] else ""
+
+
 def table(rows: list[dict[str, str]], words: int = 1) -> str:
     """Markdown of rows that map titles to cells; the first `words` columns are text, the others numbers."""
     titles = list(rows[0])

@@ -30,9 +30,9 @@ def examine(folder, name, epochs, aims):
     return record
 
 
-def test_in_memory(tmp_path):
-    record = examine(tmp_path, "memory", 3, ["saving", "start-up", "evaluation"])
-    assert record["steps"] == 135
+def test_streamed_in_one_process(tmp_path):
+    record = examine(tmp_path, "streamed", 2, ["evaluation", "saving"])
+    assert record["steps"] == 4
 
     # What is compared would tell a difference.
     whole, other = tmp_path / "whole", tmp_path / "other"
@@ -41,23 +41,18 @@ def test_in_memory(tmp_path):
     last = json.loads(lines[-1])
     last["test_loss"] *= 1 + 1e-15
     (other / "metrics.jsonl").write_text("\n".join([*lines[:-1], lines[0], json.dumps(last)]) + "\n")
-    newest = other / "checkpoints" / "135"
+    first, newest = sorted((other / "checkpoints").iterdir())[:2]
     shutil.rmtree(newest)
-    shutil.copytree(whole / "checkpoints" / "120", newest)
+    shutil.copytree(whole / "checkpoints" / first.name, newest)
     twice, metrics, checkpoint = comparing.differences(other, whole)
-    assert twice == "steps logged twice: ('train', 5)"
-    assert metrics.startswith("metrics.jsonl: 31 and 30 records")
-    assert checkpoint.startswith("checkpoint 135: ")
-    assert "['state']" in checkpoint
+    assert twice.startswith("steps logged twice: ('train', ")
+    assert metrics.startswith(f"metrics.jsonl: {len(lines) + 1} and {len(lines)} records")
+    assert checkpoint.startswith(f"checkpoint {newest.name}: ")
 
 
-def test_streamed(tmp_path):
-    examine(tmp_path, "streamed", 3, ["evaluation", "saving"])
-
-
-def test_in_two_processes(tmp_path):
-    """One of them is killed, then both: the other ends by itself."""
-    record = examine(tmp_path, "memory2", 2, ["saving", "evaluation"])
-    alone = [kill for kill in record["kills"] if len(kill["killed"]) == 1]
-    assert alone
-    assert all(kill["other_code"] is not None for kill in alone)
+def test_in_memory_in_two_processes(tmp_path):
+    """One of them is killed: the other ends by itself, and both go on."""
+    record = examine(tmp_path, "memory2", 1, ["saving"])
+    (kill,) = record["kills"]
+    if len(kill["killed"]) == 1:
+        assert kill["other_code"] is not None

@@ -87,6 +87,18 @@ def test_sigterm_saves_and_asks_to_be_started_again(tmp_path):
     assert "Traceback" not in errors
 
 
+def test_a_disk_that_takes_no_more(tmp_path):
+    """Files of more than 64 kB cannot be written: the first checkpoint fails, and the run ends with a message."""
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "", *command("main", DIGITS, f"--workdir={tmp_path}", *SHORT)]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert f"nfjax: a checkpoint cannot be written to {tmp_path}/checkpoints" in done.stderr
+    assert "start the same command again" in done.stderr
+    code, out, _ = run("main", DIGITS, f"--workdir={tmp_path}", *SHORT)
+    assert code == 0
+    assert "epoch 2/2" in out
+
+
 def test_divergence_has_an_exit_code(tmp_path):
     code, _, errors = run(
         "main",

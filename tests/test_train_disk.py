@@ -89,6 +89,19 @@ def test_a_bad_image_does_not_stop_the_measurement_of_the_signal(disk_config, tm
         assembly.first_images(disk_config, dataset.train)
 
 
+def test_checkpoints_that_disappear_under_a_run(disk_config, tmp_path, monkeypatch):
+    """What is gone is gone; the next checkpoint is whole again, and the run goes on."""
+    disk_config.epochs = 3
+
+    def vanish(step, stop, bar=train.Bar.line):
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        return bar(step, stop)
+
+    monkeypatch.setattr(train.Bar, "line", vanish)
+    train.train(disk_config, str(tmp_path / "run"))
+    assert evaluate.evaluate(str(tmp_path / "run"))["step"] == 15
+
+
 def test_a_directory_that_disappears_stops_the_run(disk_config, tmp_path, monkeypatch):
     disk_config.epochs = 40
 
