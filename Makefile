@@ -14,7 +14,7 @@ train: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What the README shows of tables, signal propagation and a first run, measured again; benchmarks/ has the rest.
 results: .venv/installed

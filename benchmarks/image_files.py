@@ -11,10 +11,10 @@ def read(path: str) -> tuple[bytes, int]:
 
 
 class Files:
-    """All files below a folder, label 0."""
+    """All files below a folder, label 0, each `copies` times."""
 
-    def __init__(self, folder: str):
-        self.paths = sorted(str(path) for path in pathlib.Path(folder).rglob("*") if path.is_file())
+    def __init__(self, folder: str, copies: int = 1):
+        self.paths = sorted(str(path) for path in pathlib.Path(folder).rglob("*") if path.is_file()) * copies
         self.reader = read
 
     def __len__(self) -> int:

@@ -66,6 +66,18 @@ def ours(split, workers: int) -> float:
     return len(timed) * (len(split) // BATCH) * BATCH / sum(timed)
 
 
+def first_epoch(data: str, workers: int) -> float:
+    """Images per second of images that are met for the first time, and therefore searched for damage."""
+    split = Files(data, copies=4)
+    steps = len(split) // BATCH
+    orders = order.train_orders(0, len(split), BATCH, 0, steps)
+    batches = stream.stream(split, crops.RandomResizedCrop(SIZE), (SIZE, SIZE, 3), orders, print, workers)
+    for number, _ in enumerate(batches, 1):
+        if number == steps // 4:
+            start = time.perf_counter()
+    return (steps - steps // 4) * BATCH / (time.perf_counter() - start)
+
+
 def rival(name: str, python: str, data: str) -> float:
     command = [python, str(HERE / "input_pipeline_rivals.py"), name, data, str(os.cpu_count())]
     # A session of its own: the workers of some rivals outlive them, and would hold the pipe open.
@@ -160,6 +172,8 @@ def main() -> None:
                     rates.setdefault(name, []).append(rival(name, python, arguments.data))
             rates.setdefault("nfjax, 1 worker", []).append(ours(files, 1))
             rates.setdefault(f"nfjax, {cores} workers", []).append(ours(files, cores))
+            first = f"nfjax, {cores} workers, in the first epoch"
+            rates.setdefault(first, []).append(first_epoch(arguments.data, cores))
             rates.setdefault("nfjax, packed records of 256 pixels", []).append(ours(shards, cores))
             print(f"round {round_number + 1}:", {name: round(values[-1]) for name, values in rates.items()}, flush=True)
     median = {name: statistics.median(values) for name, values in rates.items()}

@@ -5,12 +5,14 @@ Signatures check most of them; `check` does it for all, before anything is writt
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -50,8 +52,17 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"data.{name}={tuple(values)}: expected three numbers, for red, green and blue")
     if min(config.data.std) <= 0:
         raise ValueError(f"data.std={tuple(config.data.std)}: expected three positive numbers")
-    if config.seed < 0:
-        raise ValueError(f"seed={config.seed} must be 0 or more")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
+    if config.data.image_size < 1:
+        raise ValueError(f"data.image_size={config.data.image_size} must be a positive number of pixels")
+    for name in ("resized_crop_scale", "resized_crop_ratio"):
+        values = config.augment[name]
+        if values is not None and len(values) != 2:
+            raise ValueError(
+                f"augment.{name}={tuple(values)}: expected the smallest and the largest, such as "
+                f"--config.augment.{name}='(0.5, 1.0)'"
+            )
     if not config.optim.learning_rate > 0:
         raise ValueError(f"optim.learning_rate={config.optim.learning_rate} must be positive")
     if config.optim.reference_batch_size is not None and config.optim.reference_batch_size < 1:
@@ -158,6 +169,22 @@ def make_transform(config: ConfigDict, name: str) -> stream.Transform:
     return crops.CentreCrop(size, resize or size)
 
 
+def first_images(config: ConfigDict, split: data.Encoded) -> np.ndarray:
+    """The middle of the first images of a split that can be read, a batch of them, uint8 [B, H, W, 3].
+
+    What cannot be read is named where training meets it. Raises ValueError where nothing can be read.
+    """
+    middle, images = crops.CentreCrop(config.data.image_size, config.data.image_size), []
+    for index in range(len(split)):
+        with contextlib.suppress(Exception):  # any file may be bad in any way
+            images.append(middle(split.reader(split.reference(index))[0]).copy())
+        if len(images) == config.batch_size:
+            break
+    if not images:
+        raise ValueError(f"none of the {len(split)} training images can be read, {split.name(0)} the first")
+    return np.stack(images)
+
+
 def make_feed(config: ConfigDict, dataset: data.Dataset, name: str, mesh: Mesh, folder: pathlib.Path | None) -> Feed:
     """Batches of the split "train" or "test" from where the config keeps the images. folder: gets skipped.jsonl."""
     split = getattr(dataset, name)
@@ -178,8 +205,7 @@ def make_feed(config: ConfigDict, dataset: data.Dataset, name: str, mesh: Mesh, 
         batches = stream.stream(split, transform, shape, noted(), skipped, config.data.workers, config.data.ahead)
         try:
             for number, batch in enumerate(batches):
-                skipped.check()
-                skipped.check_batch(int(batch["mask"].sum()), wanted[number])
+                skipped.check(int(batch["mask"].sum()), wanted[number])
                 yield batch
         finally:
             batches.close()

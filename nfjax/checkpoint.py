@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from nfjax import distributed
 
@@ -28,11 +28,12 @@ class DamagedError(ValueError):
 class Checkpoints:
     """The numbered checkpoints of a run, under `workdir/checkpoints/<step>`.
 
-    keep: how many of the newest are kept, besides the one with the highest accuracy.
+    workdir: a local directory, or one in a bucket. keep: how many of the newest are kept, besides the one with the
+    highest accuracy.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 1, read_only: bool = False):
-        self.directory = pathlib.Path(workdir).absolute() / FOLDER
+    def __init__(self, workdir: epath.PathLike, keep: int = 1, read_only: bool = False):
+        self.directory = epath.Path(workdir).absolute() / FOLDER
         policies = ocp.checkpoint_managers
         newest = policies.LatestN(keep)
         best = policies.BestN(get_metric_fn=_accuracy, n=1)

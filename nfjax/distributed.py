@@ -59,7 +59,13 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     if not 0 <= process < processes:
         raise ValueError(f"--process={process} of --processes={processes}: expected 0 to {processes - 1}")
     if processes > 1:
-        _join(coordinator_address=coordinator, num_processes=processes, process_id=process)
+        # What is said explicitly holds, also inside of a SLURM job.
+        _join(
+            coordinator_address=coordinator,
+            num_processes=processes,
+            process_id=process,
+            cluster_detection_method="deactivate",
+        )
 
 
 def _join(**arguments: str | int) -> None:

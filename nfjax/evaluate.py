@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from nfjax import assembly, checkpoint, compilation, steps, train
+from nfjax import assembly, checkpoint, compilation, mirror, steps, train
 from nfjax import mesh as meshes
 from nfjax import workdir as workdirs
 
@@ -26,13 +26,13 @@ def load_model(workdir: str, step: int | None = None) -> nnx.Module:
     Best is the highest test accuracy among the checkpoints that were kept.
     Raises FileNotFoundError if there is no run or no such checkpoint, ValueError if it cannot be read.
     """
-    folder = pathlib.Path(workdir)
+    folder = mirror.pull(workdir, "evaluation")
     config = workdirs.read_config(folder)
     step = _known_step(folder, step)
     key = jax.random.key(0)  # every parameter is replaced below
     num_classes = len(workdirs.read_data(folder)["class_names"])
     model = nnx.eval_shape(lambda: assembly.build_model(config, num_classes, key))
-    checkpoints = checkpoint.Checkpoints(folder, read_only=True)
+    checkpoints = checkpoint.Checkpoints(mirror.location(folder), read_only=True)
     try:
         stored = checkpoints.restore_untyped(step)["state"]
     except Exception as error:  # orbax and tensorstore raise many types for damaged files
@@ -49,9 +49,9 @@ def load_model(workdir: str, step: int | None = None) -> nnx.Module:
 
 
 def _known_step(folder: pathlib.Path, step: int | None) -> int:
-    if not (folder / checkpoint.FOLDER).is_dir():
+    if not (mirror.location(folder) / checkpoint.FOLDER).is_dir():
         raise FileNotFoundError(f"{folder} has no checkpoints: the run was stopped before its first one")
-    checkpoints = checkpoint.Checkpoints(folder, read_only=True)
+    checkpoints = checkpoint.Checkpoints(mirror.location(folder), read_only=True)
     known, best = checkpoints.steps(), checkpoints.best_step()
     checkpoints.close()
     step = best if step is None else step
@@ -74,7 +74,7 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     data_dir replaces the data directory of the run, where the images have moved.
     Raises FileNotFoundError if there is no run or no checkpoint, ValueError for images of other classes.
     """
-    folder = pathlib.Path(workdir)
+    folder = mirror.pull(workdir, "evaluation")
     config = workdirs.read_config(folder)
     step = _known_step(folder, step)
     dataset = assembly.open_data(config, config.data.dir if data_dir is None else data_dir)
@@ -98,7 +98,7 @@ def main() -> None:
     compilation.keep()
     try:
         score = evaluate(arguments.workdir, arguments.step, arguments.data_dir)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"nfjax: {error}")
     print(
         f"step {score['step']:,}: test accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}, of "

@@ -7,9 +7,10 @@ import sys
 import traceback
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with arguments behind a colon.")
+from nfjax import settings
+
+settings.define(flags.FLAGS, sys.argv)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its config, metrics, checkpoints and curves.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes train.")
 _PROCESSES = flags.DEFINE_integer(
@@ -25,13 +26,9 @@ START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the scripts in launch/ start the 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; what cannot be parsed ends the program with one message, not with a traceback."""
     try:
-        rest = flags.FLAGS(argv)
-    except (AttributeError, KeyError):
-        sys.exit(f"nfjax: {_unknown_fields(argv)}")
-    except flags.Error as error:
-        # Where a config file itself raises, absl's message is a traceback; its last line says what is wrong.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        sys.exit(f"nfjax: {lines[-1] if any(line.startswith('Traceback') for line in lines) else ' '.join(lines)}")
+        rest = settings.parse(flags.FLAGS, argv)
+    except ValueError as error:
+        sys.exit(f"nfjax: {error}")
     if len(rest) > 1:
         sys.exit(
             f"nfjax: unexpected argument {rest[1]!r}: settings are flags, such as --config.optim.learning_rate=0.1"
@@ -43,26 +40,6 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _unknown_fields(argv: list[str]) -> str:
-    """Which --config.… flags name no field, and which fields there are."""
-    overrides = [arg.partition("=")[0].removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
-    sys.argv = [arg for arg in argv if not arg.startswith("--config.")]
-    flags.FLAGS.unparse_flags()
-    try:
-        flags.FLAGS(sys.argv)
-    except (AttributeError, KeyError) as error:
-        return f"the config file sets or reads a field that does not exist: {error}"
-    for path in overrides:
-        node = _CONFIG.value
-        for i, name in enumerate(path.split(".")):
-            if not isinstance(node, ConfigDict) or name not in node:
-                known = ", ".join(node) if isinstance(node, ConfigDict) else "nothing below it"
-                above = ".".join(["config", *path.split(".")[:i]])
-                return f"unknown config field {path!r}: {above} has {known}"
-            node = node[name]
-    return f"one of the flags {', '.join(overrides)} cannot be set"
-
-
 def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
@@ -72,12 +49,15 @@ def main(argv: list[str]) -> None:
     compilation.keep()
     try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        train.train(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, OSError, train.TrainingDivergedError, train.TrainingInterruptedError) as error:
+        train.train(flags.FLAGS.config, _WORKDIR.value)
+    except (ValueError, OSError, ImportError, train.TrainingDivergedError, train.TrainingInterruptedError) as error:
         if _TRACEBACK.value:
             raise
         print(f"nfjax: {error}\n(--traceback shows where this was raised)", file=sys.stderr)
         distributed.leave(_code(error))
+    except KeyboardInterrupt:  # during a run it is heard by the run, which saves
+        print("nfjax: interrupted before the run began, or after it was done", file=sys.stderr)
+        distributed.leave(INTERRUPTED)
     except Exception:
         if not distributed.has_others():
             raise

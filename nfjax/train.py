@@ -8,6 +8,7 @@ newest checkpoint as if it had never been stopped.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import signal
 import time
@@ -18,14 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import assembly, checkpoint, cost, data, distributed, footprint, metrics, spp, steps
+from nfjax import assembly, checkpoint, data, distributed, footprint, metrics, mirror, report, spp, steps
 from nfjax import feed as feeds
 from nfjax import mesh as meshes
 from nfjax import workdir as workdirs
-from nfjax.data import crops, skips
 from nfjax.progress import Bar, Interrupts, Progress, say
 from nfjax.steps import State, Sums
 
@@ -59,10 +58,23 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     assembly.check(config)
     try:
         folder = workdirs.open_for(config, workdir)
-        with workdirs.claim(folder):
+        with workdirs.claim(folder), mirrored(folder):
             return run(config, folder)
     except jax.errors.JaxRuntimeError as error:
         raise explained(error, workdir) from error
+
+
+@contextlib.contextmanager
+def mirrored(folder: pathlib.Path) -> Iterator[None]:
+    """However it ends, what was measured is not only in a local folder that may be gone tomorrow."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError):  # what ended the run is worth telling, and not this
+            mirror.push(folder)
+        raise
+    if distributed.is_first():
+        mirror.push(folder)
 
 
 def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
@@ -78,7 +90,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     mesh = meshes.make(config.train.state_shards)
     init_key, augment_key = jax.random.split(jax.random.key(config.seed))
     model = assembly.build_model(config, len(dataset.class_names), init_key)
-    say(header(config, folder, dataset, model))
+    say(report.header(config, folder, dataset, model))
     network, params, batch_stats = steps.as_functions(model)
     workdirs.note_parameters(folder, params)
     progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
@@ -88,7 +100,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     state = meshes.place(state, shardings)
     del model, params, batch_stats
 
-    checkpoints = checkpoint.Checkpoints(folder, config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(mirror.location(folder), config.checkpoint.keep)
     restored = checkpoints.restore_newest(checkpoint.template({"state": state, "sums": progress.sums}))
     if restored is not None:
         progress.step, tree = restored
@@ -109,6 +121,12 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     writer = metrics.Writer(folder, progress.step) if distributed.is_first() else metrics.NoWriter()
     if measure_signal and progress.step == 0:
         writer.write("signal", 0, measure_signal(state))
+
+    def save(accuracy: float | None = None) -> None:
+        if distributed.is_first():
+            mirror.push(folder)  # first: what a checkpoint goes on from has been logged
+        checkpoints.save(progress.step, {"state": state, "sums": progress.sums}, accuracy)
+
     start, saved, alone = time.perf_counter(), progress.step, jax.process_count() == 1
     try:
         with interrupts, Bar(progress) as bar:
@@ -138,7 +156,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
                 bar.show(values)
                 if (number := progress.epochs_ended()) is None:
                     if progress.step - saved >= config.checkpoint.every_steps:
-                        checkpoints.save(progress.step, {"state": state, "sums": progress.sums})
+                        save()
                         saved = progress.step
                     continue
                 tested = evaluate(state)
@@ -150,12 +168,12 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
                 writer.write("epoch", progress.step, values)
                 bar.line(values)
                 if number % config.checkpoint.every_epochs == 0 or progress.step == progress.total:
-                    checkpoints.save(progress.step, {"state": state, "sums": progress.sums}, tested["accuracy"])
+                    save(tested["accuracy"])
                     saved = progress.step
             checkpoints.wait()
             if progress.step < progress.total:
                 if progress.step not in checkpoints.steps():
-                    checkpoints.save(progress.step, {"state": state, "sums": progress.sums})
+                    save()
                     checkpoints.wait()
                 raise interruption(interrupts, progress, folder)
             best_step = checkpoints.best_step()
@@ -166,8 +184,12 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
         writer.close()
         if alone:  # otherwise it would wait for processes that are waiting for this one
             checkpoints.close()
+    if distributed.is_first():
+        mirror.push(folder)
     distributed.barrier("done")
-    return finish(config, folder, dataset, best_step, time.perf_counter() - start, bar.overall_rate)
+    if not distributed.is_first():
+        mirror.fetch(folder, "metrics.jsonl")
+    return report.finish(config, folder, dataset, best_step, time.perf_counter() - start, bar.overall_rate)
 
 
 # ---------------------------------------------------------------- what a run consists of
@@ -273,6 +295,8 @@ def make_evaluation(
     def evaluate(state: State) -> dict[str, float]:
         sums = steps.fetch([step(state, item) for item in feed.items(data.eval_orders(size, batch_size))])
         totals = {name: values.sum(dtype=np.float64) for name, values in sums.items()}
+        if not totals["count"]:
+            raise ValueError(f"none of the {size} test images can be read; skipped.jsonl in the workdir says why")
         return metrics.means(totals) | {"images": int(totals["count"])}
 
     return evaluate
@@ -289,9 +313,7 @@ def make_signal_measurement(
     if isinstance(split, data.Images):
         images = split.images[: config.batch_size]
     else:
-        middle = crops.CentreCrop(config.data.image_size, config.data.image_size)
-        first = range(min(config.batch_size, len(split)))
-        images = np.stack([middle(split.reader(split.reference(i))[0]) for i in first])
+        images = assembly.first_images(config, split)
     images = assembly.preprocessing(config, train=False)(jnp.asarray(images))
     monitor = spp.Monitor(images, seed=config.seed)
 
@@ -303,24 +325,6 @@ def make_signal_measurement(
 
 
 # ---------------------------------------------------------------- what a run says
-
-
-def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, model: nnx.Module) -> str:
-    """What is about to be trained, on what, where."""
-    size = config.data.image_size
-    spent = cost.count(model, (1, size, size, 3))
-    norm = f" with {config.model.norm} norm" if config.model.norm else " without normalization"
-    device = jax.devices()[0]
-    return (
-        f"model   ResNet-{config.model.depth} {config.model.residual}{norm}, {config.model.init}, width "
-        f"{config.model.width}: "
-        f"{spent.parameters:,} parameters, {spent.macs / 1e6:,.1f} M multiply-accumulates per image\n"
-        f"data    {config.data.source} {config.data.dir}: {len(dataset.train):,} training and {len(dataset.test):,} "
-        f"test images of {size}x{size}, "
-        f"{len(dataset.class_names)} classes\n"
-        f"device  {jax.device_count()} x {device.device_kind}, {config.model.dtype}, batch {config.batch_size}\n"
-        f"run     {folder}, {config.epochs} epochs"
-    )
 
 
 def divergence(step: int, sums: Sums, bad: int, checkpoints: checkpoint.Checkpoints, config: ConfigDict) -> str:
@@ -357,8 +361,8 @@ def interruption(interrupts: Interrupts, progress: Progress, folder: pathlib.Pat
     elif interrupts.pending:
         reason = "stopped by SIGTERM"
     return kind(
-        f"{reason}: saved at step {progress.step:,} of {progress.total:,} in {folder}; the same command goes on from "
-        "there"
+        f"{reason}: saved at step {progress.step:,} of {progress.total:,} in {mirror.shown(folder)}; the same "
+        "command goes on from there"
     )
 
 
@@ -374,49 +378,6 @@ def explained(error: jax.errors.JaxRuntimeError, workdir: str) -> Exception:
             f"saved in {workdir} is whole: the same command, for all processes, goes on from there"
         )
     return error
-
-
-def finish(
-    config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best_step: int, seconds: float, rate: float
-) -> dict[str, Any]:
-    """Draws curves.png, prints and returns the summary; the first process does, the others return it."""
-    records = metrics.read(folder)
-    epochs = [record for record in records if record["kind"] == "epoch"]
-    if not epochs:
-        raise ValueError(
-            f"the run in {folder} is complete, but its metrics.jsonl holds no epoch: was it changed or moved?"
-        )
-    last, best = epochs[-1], max(epochs, key=lambda record: record["test_accuracy"])
-    saved = next((record["test_accuracy"] for record in epochs if record["step"] == best_step), last["test_accuracy"])
-    summary = {
-        "steps": last["step"],
-        "test_accuracy": last["test_accuracy"],
-        "best_test_accuracy": best["test_accuracy"],
-        "best_epoch": best["epoch"],
-    }
-    if not distributed.is_first():
-        return summary
-    title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
-    metrics.plot_curves(records, title).savefig(folder / "curves.png", dpi=150)
-    work = f"{seconds:.0f} s, {rate:,.0f} images/s" if rate else "already complete"
-    lines = [
-        f"done    {config.epochs} epochs, {last['step']:,} steps, {work}",
-        f"test    {last['test_accuracy']:.2%} at the end, best {best['test_accuracy']:.2%} after epoch "
-        f"{best['epoch']}, "
-        f"of {last.get('test_images', len(dataset.test)):,} images",
-        f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
-        f"curves  {folder / 'curves.png'}",
-        f"score   python -m nfjax.evaluate --workdir={folder}   (the best checkpoint: step {best_step:,}, {saved:.2%})",
-    ]
-    skipped = dataset.skipped | skips.read(folder)
-    if skipped:
-        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        lines.append(
-            f"skipped {len(skipped)} images that cannot be read: {', '.join(list(skipped)[:5])}{more}; all are named "
-            f"in {folder / (workdirs.DATA if dataset.skipped else skips.FILE)}"
-        )
-    print("\n".join(lines), flush=True)
-    return summary
 
 
 def prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from nfjax import distributed
+from nfjax import distributed, mirror
 from nfjax.data import Dataset
 
 LOCK = ".lock"
@@ -39,7 +39,7 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
     Raises ValueError that names the fields which differ, and OSError if nothing can be written there, or if another
     process does not see it.
     """
-    folder = pathlib.Path(workdir)
+    folder = mirror.pull(workdir, f"process {jax.process_index()}")
     if distributed.is_first():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
     if not folder.is_dir():
         raise OSError(
             f"process {jax.process_index()} does not see the workdir {folder} that process 0 has made: all processes "
-            "need the same shared directory"
+            "need the same shared directory, or one in a bucket"
         )
     if _has_begun(folder):
         before, now = _flat(read_config(folder)), _flat(config)
@@ -110,6 +110,7 @@ def start(folder: pathlib.Path, config: ConfigDict, dataset: Dataset) -> None:
     distributed.same_everywhere("the config", hashlib.sha256(json.dumps(_flat(config)).encode()).hexdigest())
     if not distributed.is_first():
         return
+    mirror.own(folder)
     (folder / CONFIG).write_text(config.to_json_best_effort(indent=2) + "\n")
     (folder / DATA).write_text(json.dumps(described, indent=1) + "\n")
 
@@ -137,7 +138,7 @@ def read_data(folder: pathlib.Path) -> dict[str, Any]:
 
 def _has_begun(folder: pathlib.Path) -> bool:
     """Whether anything was measured or saved: a first try that failed before does not stand in the way of the next."""
-    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    metrics, checkpoints = folder / "metrics.jsonl", mirror.location(folder) / "checkpoints"
     return (metrics.exists() and metrics.stat().st_size > 0) or (checkpoints.exists() and any(checkpoints.iterdir()))
 
 

@@ -54,10 +54,10 @@ class Split:
         return f"record {index}"
 
 
-def pixels(data, position):
+def pixels(data, position, checked):
     """The record's byte, and the position in the run."""
     return np.broadcast_to(np.array([data[0], position % 256, 1], np.uint8), (2, 2, 3))
 
 
-def large(data, position):
+def large(data, position, checked):
     return np.full((64, 64, 3), data[0], np.uint8)

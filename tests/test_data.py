@@ -160,7 +160,7 @@ def test_bad_files_are_left_out_and_named_with_the_cause(tmp_path):
 def test_too_many_bad_files(tmp_path):
     make_folder(tmp_path / "set", per_class=20)
     (tmp_path / "set" / "test" / "bee" / "000.png").write_text("no image")
-    message = r"1 of the 40 images in test cannot be read, more than 1%; 1 no image: test/bee/000.png"
+    message = r"1 of the 40 images in test cannot .*data.max_skipped=0.01 allows; 1 no image: test/bee/000.png"
     with pytest.raises(skips.TooManySkippedError, match=message):
         in_memory(tmp_path / "set")
     assert len(in_memory(tmp_path / "set", max_skipped=0.03).test) == 39
@@ -177,31 +177,48 @@ def test_arrays_stay_as_they_are():
     assert memory.decoded(dataset, crops.CentreCrop(8, 8), crops.CentreCrop(8, 8), 0.0) is dataset
 
 
-def test_skips_are_written_once_and_counted_over_restarts(tmp_path):
+def test_skips_are_written_once_and_counted_anew_after_a_restart(tmp_path):
     made = skips.Skips("train", "image {}".format, 100, 0.02, tmp_path)
     for index in (3, 3, 4):
         made(index, "no image", "some detail")
-    made.check()
+    made.check(1, 3)
+    with open(tmp_path / skips.FILE, "a") as file:
+        file.write('{"split": "train", "na')  # the process was killed here
     again = skips.Skips("train", "image {}".format, 100, 0.02, tmp_path)
-    again(4, "no image", "")
-    again.check()
-    again(5, "missing", "")
+    again.check(0, 1)  # what was repaired meanwhile does not count
+    for index, cause in ((4, "no image"), (5, "missing"), (3, "no image")):
+        again(index, cause, "")
     with pytest.raises(
-        skips.TooManySkippedError, match=r"3 of the 100 .*2 no image, 1 missing: image 3, image 4, image 5"
+        skips.TooManySkippedError, match=r"3 of the 100 .*2 no image, 1 missing: image 4, image 5, image 3"
     ):
-        again.check()
+        again.check(10, 13)
     assert len((tmp_path / skips.FILE).read_text().splitlines()) == 3
     assert skips.read(tmp_path, "test") == {}
     assert skips.read(tmp_path) == {"image 3": "no image", "image 4": "no image", "image 5": "missing"}
 
 
-def test_a_batch_that_is_mostly_gone_stops_at_once():
-    made = skips.Skips("train", "image {}".format, 10_000, 0.01)
-    made.check_batch(2, 4)
-    with pytest.raises(
-        skips.TooManySkippedError, match="3 of the 4 images in a batch of train cannot be read: has the"
-    ):
-        made.check_batch(1, 4)
+def test_data_that_is_gone_stops_a_run_that_allows_everything():
+    made = skips.Skips("train", "image {}".format, 10_000, 1.0)
+    for good, wanted in ((0, 20), (1, 20), (0, 30), (30, 30), (0, 1), (0, 30)):  # small batches may be bad
+        made.check(good, wanted)
+    with pytest.raises(skips.TooManySkippedError, match="none of the last 32 images of train can be read: has the"):
+        made.check(0, 1)
+
+
+def test_the_cache_of_decoded_images_allows_no_more_than_the_run(tmp_path):
+    make_folder(tmp_path / "set", per_class=20)
+    (tmp_path / "set" / "test" / "bee" / "000.png").write_text("no image")
+    assert len(in_memory(tmp_path / "set", max_skipped=0.03).test) == 39
+    with pytest.raises(skips.TooManySkippedError, match="1 of the 40 images in test cannot be read"):
+        in_memory(tmp_path / "set")
+
+
+def test_a_split_without_one_good_image(tmp_path):
+    make_folder(tmp_path / "set", per_class=2)
+    for file in (tmp_path / "set" / "test").rglob("*.png"):
+        file.write_text("no image")
+    with pytest.raises(ValueError, match="none of the images in test can be read; 4 no image"):
+        in_memory(tmp_path / "set", max_skipped=1.0)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,22 @@ def pillow(data):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
+def in_three_scans():
+    """A baseline JPEG whose three components each have a scan, made of three grey JPEGs."""
+    planes = [encoded(plane, quality=85) for plane in Image.fromarray(PHOTO).convert("YCbCr").split()]
+    begins = [plane.index(b"\xff\xda") for plane in planes]
+    sizes = [plane.index(b"\xff\xc0") for plane in planes]
+    frame = bytearray(planes[0][sizes[0] : sizes[0] + 10])
+    frame[2:4], frame[9] = (17).to_bytes(2), 3
+    head = planes[0][: sizes[0]] + bytes(frame) + b"".join(bytes([i, 0x11, 0]) for i in (1, 2, 3))
+    tables = planes[0][sizes[0] + 13 : begins[0]]
+    scans = [
+        plane[at : at + 5] + bytes([i]) + plane[at + 6 : -2]
+        for i, (plane, at) in enumerate(zip(planes, begins, strict=True), 1)
+    ]
+    return head + tables + b"".join(scans) + planes[0][-2:]
+
+
 @pytest.fixture(params=["libjpeg-turbo 3", "simplejpeg"])
 def decoder(request, monkeypatch):
     """Both ways of decoding a JPEG."""
@@ -38,6 +54,35 @@ def test_a_jpeg_is_what_pillow_makes_of_it(decoder, subsampling, progressive):
     data = encoded(quality=85, subsampling=subsampling, progressive=progressive)
     assert decode.size(data) == (427, 640)
     np.testing.assert_array_equal(decode.decode(data), pillow(data))
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_damage_in_the_middle_of_a_jpeg_is_found_whatever_the_region(decoder, factor):
+    """Overwritten bytes garble the rows behind them, and are noticed only where the data ends."""
+    data, rng = encoded(quality=85), np.random.default_rng(0)
+    for place in (0.2, 0.5, 0.8):
+        damaged = bytearray(data)
+        at = int(place * len(data))
+        damaged[at : at + 16] = rng.integers(0, 255, 16, dtype=np.uint8).tobytes()
+        for top in (0, 200, 320):
+            with pytest.raises(decode.BadImageError, match="damaged JPEG"):
+                decode.region(bytes(damaged), (top, 80, 104, 160), factor)
+
+
+def test_a_file_that_was_checked_before_gives_the_same_pixels(decoder):
+    data = encoded(quality=85, subsampling="4:2:0")
+    for box, factor in (((0, 0, 64, 640), 1), ((96, 32, 160, 320), 2), ((200, 0, 227, 64), 1)):
+        whole = decode.region(data, box, factor).copy()
+        np.testing.assert_array_equal(decode.region(data, box, factor, checked=True), whole)
+
+
+def test_scans_of_one_component_each(decoder):
+    """Baseline, not progressive, and yet every row of the third component comes behind all rows of the first."""
+    data = in_three_scans()
+    whole = pillow(data)
+    np.testing.assert_array_equal(decode.decode(data), whole)
+    for checked in (False, True):
+        np.testing.assert_array_equal(decode.region(data, (16, 8, 20, 30), 1, checked), whole[16:36, 8:38])
 
 
 def test_regions_are_cut_out_of_the_whole(decoder):
@@ -68,7 +113,7 @@ def test_both_decoders_agree():
     if jpeg.library() is None:
         pytest.skip("no libjpeg-turbo 3")
     data = encoded(quality=70)
-    ours = jpeg.RegionDecoder()(data, 20, 30, 100, 90, 2)
+    ours = jpeg.RegionDecoder()(data, 20, 30, 100, 90, 2, checked=False)
     np.testing.assert_array_equal(ours, decode._with_simplejpeg(data, 2)[20:120, 30:120])
 
 

@@ -10,7 +10,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
 from PIL import Image
 from test_train import records
 
@@ -28,7 +27,7 @@ def free_port():
 
 def started(devices, *arguments):
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
@@ -85,9 +84,9 @@ def configs(tmp_path_factory):
     for name, norm, streamed in (("memory", None, False), ("norm", "batch", False), ("streamed", None, True)):
         config = base.base()
         config.epochs, config.batch_size, config.log.every_steps = 1, 16, 1
-        config.model.depth, config.model.width, config.model.norm = TINY, 4, norm
+        config.model.depth, config.model.width, config.model.norm = 6, 4, norm
         config.data.source, config.data.dir, config.data.image_size = "folder", str(images), 8
-        config.augment.crop_padding, config.augment.rand_operations = 1, 1
+        config.augment.crop_padding, config.augment.rand_operations = 1, int(name == "memory")
         if streamed:
             config.data.keep, config.data.workers = "disk", 1
             config.augment.resized_crop_scale = (0.3, 1.0)
@@ -102,7 +101,7 @@ def one(configs, tmp_path_factory):
 
 
 # Relative to the largest number of each array, after one epoch in float32; batch norm divides by a standard deviation.
-BOUNDS = {"memory": 2e-6, "streamed": 2e-6, "norm": 2e-5, "divided": 2e-6}
+BOUNDS = {"memory": 5e-6, "streamed": 5e-6, "norm": 2e-5, "divided": 5e-6}
 
 
 def check_equal(many, one):

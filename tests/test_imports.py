@@ -51,6 +51,8 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
         "nfjax.train",
         "nfjax.workdir",
         "nfjax.main",
+        "nfjax.report",
+        "nfjax.settings",
         "nfjax.evaluate",
         "nfjax.show",
     }

@@ -87,6 +87,18 @@ def test_sigterm_saves_and_asks_to_be_started_again(tmp_path):
     assert "Traceback" not in errors
 
 
+def test_a_disk_that_takes_no_more(tmp_path):
+    """Files of more than 64 kB cannot be written: the first checkpoint fails, and the run ends with a message."""
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "", *command("main", DIGITS, f"--workdir={tmp_path}", *SHORT)]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert f"nfjax: a checkpoint cannot be written to {tmp_path}/checkpoints" in done.stderr
+    assert "start the same command again" in done.stderr
+    code, out, _ = run("main", DIGITS, f"--workdir={tmp_path}", *SHORT)
+    assert code == 0
+    assert "epoch 2/2" in out
+
+
 def test_divergence_has_an_exit_code(tmp_path):
     code, _, errors = run(
         "main",
@@ -125,6 +137,10 @@ def test_divergence_has_an_exit_code(tmp_path):
         (("--config=configs/cifar10.py", "--workdir=W"), "no data directory given; set it with --config.data.dir=DIR"),
         ((DIGITS, "--workdir=W", "epochs=3"), "unexpected argument 'epochs=3': settings are flags"),
         ((DIGITS, "--workdir=W", "--epochs=3"), "Unknown command line flag 'epochs'"),
+        (("--config=README.md", "--workdir=W"), "--config=README.md is no config file, which is Python"),
+        (("--config=nfjax/config.py", "--workdir=W"), "--config=nfjax/config.py is no config file: it has no function"),
+        ((DIGITS, "--workdir=W", "--config.epochs=none"), "--config.epochs=none: expected a value, such as 200"),
+        ((DIGITS, "--workdir=W", "--config.epochz=none"), "unknown config field 'epochz': config has "),
     ],
 )
 def test_wrong_input_gets_one_message(tmp_path, arguments, message):

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines()]
+CONSOLE = "".join(re.findall(r"```console\n(.*?)```", README, re.S)).replace("\\\n", " ")
+COMMANDS = [line for line in CONSOLE.splitlines() if line]
 update_readme = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))
 INCLUDED = [(path, text) for _, path, text, _ in update_readme["MARKED"].findall(README)]
 
@@ -48,8 +49,15 @@ def test_every_command_is_known():
     assert COMMANDS[:2] == ["make train", "make test"]
     for line in COMMANDS:
         words = shlex.split(line)
+        if "=" in words[0]:
+            continue  # sets a variable
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        elif words[0].startswith("launch/") or words[0] == "sbatch":
+            scripts = [word for word in words if word.startswith("launch/")]
+            assert [(ROOT / script).exists() for script in scripts] == [True]
+        elif words[0] in ("kubectl", "docker"):
+            assert all((ROOT / word.partition("=")[2]).exists() for word in words if word.startswith("--file="))
         elif words[1] == "-m":
             module = ROOT / words[2].replace(".", "/")
             assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
@@ -67,7 +75,7 @@ def test_training_command_of_the_readme(tmp_path):
     from test_data import make_folder
 
     make_folder(tmp_path / "data", per_class=70, size=(32, 32))
-    (line,) = (line for line in COMMANDS if "nfjax.main" in line)
+    line = next(line for line in COMMANDS if "nfjax.main" in line)
     words = [word.replace("=DIR", f"={tmp_path}/data").replace("=runs/", f"={tmp_path}/") for word in shlex.split(line)]
     words += ["--config.model.depth=18", "--config.model.width=4", "--config.epochs=1"]
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)

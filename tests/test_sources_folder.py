@@ -66,13 +66,17 @@ def test_subfolders_links_and_hidden_files(tmp_path):
     (tmp_path / "train" / ".git").mkdir()
     (tmp_path / "train" / "README").write_text("of no class")
     (ant / "loop").symlink_to(".")
+    (ant / "upwards").symlink_to("..")  # to the images of other classes
     (ant / "z.jpg").symlink_to("nowhere")
+    (ant / "circle").symlink_to("circle")
     make(tmp_path / "elsewhere", ["e.jpg"])
     (ant / "linked").symlink_to(tmp_path / "elsewhere")
     dataset = folder.load(str(tmp_path))
-    listed = [dataset.train.name(i).removeprefix("train/ant/") for i in range(len(dataset.train)) if i < 7]
-    assert listed == ["0.jpg", "1.jpg", "2.jpg", "z.jpg", "a/8.jpg", "b/9.jpg", "linked/e.jpg"]
+    listed = [dataset.train.name(i).removeprefix("train/ant/") for i in range(len(dataset.train)) if i < 8]
+    assert listed == ["0.jpg", "1.jpg", "2.jpg", "circle", "z.jpg", "a/8.jpg", "b/9.jpg", "linked/e.jpg"]
     with pytest.raises(OSError, match=r"No such file"):
+        dataset.train.reader(dataset.train.reference(4))
+    with pytest.raises(OSError, match=r"symbolic links"):
         dataset.train.reader(dataset.train.reference(3))
 
 
@@ -90,7 +94,7 @@ def test_a_file_too_large_is_not_read(tmp_path):
     make_folder(tmp_path)
     with open(tmp_path / "train" / "ant" / "0.jpg", "wb") as stream:
         stream.truncate(10 * 2**30)
-    with pytest.raises(ValueError, match=r"train/ant/0\.jpg has 10737418240 bytes"):
+    with pytest.raises(ValueError, match=r"too large: 10737418240 bytes"):
         folder.load(str(tmp_path)).train.reader((b"train/ant/0.jpg", 0))
 
 
@@ -219,6 +223,17 @@ def make_devkit(place, numbers, ids={1: "n03", 2: "n01", 3: "n02"}):  # noqa: B0
     synsets = np.array(nodes, dtype).reshape(-1, 1)
     io.savemat(place / "meta.mat", {"synsets": synsets})
     (place / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{number}\n" for number in numbers))
+
+
+def test_a_flat_test_folder_without_labels_does_not_hide_val(tmp_path):
+    """Kaggle's copy of ImageNet."""
+    make_flat(tmp_path, count=3)
+    make(tmp_path, ["test/ILSVRC2012_test_00000001.JPEG"])
+    rows = "".join(f"ILSVRC2012_val_{i:08d},n0{i} 1 2 3 4\n" for i in (1, 2, 3))
+    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + rows)
+    assert folder.load(str(tmp_path)).test.labels.tolist() == [0, 1, 2]
+    (tmp_path / "test.csv").write_text("ILSVRC2012_test_00000001,n02\n")
+    assert folder.load(str(tmp_path)).test.labels.tolist() == [1]
 
 
 @pytest.mark.parametrize("place", [".", "val", "devkit", "devkit/data", "ILSVRC2012_devkit_t12/data"])

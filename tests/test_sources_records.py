@@ -120,7 +120,7 @@ def test_bad_images_are_left_out_counted_and_named(tmp_path, source):
     (source / "train" / "bee" / "zzz.txt").write_text("no image")
     dataset = folder.load(str(source))
     with pytest.raises(
-        ValueError, match=r"(?s)2 of the 13 images of train.*1 empty file.*more than 1%.*train/ant/000.jpg"
+        ValueError, match=r"(?s)2 of the 13 images of train.*1 empty file.*more than 0.01 of them.*train/ant/000.jpg"
     ):
         pack.pack(dataset, str(tmp_path / "out"))
     manifest = pack.pack(dataset, str(tmp_path / "out"), max_skipped=0.5)  # goes on from there
@@ -195,6 +195,31 @@ def test_a_changed_source_is_refused(tmp_path, source):
     os.utime(source / "train" / "ant" / "000.jpg", (1, 1))
     with pytest.raises(ValueError, match=r"the source \(its files changed\)"):
         pack.pack(folder.load(str(source)), str(tmp_path / "out"))
+
+
+def test_an_unfinished_pack_of_a_source_that_was_mended_begins_anew(tmp_path, source):
+    bad = source / "train" / "ant" / "005.jpg"
+    good = bad.read_bytes()
+    bad.write_text("no image")
+    with pytest.raises(ValueError, match=r"(?s)1 of the 12 images of train.*Repair or remove them"):
+        pack.pack(folder.load(str(source)), str(tmp_path / "out"), per_shard=4)
+    bad.write_bytes(good)
+    assert pack.pack(folder.load(str(source)), str(tmp_path / "out"), per_shard=4).labels["train"] == (6, 6)
+    assert pack.verify(str(tmp_path / "out")) == 16
+
+
+def test_lost_and_damaged_shards_are_packed_again(tmp_path, source):
+    dataset, out = folder.load(str(source)), tmp_path / "out"
+    whole = pack.pack(dataset, str(out), per_shard=4)
+    lost, damaged = (out / f"train-0000{k}-of-00003.array_record" for k in (0, 1))
+    before = damaged.read_bytes()
+    for thorough in (False, True):
+        lost.unlink()
+        assert pack.pack(dataset, str(out), per_shard=4, verify_after=thorough) == whole
+        flip(damaged, len(before) // 2)
+    assert pack.pack(dataset, str(out), per_shard=4, verify_after=True) == whole
+    assert damaged.read_bytes() == before
+    assert not list(out.glob("*.array_record.json"))
 
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path, source):

@@ -363,7 +363,7 @@ def test_how_often_it_reports_may_change(whole):
         ({"model.norm": "group"}, "unknown norm 'group'"),
         ({"model.dtype": "float16"}, "unknown model.dtype='float16': expected one of float32, bfloat16"),
         ({"data.mean": (0.5,)}, "expected three numbers"),
-        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"seed": -1}, "seed=-1 must be from 0 to"),
         ({"data.std": (0.0, 1.0, 1.0)}, "expected three positive numbers"),
         ({"optim.learning_rate": float("nan")}, "optim.learning_rate=nan must be positive"),
         ({"optim.momentum": 2.0}, "optim.momentum=2.0 must be at least 0 and less than 1"),

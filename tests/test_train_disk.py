@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_train import assert_equal, final_state, interrupt_at, records
 
-from nfjax import evaluate, metrics, train
+from nfjax import assembly, evaluate, metrics, train
 from nfjax.data import skips
 
 
@@ -75,6 +75,31 @@ def test_what_cannot_be_read_is_named_in_the_workdir(disk_config, tmp_path, caps
         skips.TooManySkippedError, match=r"1 of the 80 images in train .*1 truncated JPEG: train/class 1"
     ):
         train.train(disk_config, str(tmp_path / "strict"))
+
+
+def test_a_bad_image_does_not_stop_the_measurement_of_the_signal(disk_config, tmp_path):
+    for name, data in (("000.jpg", b""), ("001.jpg", b"no image")):
+        (tmp_path / "images" / "train" / "class 0" / name).write_bytes(data)
+    dataset = assembly.open_data(disk_config, disk_config.data.dir)
+    images = assembly.first_images(disk_config, dataset.train)
+    assert len(images) == disk_config.batch_size
+    for file in (tmp_path / "images" / "train").rglob("*.jpg"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 80 training images can be read"):
+        assembly.first_images(disk_config, dataset.train)
+
+
+def test_checkpoints_that_disappear_under_a_run(disk_config, tmp_path, monkeypatch):
+    """What is gone is gone; the next checkpoint is whole again, and the run goes on."""
+    disk_config.epochs = 3
+
+    def vanish(step, stop, bar=train.Bar.line):
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        return bar(step, stop)
+
+    monkeypatch.setattr(train.Bar, "line", vanish)
+    train.train(disk_config, str(tmp_path / "run"))
+    assert evaluate.evaluate(str(tmp_path / "run"))["step"] == 15
 
 
 def test_a_directory_that_disappears_stops_the_run(disk_config, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float, mask: jax.Array | No
 
 def _pairs(key: jax.Array, batch: int, alpha: float, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The partners, int32 [B], and weights from Beta(alpha, alpha), float32 [B]."""
-    if not alpha >= 0:
+    if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha={alpha}: expected 0, for no mixing, or a positive number")
     partner = _of_partners(jnp.arange(batch, dtype=jnp.int32))
     if alpha == 0:

@@ -7,6 +7,7 @@ memory, or encoded images that `memory` decodes all at once and `stream` batch b
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 from nfjax.data import cifar, digits, folder, records, synthetic, tfds
@@ -47,7 +48,7 @@ def load(source: str, directory: str, image_size: int) -> Dataset:
     """
     if image_size < 1:
         raise ValueError(f"data.image_size={image_size} must be a positive number of pixels")
-    dataset = loader(source)(directory, image_size)
+    dataset = loader(source)(os.path.expanduser(directory), image_size)
     for split in (dataset.train, dataset.test):
         if isinstance(split, Images) and split.images.shape[1:3] != (image_size, image_size):
             height, width = split.images.shape[1:3]

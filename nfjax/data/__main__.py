@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nfjax.data {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nnfjax.data {args.command}: interrupted; the same command goes on from here", file=sys.stderr)
+        goes_on = "; the same command goes on from here" if args.command == "pack" else ""
+        print(f"\nnfjax.data {args.command}: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
 
@@ -61,7 +62,7 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(args: argparse.Namespace) -> None:
-    # The size is of images that a source makes up; what is packed keeps its own.
+    # The size is of the images that digits and synthetic make up; what is packed otherwise keeps its own.
     dataset = data.loader(args.source)(args.dir, 32)
     manifest = pack.pack(
         dataset,
@@ -90,20 +91,16 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     from absl import flags
-    from ml_collections import config_flags
 
-    from nfjax import assembly, show
+    from nfjax import assembly, settings, show
 
     values, argv = flags.FlagValues(), ["show", f"--config={args.config}", *args.settings]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    try:
-        values(argv)
-    except (flags.Error, AttributeError, KeyError) as error:
-        raise ValueError(str(error).strip().splitlines()[-1]) from error
+    settings.define(values, argv)
+    settings.parse(values, argv)
     if args.count < 1 or args.step < 0:
         raise ValueError(f"--count={args.count} --step={args.step}: expected at least one image, of step 0 or later")
-    assembly.check(holder.value)
-    show.contact_sheet(holder.value, args.count, args.step).savefig(args.out, dpi=130)
+    assembly.check(values.config)
+    show.contact_sheet(values.config, args.count, args.step).savefig(args.out, dpi=130)
     print(args.out)
 
 

@@ -109,7 +109,10 @@ def load(archive: Archive, directory: str) -> Dataset:
     fails.
     """
     if not directory:
-        raise ValueError(f"no data directory given: expected one with {archive.file}, or to download it to")
+        raise ValueError(
+            f"no data directory given (--config.data.dir=DIR, of pack --dir=DIR): expected one with {archive.file}, "
+            "or to download it to"
+        )
     root = pathlib.Path(directory)
     if root.is_dir() and (root / archive.folder).is_dir():
         contents = _from_folder(archive, root / archive.folder)

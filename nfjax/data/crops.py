@@ -39,13 +39,14 @@ class RandomResizedCrop:
                     f"{' <= 1, shares of the area' if name == 'scale' else ', such as (3/4, 4/3)'}"
                 )
 
-    def __call__(self, data: bytes, position: int) -> np.ndarray:
+    def __call__(self, data: bytes, position: int, checked: bool = False) -> np.ndarray:
+        """The crop of the example at `position` of the run. checked: see `decode.region`. Raises BadImageError."""
         height, width = decode.size(data)
         box = self.box(height, width, position)
         factor = reduction(box, self.size) if decode.is_jpeg(data) else 1
         if factor > 1:
             box = tuple(n // factor * factor for n in box)
-        return resize(decode.region(data, box, factor), self.size)
+        return resize(decode.region(data, box, factor, checked), self.size)
 
     def box(self, height: int, width: int, position: int) -> tuple[int, int, int, int]:
         """(top, left, height, width) of the crop of an image of this size."""
@@ -86,13 +87,14 @@ class CentreCrop:
                 "expected resize >= size"
             )
 
-    def __call__(self, data: bytes, position: int = 0) -> np.ndarray:
+    def __call__(self, data: bytes, position: int = 0, checked: bool = False) -> np.ndarray:
+        """The middle of the image. checked: see `decode.region`. Raises BadImageError."""
         from PIL import Image
 
         del position  # nothing is random
         height, width = decode.size(data)
         if (height, width) == (self.size, self.size) and self.resize == self.size:
-            return decode.region(data, (0, 0, height, width), 1)
+            return decode.region(data, (0, 0, height, width), 1, checked)
         short = min(height, width)
         resized = [int(self.resize * n / short) for n in (height, width)]  # as torchvision rounds
         scale = [n / r for n, r in zip((height, width), resized, strict=True)]
@@ -105,7 +107,7 @@ class CentreCrop:
         first = [max(0, int(b - 2 * s) // factor * factor) for b, s in zip(begin, scale, strict=True)]
         last = [min(n, math.ceil(e + 2 * s)) for e, s, n in zip(end, scale, (height, width), strict=True)]
         last = [min(n, -(-stop // factor) * factor) for stop, n in zip(last, (height, width), strict=True)]
-        pixels = decode.region(data, (first[0], first[1], last[0] - first[0], last[1] - first[1]), factor)
+        pixels = decode.region(data, (first[0], first[1], last[0] - first[0], last[1] - first[1]), factor, checked)
         y0, x0, y1, x1 = ((v - f) / factor for v, f in zip((*begin, *end), (*first, *first), strict=True))
         box = (x0, y0, min(x1, pixels.shape[1]), min(y1, pixels.shape[0]))
         return np.asarray(Image.fromarray(pixels).resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))

@@ -59,13 +59,15 @@ def size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def region(data: bytes, box: tuple[int, int, int, int], factor: int) -> np.ndarray:
+def region(data: bytes, box: tuple[int, int, int, int], factor: int, checked: bool = False) -> np.ndarray:
     """The pixels in a box of an image, RGB uint8 [height / factor, width / factor, 3]; valid until the next call in
     this thread.
 
     box: (top, left, height, width), within the image, every number a multiple of `factor`, except at the image's lower
     and right borders. factor: 1, 2, 4 or 8, the reduction at which a JPEG is decoded (a discrete cosine transform gives
     an image of half, a quarter or an eighth of the size at less than its full cost); 1 for other formats.
+
+    checked: this file was decoded before without complaint, and is not searched for damage again.
 
     Call `size` before, which checks what must be checked first. Raises BadImageError.
     """
@@ -75,14 +77,14 @@ def region(data: bytes, box: tuple[int, int, int, int], factor: int) -> np.ndarr
             raise ValueError(f"factor={factor}: only a JPEG can be decoded at a reduced size")
         return _with_pillow(data)[top : top + height, left : left + width]
     # A file that was cut short may hold the rows of this crop and not those of the next: it is bad for all of them.
-    if _END not in data[-1024:] and not _complete(data):
+    if not checked and _END not in data[-1024:] and not _complete(data):
         raise BadImageError("truncated JPEG")
     import simplejpeg
 
     decoder = _region_decoder()
     try:
         if decoder is not None:
-            pixels = decoder(data, top, left, height, width, factor)
+            pixels = decoder(data, top, left, height, width, factor, checked)
             if pixels is not None:
                 return pixels
         elif simplejpeg.decode_jpeg_header(data, strict=False)[2] in ("YCbCr", "Gray"):

@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 
 from nfjax.data import cifar, decode, labels
+from nfjax.data.skips import printable
 from nfjax.data.splits import Dataset
 
 TEST_NAMES = ("test", "val")
@@ -41,7 +42,7 @@ class FileReader:
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(f"{printable(path)} is no regular file")
             if status.st_size > decode.MAX_BYTES:
-                raise ValueError(f"{printable(path)} has {status.st_size} bytes, at most {decode.MAX_BYTES} are read")
+                raise decode.BadImageError("too large", f"{status.st_size} bytes, at most {decode.MAX_BYTES} are read")
             return stream.read(), label
 
 
@@ -76,7 +77,7 @@ def load(directory: str) -> Dataset:
     """
     if not directory:
         raise ValueError(
-            "no data directory given; set it with --config.data.dir=DIR, where DIR has the layout "
+            "no data directory given; set it with --config.data.dir=DIR (of pack: --dir=DIR), where DIR has the layout "
             "DIR/{train,test}/<class>/*.jpg"
         )
     root = pathlib.Path(directory)
@@ -88,7 +89,7 @@ def load(directory: str) -> Dataset:
         raise FileNotFoundError(f"the data directory {root} does not exist; {expected}")
     if not root.is_dir():
         raise NotADirectoryError(f"the data directory {root} is a file; {expected}")
-    test_name = next((name for name in TEST_NAMES if (root / name).is_dir()), None)
+    test_name = _test_folder(root)
     if not (root / "train").is_dir() and (load_cifar := cifar.found(directory)):
         return load_cifar(directory)
     if not (root / "train").is_dir() or test_name is None:
@@ -124,9 +125,14 @@ def load(directory: str) -> Dataset:
     return Dataset(train, test, class_names, skipped, fingerprint=lambda: _fingerprint(root, (train, test)))
 
 
-def printable(path: bytes) -> str:
-    """A file name as text, whatever bytes it is made of."""
-    return path.decode("utf-8", "backslashreplace")
+def _test_folder(root: pathlib.Path) -> str | None:
+    """Which of `TEST_NAMES` is there: with class folders, else with labels of its own, else val, for Kaggle's copy of
+    ImageNet has a flat test folder whose labels nobody published.
+    """
+    there = [name for name in TEST_NAMES if (root / name).is_dir()]
+    by_class = [name for name in there if _classes(root / name)]
+    labelled = [name for name in there if labels.has_its_own(root, name)]
+    return next(iter(by_class + labelled + there[::-1]), None)
 
 
 class _Numbers:
@@ -147,7 +153,7 @@ class _Numbers:
 
 def _classes(split: pathlib.Path) -> tuple[str, ...]:
     with os.scandir(split) as entries:
-        return tuple(sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()))
+        return tuple(sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)))
 
 
 def _listed(
@@ -161,9 +167,12 @@ def _listed(
 
 
 def _walk(folder: bytes, prefix: bytes, visited: set[bytes] | None = None) -> Iterator[bytes]:
-    """prefix + the path of each file in a folder, sorted, then of those in its subfolders; links are followed once."""
-    visited = set() if visited is None else visited
+    """prefix + the path of each file in a folder, sorted, then of those in its subfolders; links are followed once, and
+    not to a folder that this one lies in, whose images are not all of this class.
+    """
     real = os.path.realpath(folder)
+    if visited is None:
+        visited = {os.fsencode(above) for above in pathlib.Path(os.fsdecode(real)).parents}
     if real in visited:  # a link to where the walk has been
         return
     visited.add(real)
@@ -171,11 +180,18 @@ def _walk(folder: bytes, prefix: bytes, visited: set[bytes] | None = None) -> It
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.name.startswith(b"."):
-                (folders if entry.is_dir() else files).append(entry.name)
+                (folders if _is_folder(entry) else files).append(entry.name)
     for name in sorted(files):
         yield prefix + name
     for name in sorted(folders):
         yield from _walk(os.path.join(folder, name), prefix + name + b"/", visited)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle: listed as a file, it is named when it is read
+        return False
 
 
 def _check_known(root: pathlib.Path, split: str, found: tuple[str, ...], class_names: tuple[str, ...]) -> None:

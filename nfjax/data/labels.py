@@ -15,6 +15,8 @@ import csv
 import os
 import pathlib
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from absl import logging
 
@@ -31,9 +33,8 @@ def of_flat_folder(
     Raises FileNotFoundError where there are no labels, ValueError where a label is out of range or of an unknown class,
     or where the labels are not those of these files.
     """
-    places = [root, root / folder, root / "devkit", root / "ILSVRC2012_devkit_t12"]
-    places += [place / "data" for place in places]
-    names = (f"{folder}.csv", f"{folder}_labels.csv", "labels.csv", "LOC_val_solution.csv", GROUND_TRUTH)
+    places = _places(root, folder)
+    names = (*_own(folder), "labels.csv", "LOC_val_solution.csv", GROUND_TRUTH)
     found = next((place / name for name in names for place in places if (place / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(
@@ -54,6 +55,20 @@ def of_flat_folder(
     return labels, skipped
 
 
+def has_its_own(root: pathlib.Path, folder: str) -> bool:
+    """Whether a file of labels bears the name of this folder."""
+    return any((place / name).is_file() for name in _own(folder) for place in _places(root, folder))
+
+
+def _own(folder: str) -> tuple[str, str]:
+    return f"{folder}.csv", f"{folder}_labels.csv"
+
+
+def _places(root: pathlib.Path, folder: str) -> list[pathlib.Path]:
+    places = [root, root / folder, root / "devkit", root / "ILSVRC2012_devkit_t12"]
+    return places + [place / "data" for place in places]
+
+
 def _of_csv(file: pathlib.Path, files: list[bytes], class_names: tuple[str, ...]) -> dict[bytes, int]:
     numbers = {name: label for label, name in enumerate(class_names)}
     known = {os.path.splitext(name)[0]: name for name in files} | {name: name for name in files}
@@ -61,7 +76,7 @@ def _of_csv(file: pathlib.Path, files: list[bytes], class_names: tuple[str, ...]
     absent = []
     with open(file, newline="", encoding="utf-8-sig") as stream:
         rows = csv.reader(stream)
-        for row in rows:
+        for row in _each(rows, file):
             if not row:
                 continue
             if len(row) < 2:
@@ -83,6 +98,13 @@ def _of_csv(file: pathlib.Path, files: list[bytes], class_names: tuple[str, ...]
                 labels[known[name]] = number
     _check_present(file, labels, absent, files)
     return labels
+
+
+def _each(rows: Any, file: pathlib.Path) -> Iterator[list[str]]:
+    try:
+        yield from rows
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} behind line {rows.line_num} is no CSV in UTF-8: {error}") from error
 
 
 def _of_ground_truth(

@@ -18,10 +18,11 @@ import numpy as np
 import tqdm
 from absl import logging
 
+from nfjax.data import skips
 from nfjax.data.crops import CentreCrop
 from nfjax.data.remote import cache_directory
-from nfjax.data.skips import Skips
 from nfjax.data.splits import Dataset, Encoded, Images
+from nfjax.data.stream import default_workers
 from nfjax.data.worker import explained
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -43,17 +44,22 @@ def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: 
         arrays, skipped = {}, {}
         for name, (split, crop) in splits.items():
             if isinstance(split, Images):
-                images, labels = split.images, split.labels
+                images, labels, skipped[name] = split.images, split.labels, {}
             else:
-                images, labels, bad = _decode(split, crop, name, max_skipped)
-                skipped |= bad
+                images, labels, skipped[name] = _decode(split, crop, name)
+            skips.check(name, skipped[name], len(split), max_skipped)
+            if not len(labels):
+                raise ValueError(f"none of the images in {name} can be read; {skips.summary(skipped[name])}")
             arrays |= {f"{name}_images": images, f"{name}_labels": labels}
         _write(cache, arrays, skipped)
     else:
         arrays, skipped = stored
         logging.info("decoded images read from %s", cache)
+        for name, (split, _) in splits.items():  # this run may allow less than the one that decoded them
+            skips.check(name, skipped[name], len(split), max_skipped)
     images = {name: Images(arrays[f"{name}_images"], arrays[f"{name}_labels"]) for name in splits}
-    return Dataset(images["train"], images["test"], dataset.class_names, dataset.skipped | skipped)
+    named = dataset.skipped | skipped["train"] | skipped["test"]
+    return Dataset(images["train"], images["test"], dataset.class_names, named)
 
 
 def _check_memory(splits: list[tuple[int, int]]) -> None:
@@ -69,12 +75,11 @@ def _check_memory(splits: list[tuple[int, int]]) -> None:
 
 def _key(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> str:
     fingerprint = dataset.fingerprint() if dataset.fingerprint else ""
-    return hashlib.sha256(f"2 {fingerprint} {train} {test}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"3 {fingerprint} {train} {test}".encode()).hexdigest()[:16]
 
 
-def _decode(
-    split: Encoded, crop: CentreCrop, name: str, max_skipped: float
-) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+def _decode(split: Encoded, crop: CentreCrop, name: str) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """(images, labels, {name of one that cannot be read: cause})."""
     images = np.empty((len(split), crop.size, crop.size, 3), np.uint8)
     labels = np.zeros(len(split), np.int32)
     failures: dict[int, tuple[str, str]] = {}
@@ -90,22 +95,22 @@ def _decode(
         bar.update(stop - start)
 
     with (
-        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        concurrent.futures.ThreadPoolExecutor(default_workers()) as pool,
         tqdm.tqdm(total=len(split), desc=f"decoding {name}", unit=" images", mininterval=1) as bar,
     ):
-        list(pool.map(decode_slice, range(0, len(split), 64)))
-    skips = Skips(name, split.name, len(split), max_skipped)
-    for i in sorted(failures):
-        skips(i, *failures[i])
-    skips.check()
+        try:
+            list(pool.map(decode_slice, range(0, len(split), 64)))
+        except BaseException:  # Ctrl-C: the slices that have not begun are not waited for
+            pool.shutdown(cancel_futures=True)
+            raise
     good = np.ones(len(split), bool)
     good[list(failures)] = False
     if failures:
         images, labels = images[good], labels[good]
-    return images, labels, skips.causes
+    return images, labels, {skips.printable(split.name(i)): failures[i][0] for i in sorted(failures)}
 
 
-Stored = tuple[dict[str, np.ndarray], dict[str, str]]
+Stored = tuple[dict[str, np.ndarray], dict[str, dict[str, str]]]
 
 
 def _read(cache: pathlib.Path) -> Stored | None:
@@ -119,7 +124,7 @@ def _read(cache: pathlib.Path) -> Stored | None:
         return None
 
 
-def _write(cache: pathlib.Path, arrays: dict[str, np.ndarray], skipped: dict[str, str]) -> None:
+def _write(cache: pathlib.Path, arrays: dict[str, np.ndarray], skipped: dict[str, dict[str, str]]) -> None:
     temporary = cache.with_suffix(f".{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -52,12 +52,14 @@ def pack(
     their bytes. Arrays are encoded as PNG, without loss. Every image is decoded on the way: those that cannot be are
     left out, and named with their cause in the manifest; more than the share `max_skipped` of a split is an error.
 
-    Run again with the same arguments, it goes on where it was interrupted. A bucket is written from a local copy in
+    Run again with the same arguments, it goes on where it was interrupted, and packs what was lost or damaged since; an
+    unfinished pack of files that have changed since begins anew. A bucket is written from a local copy in
     `remote.cache_directory()`. Raises ValueError where settings are wrong or differ from those of a pack already in
     `out`, FileExistsError where `out` holds something else, or another process packs there.
     """
-    _check(short_side, quality, per_shard, max_skipped)
-    local = pathlib.Path(out)
+    threads = default_workers() if threads is None else threads
+    _check(short_side, quality, per_shard, max_skipped, threads)
+    local = pathlib.Path(out).expanduser()
     if remote.is_remote(out):
         remote.path(out)  # fails here, and not after the work, where a package is missing
         local = remote.cache_directory() / "packed" / hashlib.sha256(out.encode()).hexdigest()[:16]
@@ -65,11 +67,12 @@ def pack(
     settings |= {"per_shard": per_shard, "fingerprint": _fingerprint(dataset)}
     with _locked(local):
         manifest = _begin(local, settings)
+        convert = functools.partial(shards.converted, short_side=short_side, quality=quality)
         if manifest is None:
-            convert = functools.partial(shards.converted, short_side=short_side, quality=quality)
-            manifest = _pack(dataset, local, settings, convert, max_skipped, threads or default_workers())
+            manifest = _pack(dataset, local, settings, convert, max_skipped, threads)
         else:
             logging.info("%s is packed already", local)
+            _mend(dataset, local, manifest, convert, threads, verify_after)
         if verify_after:
             verify(str(local))
     if remote.is_remote(out):
@@ -92,7 +95,8 @@ def verify(directory: str) -> int:
             for shard in manifest.shards[split]:
                 if shards.sha256(pathlib.Path(directory) / shard.file) != shard.sha256:
                     raise ValueError(
-                        f"{directory}/{shard.file} is not as it was written: its SHA-256 differs; pack again"
+                        f"{directory}/{shard.file} is not as it was written: its SHA-256 differs; the same command "
+                        "packs it again"
                     )
                 reader = records.RecordReader(directory, (shard,), len(manifest.class_names))
                 for i in range(shard.count):
@@ -103,11 +107,12 @@ def verify(directory: str) -> int:
     return total
 
 
-def _check(short_side: int | None, quality: int, per_shard: int, max_skipped: float) -> None:
+def _check(short_side: int | None, quality: int, per_shard: int, max_skipped: float, threads: int) -> None:
     for name, value, good, expected in (
         ("short_side", short_side, short_side is None or short_side >= 1, "a positive number of pixels"),
         ("quality", quality, 1 <= quality <= 100, "1 to 100"),
         ("per_shard", per_shard, per_shard >= 1, "a positive number of images"),
+        ("threads", threads, threads >= 1, "a positive number"),
         ("max_skipped", max_skipped, 0 <= max_skipped <= 1, "a share from 0 to 1"),
     ):
         if not good:
@@ -151,6 +156,13 @@ def _begin(local: pathlib.Path, settings: dict[str, Any]) -> records.Manifest | 
         for key, value in settings.items()
         if found.get(key) != value
     ]
+    if manifest is None and found | {"fingerprint": None} == settings | {"fingerprint": None}:
+        if differ:
+            logging.warning("the source has changed since %s was begun: packing begins anew", local)
+            for file in local.glob("*.array_record*"):
+                file.unlink()
+            (local / STATE).write_text(json.dumps(settings))
+        return None
     if differ:
         raise ValueError(
             f"{local} was packed from other data or with other settings; {'; '.join(differ)}. Choose another "
@@ -180,9 +192,8 @@ def _pack(
             bad: dict[str, str] = {}
             number = -(-len(examples) // settings["per_shard"])
             for k in range(number):
-                start = k * settings["per_shard"]
-                indices = range(start, min(start + settings["per_shard"], len(examples)))
                 file = local / f"{split}-{k:05d}-of-{number:05d}.array_record"
+                indices = _indices(k, settings["per_shard"], len(examples))
                 note = shards.finished(file)
                 if note is None:
                     example = functools.partial(shards.example, examples, convert, len(dataset.class_names))
@@ -202,6 +213,43 @@ def _pack(
     return manifest
 
 
+def _indices(k: int, per_shard: int, size: int) -> range:
+    """Of the examples in shard k."""
+    return range(k * per_shard, min((k + 1) * per_shard, size))
+
+
+def _mend(
+    dataset: Dataset,
+    local: pathlib.Path,
+    manifest: records.Manifest,
+    convert: Callable[[bytes], bytes],
+    threads: int,
+    thorough: bool,
+) -> None:
+    """Packs those shards again that the manifest lists and that are missing or of another size; thorough: or of another
+    SHA-256. Raises ValueError where what comes out is not what the manifest says.
+    """
+    for split, examples in (("train", dataset.train), ("test", dataset.test)):
+        example = functools.partial(shards.example, examples, convert, len(dataset.class_names))
+        for k, shard in enumerate(manifest.shards[split]):
+            file = local / shard.file
+            same_size = file.exists() and file.stat().st_size == shard.bytes
+            if same_size and not (thorough and shards.sha256(file) != shard.sha256):
+                continue
+            indices = _indices(k, manifest.settings["per_shard"], len(examples))
+            with (
+                tqdm.tqdm(total=len(indices), desc=f"packing {file} again", unit=" images", mininterval=1) as bar,
+                concurrent.futures.ThreadPoolExecutor(threads) as pool,
+            ):
+                note = shards.write(file, shards.in_order(pool, example, indices, AHEAD * threads), bar)
+            shards.note_of(file).unlink()
+            if records.Shard(**note["shard"]) != shard:
+                raise ValueError(
+                    f"{file} was lost or damaged, and packed again it is not what {records.MANIFEST} says: other "
+                    f"versions of the libraries encode otherwise. Remove {local} and pack it anew"
+                )
+
+
 def _stop_at(split: str, bad: dict[str, str], total: int, max_skipped: float) -> None:
     if len(bad) <= max_skipped * total:
         return
@@ -209,7 +257,8 @@ def _stop_at(split: str, bad: dict[str, str], total: int, max_skipped: float) ->
     counted = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
     named = "".join(f"\n  {name}: {problem}" for name, problem in list(bad.items())[:10])
     raise ValueError(
-        f"{len(bad)} of the {total} images of {split} cannot be used ({counted}), more than {max_skipped:.0%}:{named}"
+        f"{len(bad)} of the {total} images of {split} cannot be used ({counted}), more than {max_skipped:.3g} of "
+        f"them:{named}"
         f"{f'{chr(10)}  and more' if len(bad) > 10 else ''}\nRepair or remove them, or allow more with --max-skipped"
     )
 

@@ -165,10 +165,14 @@ def load(directory: str) -> Dataset:
 def read_manifest(directory: str) -> tuple[Manifest, str]:
     """The manifest of a packed directory, and its text. Raises FileNotFoundError where there is none."""
     if not directory:
-        raise ValueError("no data directory given: expected one that `python -m nfjax.data pack` wrote")
+        raise ValueError(
+            "no data directory given (--config.data.dir=DIR): expected one that `python -m nfjax.data pack` wrote"
+        )
     file = remote.path(directory) / MANIFEST
     try:
         text = file.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{directory}/{MANIFEST} is no manifest of packed records ({error}); pack again") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"{directory} holds no {MANIFEST}: expected a directory of records; pack one with\n"

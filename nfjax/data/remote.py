@@ -28,9 +28,9 @@ BLOCK = 1 << 20
 
 def cache_directory() -> pathlib.Path:
     """Where copies are kept: $NFJAX_CACHE, or nfjax in the user's cache directory."""
-    if "NFJAX_CACHE" in os.environ:
-        return pathlib.Path(os.environ["NFJAX_CACHE"])
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "nfjax"
+    if chosen := os.environ.get("NFJAX_CACHE"):
+        return pathlib.Path(chosen).expanduser()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "nfjax"
 
 
 def is_remote(directory: str) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 FILE = "skipped.jsonl"
+GONE_AFTER = 32  # images that cannot be read, and not one in between that can: the data is gone
 
 
 class TooManySkippedError(ValueError):
@@ -18,8 +20,8 @@ class Skips:
     """The examples of one split that were skipped; called with (index, cause, detail) for each, as often as it is met.
 
     name_of: index -> how a person finds the example. limit: the share of `size` above which TooManySkippedError is
-    raised, by `check`. folder: where `skipped.jsonl` gets one line for each of them; those that a run has named before
-    it was stopped count on.
+    raised. folder: where `skipped.jsonl` gets one line for each of them. What that file names from before the run was
+    stopped does not count: it may have been repaired, and is met again where it was not.
     """
 
     def __init__(
@@ -27,52 +29,72 @@ class Skips:
     ):
         self.split, self.size, self.limit = split, size, limit
         self.causes: dict[str, str] = {}  # {name: cause}
-        self._name_of = name_of
+        self._name_of, self._in_a_row = name_of, 0
         self._file = None if folder is None else folder / FILE
-        if folder is not None:
-            self.causes = read(folder, split)
+        self._named = set() if folder is None else set(read(folder, split))
+        if self._file is not None and self._file.exists():
+            _end_with_a_line(self._file)
 
     def __call__(self, index: int, cause: str, detail: str) -> None:
         name = printable(self._name_of(index))
         if name in self.causes:
             return
         self.causes[name] = cause
-        if self._file is not None:
+        if self._file is not None and name not in self._named:
             record = {"split": self.split, "name": name, "cause": cause, "detail": printable(detail)}
             with open(self._file, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def check(self) -> None:
-        """Raises TooManySkippedError that lists the causes and the first names."""
-        if len(self.causes) > self.limit * self.size:
+    def check(self, good: int, wanted: int) -> None:
+        """Call it after every batch, of which `good` of the `wanted` images could be read.
+
+        Raises TooManySkippedError that says what happened and what to do.
+        """
+        self._in_a_row = 0 if good else self._in_a_row + wanted
+        if self._in_a_row >= GONE_AFTER:
             raise TooManySkippedError(
-                f"{len(self.causes)} of the {self.size} images in {self.split} cannot be read, more than "
-                f"{self.limit:.0%}; {self.summary()}. Remove or repair them, or allow more with "
-                f"--config.data.max_skipped{f'; all are named in {self._file}' if self._file else ''}"
+                f"none of the last {self._in_a_row} images of {self.split} can be read: has the data moved, or its "
+                f"disk gone away? {summary(self.causes)}; the run goes on with the same command when it is back"
             )
-
-    def check_batch(self, good: int, wanted: int) -> None:
-        """Raises TooManySkippedError if less than half of a batch could be read: something happened to the data."""
-        if 2 * good < wanted:
-            raise TooManySkippedError(
-                f"{wanted - good} of the {wanted} images in a batch of {self.split} cannot be read: has the data moved "
-                f"or its disk gone away? {self.summary()}; the run goes on with the same command when it is back"
-            )
-
-    def summary(self) -> str:
-        """Causes with their counts, and the first names."""
-        counts = collections.Counter(self.causes.values())
-        names = ", ".join(list(self.causes)[:10]) + (" and more" if len(self.causes) > 10 else "")
-        return f"{', '.join(f'{count} {cause}' for cause, count in counts.most_common())}: {names}"
+        check(self.split, self.causes, self.size, self.limit, self._file)
 
 
-def printable(text: str) -> str:
-    """File names need not be text."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def check(split: str, causes: Mapping[str, str], size: int, limit: float, file: os.PathLike[str] | None = None) -> None:
+    """Raises TooManySkippedError, which lists the causes and the first names, for more than the share `limit` of a
+    split of `size` images. file: which names them all.
+    """
+    if len(causes) > limit * size:
+        raise TooManySkippedError(
+            f"{len(causes)} of the {size} images in {split} cannot be read, more than "
+            f"--config.data.max_skipped={limit:g} allows; {summary(causes)}. Repair or remove them, or allow more; if "
+            "their disk was gone, the same command goes on when it is back"
+            f"{f'. All are named in {file}' if file else ''}"
+        )
+
+
+def summary(causes: Mapping[str, str]) -> str:
+    """The causes of {name: cause} with their counts, and the first names."""
+    counts = collections.Counter(causes.values())
+    names = ", ".join(list(causes)[:10]) + (" and more" if len(causes) > 10 else "")
+    return f"{', '.join(f'{count} {cause}' for cause, count in counts.most_common())}: {names}"
+
+
+def printable(name: str | bytes) -> str:
+    """A file name as text, whatever bytes it is made of."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read(folder: pathlib.Path, split: str | None = None) -> dict[str, str]:
-    """{name: cause} of what was skipped in the run in `folder`, of one split or of all."""
+    """{name: cause} of all that was ever skipped in the run in `folder`, of one split or of all."""
     path = folder / FILE
-    records = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut short
     return {record["name"]: record["cause"] for record in records if split in (None, record["split"])}
+
+
+def _end_with_a_line(file: pathlib.Path) -> None:
+    """Removes what a killed process has written of its last line."""
+    data = file.read_bytes()
+    if not data.endswith(b"\n"):
+        with open(file, "r+b") as stream:
+            stream.truncate(data.rfind(b"\n") + 1)

@@ -1,8 +1,8 @@
 """Batches of a split that does not fit in memory, decoded ahead of their use by worker processes.
 
 A batch is described by an `Order`; which worker decodes which part of it changes nothing in what comes out, nor in what
-order. A worker that dies or hangs is replaced and its images are tried again, one by one; an image that ends two
-workers is skipped like one that cannot be decoded.
+order. A worker that dies or hangs is replaced and its images are tried again, one by one; an image that alone ends
+two workers is skipped like one that cannot be decoded.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ import numpy as np
 
 from nfjax.data.order import Order
 from nfjax.data.splits import Encoded
+from nfjax.data.worker import READY
 
 # Images a task: long enough to hide the pipe, short enough that a batch does not wait for one worker.
 CHUNK, SMALLEST_CHUNK = 16, 4
 HUNG_AFTER = 120.0  # seconds without an answer to one task
-Transform = Callable[[bytes, int], np.ndarray]  # (the bytes of an image, position in the run) -> uint8 [H, W, 3]
+# (the bytes of an image, position in the run, whether it was decoded before without complaint) -> uint8 [H, W, 3]
+Transform = Callable[[bytes, int, bool], np.ndarray]
 
 
 def default_workers() -> int:
@@ -52,7 +54,7 @@ class _Task:
     batch: int  # number of its batch
     start: int  # of its examples in the batch
     first: int  # row of the shared memory
-    examples: list[tuple[Any, int]]  # (reference, position)
+    examples: list[tuple[Any, int, bool]]  # (reference, position, checked)
     deaths: int = 0
 
 
@@ -78,6 +80,7 @@ class _Worker:
         self.pipe: Connection = ours
         self.tasks: collections.deque[_Task] = collections.deque()
         self.since = time.monotonic()
+        self.ready = False
         with contextlib.suppress(OSError):  # it has ended already: that is found where its answers are awaited
             self.pipe.send(greeting)
 
@@ -155,8 +158,9 @@ class _Pump:
         self.free = collections.deque(range(ahead + 1))
         self.pending: collections.deque[_Task] = collections.deque()
         self.batches: dict[int, _Batch] = {}
+        self.checked = np.zeros(len(split), bool)  # images are searched for damage once, not in every epoch
         self.planned = self.taken = 0
-        self.answered = self.deaths = 0
+        self.false_starts = 0  # in a row
         self.workers = [self._start() for _ in range(workers if self.size else 0)]
 
     def _start(self) -> _Worker:
@@ -183,11 +187,11 @@ class _Pump:
             )
             self.rows[slot * self.size : (slot + 1) * self.size][order.mask == 0] = 0
             for start in range(0, len(wanted), self.chunk):
-                places = wanted[
-                    start : start + self.chunk
-                ]  # the padding of a batch is at its end: places are consecutive
+                places = wanted[start : start + self.chunk]  # consecutive: the padding of a batch is at its end
+                indices, positions = order.indices[places].tolist(), order.positions[places].tolist()
                 examples = [
-                    (self.split.reference(int(order.indices[i])), int(order.positions[i])) for i in places.tolist()
+                    (self.split.reference(index), position, bool(self.checked[index]))
+                    for index, position in zip(indices, positions, strict=True)
                 ]
                 begin = int(places[0])
                 self.pending.append(_Task(number, begin, slot * self.size + begin, examples))
@@ -209,13 +213,16 @@ class _Pump:
         for i, worker in enumerate(self.workers):
             if worker.pipe in ready:
                 try:
-                    labels, failures = worker.pipe.recv()
+                    answer = worker.pipe.recv()
                 except (EOFError, OSError):
                     self.workers[i] = self._replace(worker, "ended")
                     continue
-                task = worker.tasks.popleft()
                 worker.since = time.monotonic()
-                self.answered += 1
+                if answer is READY:
+                    worker.ready, self.false_starts = True, 0
+                    continue
+                labels, failures = answer
+                task = worker.tasks.popleft()
                 self._settle(task, labels, failures)
             elif worker.tasks and time.monotonic() - worker.since > HUNG_AFTER:
                 self.workers[i] = self._replace(worker, f"gave no answer for {HUNG_AFTER:.0f} s")
@@ -224,21 +231,24 @@ class _Pump:
         batch = self.batches[task.batch]
         batch.labels[task.start : task.start + len(labels)] = labels
         batch.left -= len(labels)
+        indices = batch.order.indices[task.start : task.start + len(labels)]
+        self.checked[indices] = True
         for i, cause, detail in failures:
             batch.mask[task.start + i] = 0
             batch.labels[task.start + i] = 0
-            self.on_failure(int(batch.order.indices[task.start + i]), cause, detail)
+            self.checked[indices[i]] = False
+            self.on_failure(int(indices[i]), cause, detail)
 
     def _replace(self, worker: _Worker, reason: str) -> _Worker:
         status = worker.stop(patience=2.0)
-        self.deaths += 1
-        if self.deaths > len(self.workers) + 2 and not self.answered:
+        self.false_starts += not worker.ready
+        if self.false_starts > len(self.workers) + 2:
             raise WorkersFailedError(
-                f"{self.deaths} worker processes ended before they decoded anything, the last with exit status "
+                f"{self.false_starts} worker processes ended before they decoded anything, the last with exit status "
                 f"{status}; is there enough memory? Try fewer, such as --config.data.workers=1"
             )
         tasks = list(worker.tasks)
-        if tasks:
+        if tasks and worker.ready:
             tasks[0].deaths += 1  # the one it was at
         for task in reversed(tasks):
             if task.deaths and len(task.examples) > 1:  # find the image that does it

@@ -19,6 +19,7 @@ import numpy as np
 from nfjax.data.decode import BadImageError
 
 Failure = tuple[int, str, str]  # place in the task, cause, detail
+READY = None  # the first answer: what ends a worker before that is no image's fault
 
 
 def main() -> None:
@@ -32,17 +33,20 @@ def main() -> None:
 
 
 def serve(pipe: Connection, memory: int) -> None:
-    """Answers tasks (first row, [(reference, position)]) with (labels, failures) until the pipe closes."""
+    """Says `READY`, then answers tasks (first row, [(reference, position, checked)]) with (labels, failures) until the
+    pipe closes.
+    """
     reader, transform, shape = pipe.recv()
     rows = np.frombuffer(mmap.mmap(memory, int(np.prod(shape))), np.uint8).reshape(shape)
     os.close(memory)
+    pipe.send(READY)
     while True:
         first, examples = pipe.recv()
         labels, failures = np.zeros(len(examples), np.int32), []
-        for i, (reference, position) in enumerate(examples):
+        for i, (reference, position, checked) in enumerate(examples):
             try:
                 data, labels[i] = reader(reference)
-                rows[first + i] = transform(data, position)
+                rows[first + i] = transform(data, position, checked)
             except Exception as error:  # any file may be bad in any way; it is named, and the run decides
                 rows[first + i] = 0
                 failures.append((i, *explained(error)))

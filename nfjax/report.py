@@ -1,0 +1,76 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from nfjax import cost, data, distributed, metrics, mirror
+from nfjax import workdir as workdirs
+from nfjax.data import skips
+
+
+def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, model: nnx.Module) -> str:
+    """What is about to be trained, on what, where."""
+    size = config.data.image_size
+    spent = cost.count(model, (1, size, size, 3))
+    norm = f" with {config.model.norm} norm" if config.model.norm else " without normalization"
+    device = jax.devices()[0]
+    return (
+        f"model   ResNet-{config.model.depth} {config.model.residual}{norm}, {config.model.init}, width "
+        f"{config.model.width}: "
+        f"{spent.parameters:,} parameters, {spent.macs / 1e6:,.1f} M multiply-accumulates per image\n"
+        f"data    {config.data.source} {config.data.dir}: {len(dataset.train):,} training and {len(dataset.test):,} "
+        f"test images of {size}x{size}, "
+        f"{len(dataset.class_names)} classes\n"
+        f"device  {jax.device_count()} x {device.device_kind}, {config.model.dtype}, batch {config.batch_size}\n"
+        f"run     {mirror.shown(folder)}, {config.epochs} epochs"
+    )
+
+
+def finish(
+    config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best_step: int, seconds: float, rate: float
+) -> dict[str, Any]:
+    """Draws curves.png, prints and returns the summary; the first process does, the others return it."""
+    records = metrics.read(folder)
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    if not epochs:
+        raise ValueError(
+            f"the run in {folder} is complete, but its metrics.jsonl holds no epoch: was it changed or moved?"
+        )
+    last, best = epochs[-1], max(epochs, key=lambda record: record["test_accuracy"])
+    saved = next((record["test_accuracy"] for record in epochs if record["step"] == best_step), last["test_accuracy"])
+    summary = {
+        "steps": last["step"],
+        "test_accuracy": last["test_accuracy"],
+        "best_test_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+    }
+    if not distributed.is_first():
+        return summary
+    title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
+    metrics.plot_curves(records, title).savefig(folder / "curves.png", dpi=150)
+    work = f"{seconds:.0f} s, {rate:,.0f} images/s" if rate else "already complete"
+    lines = [
+        f"done    {config.epochs} epochs, {last['step']:,} steps, {work}",
+        f"test    {last['test_accuracy']:.2%} at the end, best {best['test_accuracy']:.2%} after epoch "
+        f"{best['epoch']}, "
+        f"of {last.get('test_images', len(dataset.test)):,} images",
+        f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
+        f"curves  {mirror.shown(folder)}/curves.png",
+        f"score   python -m nfjax.evaluate --workdir={mirror.shown(folder)}   (the best checkpoint: step "
+        f"{best_step:,}, {saved:.2%})",
+    ]
+    skipped = dataset.skipped | skips.read(folder)
+    if skipped:
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        lines.append(
+            f"skipped {len(skipped)} images that cannot be read: {', '.join(list(skipped)[:5])}{more}; all are named "
+            f"in {mirror.shown(folder)}/{workdirs.DATA if dataset.skipped else skips.FILE}"
+        )
+    print("\n".join(lines), flush=True)
+    return summary

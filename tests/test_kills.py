@@ -1,0 +1,58 @@
+"""A run that is killed at any moment goes on as if nothing had happened: the short version of benchmarks/kills.py."""
+
+import json
+import pathlib
+import random
+import shutil
+import sys
+
+import pytest
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+
+import comparing
+import kills
+import observing
+
+pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+
+
+def examine(folder, name, epochs, aims):
+    """Kills are aimed at what is under way, not at times: a loaded machine changes nothing."""
+    observing.make_images(folder / "images", 64, 16)
+    setting = observing.settings(folder / "images", {name: epochs})[name]
+    record = kills.examine(setting, folder, aims, random.Random(0), {})
+    assert record["differences"] == []
+    assert [kill["aim"] for kill in record["kills"]] == aims
+    assert record["starts"] == len(aims) + record["runs"]
+    assert (record["fell_back"], record["leftover_processes"], record["leftover_files"]) == (0, 0, [])
+    assert record["repeated_steps"] >= 0
+    return record
+
+
+def test_streamed_in_one_process(tmp_path):
+    record = examine(tmp_path, "streamed", 2, ["evaluation", "saving"])
+    assert record["steps"] == 4
+
+    # What is compared would tell a difference.
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    shutil.copytree(whole, other)
+    lines = (other / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    last["test_loss"] *= 1 + 1e-15
+    (other / "metrics.jsonl").write_text("\n".join([*lines[:-1], lines[0], json.dumps(last)]) + "\n")
+    first, newest = sorted((other / "checkpoints").iterdir())[:2]
+    shutil.rmtree(newest)
+    shutil.copytree(whole / "checkpoints" / first.name, newest)
+    twice, metrics, checkpoint = comparing.differences(other, whole)
+    assert twice.startswith("steps logged twice: ('train', ")
+    assert metrics.startswith(f"metrics.jsonl: {len(lines) + 1} and {len(lines)} records")
+    assert checkpoint.startswith(f"checkpoint {newest.name}: ")
+
+
+def test_in_memory_in_two_processes(tmp_path):
+    """One of them is killed: the other ends by itself, and both go on."""
+    record = examine(tmp_path, "memory2", 1, ["saving"])
+    (kill,) = record["kills"]
+    if len(kill["killed"]) == 1:
+        assert kill["other_code"] is not None
