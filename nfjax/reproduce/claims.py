@@ -13,11 +13,11 @@ from nfjax.reproduce.tables import Table
 
 COLUMNS = ("claim", "network", "measured with", "held?", "test accuracy")
 NOTE = (
-    "Test accuracy at the end, mean ± sample standard deviation over seeds (their number). A network trains where no run "
-    "diverged and the mean is more than twice that of guessing. Two networks differ where their means are more than two "
-    "standard errors of the difference apart: what is closer, or has one seed only, is undecided. The start is the "
-    "accuracy after a twentieth of the epochs, at least one. Only rows with all settings of the paper speak about its "
-    "claims; the others tell what smaller or shorter runs point to."
+    "Test accuracy at the end, mean ± sample standard deviation over seeds (their number). A network trains where no "
+    "run diverged and the mean is more than twice that of guessing. Two networks differ where their means are more "
+    "than two standard errors of the difference apart: what is closer, or has one seed only, is undecided. The start "
+    "is the accuracy after a twentieth of the epochs, at least one. Only rows with all settings of the paper speak "
+    "about its claims; the others tell what smaller or shorter runs point to."
 )
 UNMEASURED = "not measured yet"
 

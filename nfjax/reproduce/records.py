@@ -67,8 +67,8 @@ def terms(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether settings are the same in all fields that both have: a field of a later version counts for nothing in a run
-    that was made before it.
+    """Whether settings are the same in all fields that both have: a run from before a field existed is compared in the
+    others.
     """
     return all(one[name] == other[name] for name in one.keys() & other.keys())
 

@@ -100,7 +100,7 @@ def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> Config
 
 
 def planned(grid: Grid, request: Request) -> list[Run]:
-    """All runs of a grid, the most telling first: for each depth all networks with the first seed, then with the next."""
+    """All runs of a grid, the most telling first: of each depth all networks with the first seed, then the next."""
     return [
         Run(cell, seed, make_config(grid.dataset, cell, seed, request))
         for depth in grid.depths

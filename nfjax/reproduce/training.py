@@ -35,9 +35,9 @@ COLUMNS = (
     "settings",
 )
 NOTE = (
-    "{images}{settings}. Mean ± sample standard deviation over seeds; runs that diverged are counted and left out of the "
-    "means. Training accuracy is that of the augmented images, while the network learned them. Minutes are of training, "
-    "without evaluation, on {devices}. {versions}. The last column is a hash of all settings but the seed."
+    "{images}{settings}. Mean ± sample standard deviation over seeds; runs that diverged are counted, and left out of "
+    "the means. Training accuracy is that of the augmented images, while the network learned them. Minutes are of "
+    "training, without evaluation, on {devices}. {versions}. The last column is a hash of all settings but the seed."
 )
 
 
@@ -105,15 +105,15 @@ class TrainingFigure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        depths = [depth for depth in self.grid.depths if any(self._of(depth).values())]
+        depths = [depth for depth in self.grid.depths if self._of(depth)]
         figure = Figure(figsize=(11, 4.2 * len(depths) + 0.4), layout="constrained")
         FigureCanvasAgg(figure)
         for depth, row in zip(depths, figure.subplots(len(depths), 2, squeeze=False), strict=True):
-            cells = {cell: group for cell, group in self._of(depth).items() if group}
-            looks = _looks(list(cells))
+            cells = self._of(depth)
+            looks = _looks(cells)
             for axes, split in zip(row, ("train", "test"), strict=True):
-                for cell, group in cells.items():
-                    _draw(axes, group, f"{split}_accuracy", looks[cell.label], cell.label)
+                for cell in cells:
+                    _draw(axes, self.found[cell.label], f"{split}_accuracy", looks[cell.label], cell.label)
                 if split == "test" and self.grid.line is not None:
                     name, value = self.grid.line
                     axes.axhline(100 * value, color="black", linestyle="--", linewidth=1, label=name)
@@ -124,8 +124,9 @@ class TrainingFigure:
         figure.suptitle(f"{self.title()}, {self._devices()}\n{self.setting()}", fontsize=10)
         return figure
 
-    def _of(self, depth: int) -> dict[Cell, Sequence[Record]]:
-        return {cell: self.found[cell.label] for cell in self.grid.cells if cell.depth == depth}
+    def _of(self, depth: int) -> list[Cell]:
+        """The cells of that depth that have runs."""
+        return [cell for cell in self.grid.cells if cell.depth == depth and self.found[cell.label]]
 
 
 def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
@@ -210,9 +211,8 @@ def _versions(group: Sequence[Record]) -> str:
     """The versions and commits of all starts."""
     starts = [start for record in group for start in record.starts]
     packages = {name for start in starts for name in start["packages"]} & {"nfjax", "jax", "flax", "optax"}
-    named = [
-        f"{name} {' or '.join(sorted({start['packages'][name] for start in starts}))}" for name in sorted(packages)
-    ]
+    used = {name: sorted({start["packages"][name] for start in starts}) for name in sorted(packages)}
+    named = [f"{name} {' or '.join(versions)}" for name, versions in used.items()]
     commits = sorted({start["commit"][:12] for start in starts if start["commit"]})
     return ", ".join(named) + (f", commit {' and '.join(commits)}" if commits else "")
 
