@@ -137,24 +137,21 @@ def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
     """
     known = [record for record in records.read(request.out) if record.dataset == grid.dataset]
     names = dict.fromkeys((record.data, record.fingerprint) for record in known)
-    planned = runs.planned(grid, request)
+    networks = [run for run in runs.planned(grid, request) if run.seed == 0]
     figures = []
     for data, fingerprint in names:
         if request.data_name and data != request.data_name:
             continue
         here = [record for record in known if (record.data, record.fingerprint) == (data, fingerprint)]
-        found: dict[str, list[Record]] = {cell.label: [] for cell in grid.cells}
-        missing: dict[str, list[int]] = {}
-        for run in planned:
-            if run.seed == 0:  # with every seed there is, whether it was asked for or not
-                found[run.cell.label] = sorted(
-                    (r for r in here if _same_network(r, run)), key=lambda record: record.seed
-                )
-            if run.seed not in {record.seed for record in found[run.cell.label]}:
-                missing.setdefault(run.cell.label, []).append(run.seed)
+        found, missing = {}, []
+        for run in networks:
+            label = run.cell.label
+            # With every seed there is, whether it was asked for or not.
+            found[label] = sorted((r for r in here if _same_network(r, run)), key=lambda record: record.seed)
+            lacking = set(range(request.seeds)) - {record.seed for record in found[label]}
+            missing += [f"{label}, seed {', '.join(map(str, sorted(lacking)))}"] if lacking else []
         if any(found.values()):
-            lacking = [f"{label}, seed {', '.join(map(str, seeds))}" for label, seeds in missing.items()]
-            figures.append(TrainingFigure(grid, found, lacking))
+            figures.append(TrainingFigure(grid, found, missing))
     if not figures:
         raise ValueError(
             f"{request.out / records.FILE} has no run of {grid.title} with these settings; train them with --data=DIR"
