@@ -197,7 +197,8 @@ def test_a_partial_grid_shows_what_is_there_and_tells_what_is_missing(tmp_path):
     assert "not as in the configs: epochs 2." in note
     assert "1 x cpu" in note
     assert "fingerprint f00d: 500 training and 100 test images" in note
-    assert f"Missing: ResNet-18 {CONVSHORT}, seed 1; ResNet-18 IdShort, He fan-out, seed 0, 1;" in note
+    assert f"Missing: seed 1 of ResNet-18 {CONVSHORT}; ResNet-18 ConvShort, Brock; ResNet-18 IdShort, Brock. " in note
+    assert "seed 0, 1 of ResNet-18 IdShort, He fan-out; ResNet-18 LearnScalar, He fan-out; " in note
     written = figure.write(tmp_path / "figure7")
     assert [path.name for path in written] == [f"figure7_images_epochs2.{kind}" for kind in ("md", "png", "csv")]
     rows = list(csv.DictReader(written[2].read_text().splitlines()))
@@ -228,7 +229,8 @@ def test_nothing_to_draw_tells_what_to_do(tmp_path):
 def judged(out, *many, claim, depth=50):
     write(out, *many)
     (row,) = (row for row in claims_table(out).rows if claim in row[0] and row[1] == f"CIFAR-10, ResNet-{depth}")
-    return row[3], row[4]
+    assert row[3].startswith("here: ")  # two epochs are not the paper's
+    return row[3].removeprefix("here: "), row[4]
 
 
 def three(curve, *values, depth=50):
@@ -274,6 +276,21 @@ def test_which_networks_train(tmp_path):
     assert "ConvShort, Brock 1 of 1 diverged; IdShort, Brock 10.00 % (1)" in numbers
 
 
+def test_nothing_follows_where_batch_norm_does_not_train_either(tmp_path):
+    many = [*three(BASELINE, 0.1), *three(CONVSHORT, 0.1), *three(BROCK[0], 0.1)]
+    assert judged(tmp_path, *many, claim="Brock")[0] == "undecided: BatchNorm does not train either"
+
+
+def test_the_papers_settings_are_not_marked(tmp_path):
+    values = [0.5] * 200
+    write(tmp_path, made(BASELINE, values), made(CONVSHORT, values))
+    row = claims_table(tmp_path).rows[0]
+    assert row[2:4] == [
+        "images, the settings of the paper, and where it states none those of the configs",
+        "yes (1 of 3 measured)",
+    ]
+
+
 def test_a_slow_start(tmp_path):
     many = [*three(BASELINE, 0.9, 0.901, 0.899), *three(CONVSHORT, 0.95, 0.951, 0.949)]
     held, numbers = judged(tmp_path, *many, claim="more slowly")
@@ -285,7 +302,7 @@ def test_a_slow_start(tmp_path):
 def test_imagenet_is_held_against_torchvision(tmp_path):
     write(tmp_path, made(CONVSHORT, [0.3, 0.7555], depth=50, dataset="ImageNet"))
     row = claims_table(tmp_path).rows[-1]
-    assert row[3:] == ["yes", f"{CONVSHORT} 75.55 % (1); torchvision 76.13 %"]
+    assert row[3:] == ["here: yes", f"{CONVSHORT} 75.55 % (1); torchvision 76.13 %"]
 
 
 # ---------------------------------------------------------------- training, and the command
@@ -323,7 +340,7 @@ def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch
         run(monkeypatch, *flags, "--seeds=1")
     assert stopped.value.code == 130
     assert [record.curve for record in records.read(tmp_path)] == [CONVSHORT]
-    assert f"Missing: {BROCK[0]}, seed 0." in capsys.readouterr().out  # what is there was drawn
+    assert f"Missing: seed 0 of {BROCK[0]}." in capsys.readouterr().out  # what is there was drawn
 
     misses = []
 

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-from nfjax.reproduce import records, training
+from nfjax.reproduce import records, runs, training
 from nfjax.reproduce.grids import BASELINE, BROCK, CONVSHORT, GRIDS, SCHEMES, TORCHVISION
 from nfjax.reproduce.records import Mean, Record
 from nfjax.reproduce.tables import Table
@@ -16,8 +16,8 @@ NOTE = (
     "Test accuracy at the end, mean ± sample standard deviation over seeds (their number). A network trains where no "
     "run diverged and the mean is more than twice that of guessing. Two networks differ where their means are more "
     "than two standard errors of the difference apart: what is closer, or has one seed only, is undecided. The start "
-    "is the accuracy after a twentieth of the epochs, at least one. Only rows with all settings of the paper speak "
-    "about its claims; the others tell what smaller or shorter runs point to."
+    "is the accuracy after a twentieth of the epochs, at least one. What was measured with other "
+    "settings than the paper's is marked as found here: it tells what smaller or shorter runs point to, no more."
 )
 UNMEASURED = "not measured yet"
 
@@ -49,6 +49,8 @@ def trains(curves: Sequence[str], wanted: bool = True) -> Callable[[Networks], V
     """Whether all that were measured of these curves train, or with `wanted` False whether none does."""
 
     def judge(networks: Networks) -> Verdict:
+        if not _trains(networks[BASELINE]):
+            return Verdict("undecided: BatchNorm does not train either", _listed(networks, [BASELINE, *curves]))
         there = [curve for curve in curves if networks.get(curve)]
         good = [curve for curve in there if _trains(networks[curve]) == wanted]
         held = "yes" if len(good) == len(there) else f"{len(good)} of {len(there)}" if good else "no"
@@ -129,7 +131,8 @@ def _row(claim: Claim, group: Sequence[Record]) -> list[str] | None:
         return None
     verdict = claim.judge(networks)
     measured = f"{group[0].data}, {training.described(group[0].dataset, training.common(networks.values()))}"
-    return [claim.text, f"{grid.dataset}, ResNet-{claim.depth}", measured, verdict.held, verdict.numbers]
+    held = f"here: {verdict.held}" if runs.deviations(grid.dataset, group[0].settings) else verdict.held
+    return [claim.text, f"{grid.dataset}, ResNet-{claim.depth}", measured, held, verdict.numbers]
 
 
 def _compared(

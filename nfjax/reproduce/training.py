@@ -43,11 +43,11 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFigure:
-    """The runs of a grid that may be compared, by cell, and those that are missing."""
+    """The runs of a grid that may be compared, by the label of their cell, and the seeds that each of them lacks."""
 
     grid: Grid
     found: Mapping[str, Sequence[Record]]
-    missing: Sequence[str]
+    missing: Mapping[str, Sequence[int]]
 
     @property
     def first(self) -> Record:
@@ -71,8 +71,7 @@ class TrainingFigure:
             devices=self._devices(),
             versions=_versions(everything),
         )
-        lacking = f" Missing: {'; '.join(self.missing)}." if self.missing else ""
-        return Table(self.title(), COLUMNS, rows, note + lacking)
+        return Table(self.title(), COLUMNS, rows, note + self._lacking())
 
     def text(self) -> str:
         return self.table().text()
@@ -92,6 +91,18 @@ class TrainingFigure:
                     columns = zip(*(record.epochs[name] for name in runs.PER_EPOCH), strict=True)
                     writer.writerows([label, record.seed, epoch, *values] for epoch, values in enumerate(columns, 1))
         return written
+
+    def _lacking(self) -> str:
+        """Which runs are missing; those that lack the same seeds together."""
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for label, seeds in self.missing.items():
+            if seeds:
+                alike.setdefault(tuple(seeds), []).append(label)
+        parts = [
+            f"seed {', '.join(map(str, seeds))} of {'all' if len(labels) == len(self.found) else '; '.join(labels)}"
+            for seeds, labels in alike.items()
+        ]
+        return f" Missing: {'. '.join(parts)}." if parts else ""
 
     def _devices(self) -> str:
         starts = [start["device"] for group in self.found.values() for record in group for start in record.starts]
@@ -143,13 +154,12 @@ def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
         if request.data_name and data != request.data_name:
             continue
         here = [record for record in known if (record.data, record.fingerprint) == (data, fingerprint)]
-        found, missing = {}, []
+        found, missing = {}, {}
         for run in networks:
             label = run.cell.label
             # With every seed there is, whether it was asked for or not.
             found[label] = sorted((r for r in here if _same_network(r, run)), key=lambda record: record.seed)
-            lacking = set(range(request.seeds)) - {record.seed for record in found[label]}
-            missing += [f"{label}, seed {', '.join(map(str, sorted(lacking)))}"] if lacking else []
+            missing[label] = sorted(set(range(request.seeds)) - {record.seed for record in found[label]})
         if any(found.values()):
             figures.append(TrainingFigure(grid, found, missing))
     if not figures:
