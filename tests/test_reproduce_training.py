@@ -108,7 +108,7 @@ def test_a_line_that_a_crash_cut_short_is_left_out_and_ended(tmp_path):
 
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / records.FILE).write_text("{}\n")
-    with pytest.raises(ValueError, match=r"training.jsonl, line 1 is not a run's record"):
+    with pytest.raises(ValueError, match=r"training.jsonl, line 1 is not the record of a run"):
         records.read(tmp_path)
 
 

@@ -130,7 +130,7 @@ def _row(claim: Claim, group: Sequence[Record]) -> list[str] | None:
     if group[0].dataset != grid.dataset or not needed <= networks.keys():
         return None
     verdict = claim.judge(networks)
-    measured = f"{group[0].data}, {training.described(group[0].dataset, training.common(networks.values()))}"
+    measured = f"{group[0].data}, {training.described(grid.dataset, group[0].settings)}"
     held = f"here: {verdict.held}" if runs.deviations(grid.dataset, group[0].settings) else verdict.held
     return [claim.text, f"{grid.dataset}, ResNet-{claim.depth}", measured, held, verdict.numbers]
 

@@ -58,15 +58,15 @@ def _deep(depth: int) -> tuple[Cell, ...]:
 
 
 GRIDS = {
-    "figure3": Grid("Figure 3: CIFAR-10, ResNet-50 and ResNet-101", "CIFAR-10", _deep(50) + _deep(101)),
-    "figure4": Grid("Figure 4: CIFAR-100, ResNet-50", "CIFAR-100", _networks(50, CONVSHORT, BASELINE)),
+    "figure3": Grid("Figure 3: ResNet-50 and ResNet-101", "CIFAR-10", _deep(50) + _deep(101)),
+    "figure4": Grid("Figure 4: ResNet-50", "CIFAR-100", _networks(50, CONVSHORT, BASELINE)),
     "figure5": Grid(
-        "Figure 5: ImageNet, ResNet-50",
+        "Figure 5: ResNet-50",
         "ImageNet",
         _networks(50, CONVSHORT),
         ("torchvision's ResNet-50, 76.13 %", TORCHVISION),
     ),
-    "figure7": Grid("Figure 7: CIFAR-10, ResNet-18", "CIFAR-10", _networks(18, BASELINE, *SCHEMES, *BROCK, BEYOND)),
+    "figure7": Grid("Figure 7: ResNet-18", "CIFAR-10", _networks(18, BASELINE, *SCHEMES, *BROCK, BEYOND)),
 }
 
 
@@ -90,4 +90,4 @@ def ablations(epochs: int) -> Grid:
         changed(f"{max(epochs // 2, 1)} epochs", epochs=max(epochs // 2, 1)),
         changed(f"{epochs * 2} epochs", epochs=epochs * 2),
     )
-    return Grid("Settings that the paper does not state: CIFAR-10, ResNet-18 ConvShort, He fan-out", "CIFAR-10", cells)
+    return Grid("Settings that the paper does not state: ResNet-18 ConvShort, He fan-out", "CIFAR-10", cells)

@@ -43,9 +43,13 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFigure:
-    """The runs of a grid that may be compared, by the label of their cell, and the seeds that each of them lacks."""
+    """The runs of a grid that may be compared, by the label of their cell, and the seeds that each of them lacks.
+
+    settings: what they have in common, but for what a cell changes.
+    """
 
     grid: Grid
+    settings: Mapping[str, Any]
     found: Mapping[str, Sequence[Record]]
     missing: Mapping[str, Sequence[int]]
 
@@ -55,10 +59,10 @@ class TrainingFigure:
 
     def setting(self) -> str:
         """What is not as in the paper, for a person."""
-        return described(self.first.dataset, common(self.found.values()))
+        return described(self.grid.dataset, self.settings)
 
     def title(self) -> str:
-        return f"{self.grid.title} ({self.first.data})"
+        return f"{self.grid.title}, {self.first.data}"
 
     def table(self) -> Table:
         rows = [_row(label, group) for label, group in self.found.items() if group]
@@ -78,7 +82,8 @@ class TrainingFigure:
 
     def write(self, path: pathlib.Path) -> list[pathlib.Path]:
         """PATH_<data and settings> with .md, .png, and .csv of every epoch of every run."""
-        parts = [f"{name.rpartition('.')[2]}{value}" for name, value in self._deviations().items()]
+        differing = runs.deviations(self.grid.dataset, self.settings)
+        parts = [f"{name.rpartition('.')[2]}{value}" for name, value in differing.items()]
         stem = path.with_name("_".join([path.name, *map(runs.slug, [self.first.data, *parts])]))
         written = [stem.with_suffix(suffix) for suffix in (".md", ".png", ".csv")]
         written[0].write_text(self.table().markdown())
@@ -108,30 +113,31 @@ class TrainingFigure:
         starts = [start["device"] for group in self.found.values() for record in group for start in record.starts]
         return " or ".join(sorted({f"{device['count']} x {device['kind']}" for device in starts}))
 
-    def _deviations(self) -> dict[str, Any]:
-        return runs.deviations(self.first.dataset, common(self.found.values()))
-
     def plot(self) -> Figure:
         """Training accuracy on the left, test accuracy on the right, one row for each depth."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         depths = [depth for depth in self.grid.depths if self._of(depth)]
-        figure = Figure(figsize=(11, 4.2 * len(depths) + 0.4), layout="constrained")
+        figure = Figure(figsize=(13, 4.2 * len(depths) + 0.4), layout="constrained")
         FigureCanvasAgg(figure)
         for depth, row in zip(depths, figure.subplots(len(depths), 2, squeeze=False), strict=True):
             cells = self._of(depth)
             looks = _looks(cells)
             for axes, split in zip(row, ("train", "test"), strict=True):
                 for cell in cells:
-                    _draw(axes, self.found[cell.label], f"{split}_accuracy", looks[cell.label], cell.label)
+                    name = cell.label.removeprefix(f"ResNet-{depth} ")
+                    _draw(axes, self.found[cell.label], f"{split}_accuracy", looks[cell.label], name)
                 if split == "test" and self.grid.line is not None:
                     name, value = self.grid.line
                     axes.axhline(100 * value, color="black", linestyle="--", linewidth=1, label=name)
                 axes.set(xlabel="epoch", ylabel=f"{'training' if split == 'train' else split} accuracy (%)")
+                axes.set_title(f"ResNet-{depth}", fontsize=10)
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.grid(alpha=0.3)
                 axes.spines[["top", "right"]].set_visible(False)
-            row[1].legend(frameon=False, fontsize=8)
+            row[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(f"{self.title()}, {self._devices()}\n{self.setting()}", fontsize=10)
         return figure
 
@@ -161,7 +167,7 @@ def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
             found[label] = sorted((r for r in here if _same_network(r, run)), key=lambda record: record.seed)
             missing[label] = sorted(set(range(request.seeds)) - {record.seed for record in found[label]})
         if any(found.values()):
-            figures.append(TrainingFigure(grid, found, missing))
+            figures.append(TrainingFigure(grid, networks[0].settings, found, missing))
     if not figures:
         raise ValueError(
             f"{request.out / records.FILE} has no run of {grid.title} with these settings; train them with --data=DIR"
@@ -171,12 +177,6 @@ def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
 
 def _same_network(record: Record, run: runs.Run) -> bool:
     return records.agree(record.settings, {name: value for name, value in run.settings.items() if name != "seed"})
-
-
-def common(found: Any) -> dict[str, Any]:
-    """The settings that all records have in common."""
-    first, *others = (record.settings for group in found for record in group)
-    return {name: value for name, value in first.items() if all(other.get(name, value) == value for other in others)}
 
 
 def described(dataset: str, settings: Mapping[str, Any]) -> str:
