@@ -386,7 +386,7 @@ def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsy
     [
         (["table2", "--seeds=3"], "--seeds: only figure3, .*ablations are trained; table2 is not"),
         (["figure7", "--seeds=0"], "--seeds=0 must be positive"),
-        (["figure7", "--config.model.wdth=8"], "wdth.* does not exist"),
+        (["figure7", "--config.model.wdth=8"], "unknown config field 'model.wdth': config.model has depth, .*width"),
         (["figure7", "--config.model.width=wide"], "wide"),
         (["figure7", "--config.model.depth=50"], "model.depth is not for you to choose here"),
         (["figure7", "--width=8"], "unknown argument '--width=8': settings are flags such as --config.model.width=8"),

@@ -23,6 +23,7 @@ import sys
 from absl import logging
 
 from nfjax import train
+from nfjax.exits import INTERRUPTED, START_AGAIN
 from nfjax.reproduce import REPRODUCTIONS, SUMMARIES, TRAINED, Request, Result
 from nfjax.reproduce.runs import parse_changes, train_missing
 from nfjax.reproduce.training import training_figures
@@ -57,11 +58,12 @@ def main() -> None:
             else:
                 _show(REPRODUCTIONS[name]() if name in REPRODUCTIONS else SUMMARIES[name](out), out / name)
     except train.TrainingInterruptedError as error:
-        from nfjax.main import INTERRUPTED, START_AGAIN
-
         print(f"nfjax: {error}", file=sys.stderr)
         sys.exit(START_AGAIN if isinstance(error, train.TrainingPreemptedError) else INTERRUPTED)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print("nfjax: interrupted between two runs; the same command goes on from there", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"nfjax: {error}")
 
 

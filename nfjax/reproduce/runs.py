@@ -23,6 +23,7 @@ from nfjax.reproduce import records
 from nfjax.reproduce.curves import CURVES
 from nfjax.reproduce.grids import Cell, Grid
 from nfjax.reproduce.records import Record
+from nfjax.settings import check_known
 
 # The paper's settings and the number of classes, by data set.
 BASES: dict[str, tuple[Callable[[], ConfigDict], int]] = {
@@ -89,13 +90,16 @@ def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> Config
     """The config of one run. Raises ValueError for a setting that does not exist or has another type."""
     config = BASES[dataset][0]()
     config.checkpoint.keep = 1
+    for name in request.changes:
+        check_known(config, name)
     rule, norm, init = CURVES[cell.curve]
     network = {"model.depth": cell.depth, "model.residual": rule, "model.norm": norm, "model.init": init}
     own = network | {"seed": seed, "data.dir": request.data}
     try:
         config.update_from_flattened_dict({**request.changes, **cell.changes, **own})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--config.…: {error.args[0] if error.args else error}") from error
+    except (TypeError, ValueError) as error:
+        flags = ", ".join(f"--config.{name}={value}" for name, value in request.changes.items())
+        raise ValueError(f"{flags}: {error}") from error
     return config
 
 
