@@ -325,15 +325,13 @@ TINY_FLAGS = [
 
 def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch, tmp_path, capsys):
     flags = ["figure7", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *TINY_FLAGS]
-    trained, real = [], train.train
+    started, real = [], train.train
 
     def one(config, workdir):
-        if trained and not trained[-1]:
-            trained[-1] = workdir
+        started.append(workdir)
+        if len(started) == 2:
             raise train.TrainingInterruptedError("interrupted: saved")
-        summary = real(config, workdir)
-        trained.append("")
-        return summary
+        return real(config, workdir)
 
     monkeypatch.setattr(train, "train", one)
     with pytest.raises(SystemExit) as stopped:
@@ -352,6 +350,8 @@ def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch
         run(monkeypatch, *flags, "--seeds=2")
     finally:
         jax.monitoring.unregister_event_listener(listen)
+    assert started[1] == started[2]
+    assert len(started) == 5
     assert not misses  # another initialization, another seed: the same programs
     found = records.read(tmp_path)
     assert [(record.curve, record.seed) for record in found] == [

@@ -35,6 +35,7 @@ def main() -> None:
         prog="python -m nfjax.reproduce",
         description=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "names", nargs="+", choices=names, metavar="NAME", help=f"what to reproduce: {', '.join(names)}"
@@ -46,7 +47,7 @@ def main() -> None:
     training.add_argument("--seeds", type=int, help="how many runs of each network (default: 3)")
     training.add_argument("--epochs", type=int, help="of each run, short for --config.epochs")
     training.add_argument("--runs", help="folder for the workdirs of the runs (default: runs/reproduce)")
-    training.add_argument("--config.FIELD", metavar="VALUE", help="any other setting of nfjax/config.py, for all runs")
+    training.add_argument("--config.FIELD", metavar="VALUE", help="any other setting, for all runs")
     arguments, rest = parser.parse_known_args()
     logging.set_verbosity(logging.WARNING)
     out = _made(pathlib.Path(arguments.out))

@@ -220,8 +220,13 @@ def _versions(group: Sequence[Record]) -> str:
     packages = {name for start in starts for name in start["packages"]} & {"nfjax", "jax", "flax", "optax"}
     used = {name: sorted({start["packages"][name] for start in starts}) for name in sorted(packages)}
     named = [f"{name} {' or '.join(versions)}" for name, versions in used.items()]
-    commits = sorted({start["commit"][:12] for start in starts if start["commit"]})
+    commits = sorted({_short(start["commit"]) for start in starts if start["commit"]})
     return ", ".join(named) + (f", commit {' and '.join(commits)}" if commits else "")
+
+
+def _short(commit: str) -> str:
+    number, dash, dirty = commit.partition("-")
+    return number[:12] + dash + dirty
 
 
 def _looks(cells: Sequence[Cell]) -> dict[str, spp.Style]:
