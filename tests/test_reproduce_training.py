@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import pathlib
 import statistics
 import sys
 
@@ -217,6 +218,15 @@ def test_each_set_of_images_is_a_figure_of_its_own(tmp_path):
     assert [figure.first.data for figure in figures(tmp_path, data_name="others")] == ["others"]
 
 
+def test_ablations_are_drawn_with_the_settings_that_they_start_from(tmp_path):
+    write(tmp_path, made(CONVSHORT, [0.4, 0.6]), made(CONVSHORT, [0.4, 0.6, 0.7, 0.8]), made(CONVSHORT, [0.5]))
+    request = runs.Request(out=tmp_path, seeds=1, changes={"epochs": 2})
+    (figure,) = training.training_figures(training.ablation_grid(request), request)
+    rows = [(row[0], row[3], row[4]) for row in figure.table().rows]
+    assert rows == [("as in the figures", 2, "60.00 %"), ("1 epochs", 1, "50.00 %"), ("4 epochs", 4, "80.00 %")]
+    assert figure.write(tmp_path / "ablations")[0].name == "ablations_images_epochs2.md"
+
+
 def test_nothing_to_draw_tells_what_to_do(tmp_path):
     write(tmp_path, made(BASELINE, [0.4, 0.6]))
     with pytest.raises(ValueError, match=r"no run of Figure 7.* with these settings; train them with --data=DIR"):
@@ -274,6 +284,11 @@ def test_which_networks_train(tmp_path):
     held, numbers = judged(tmp_path, fails, *three(BROCK[1], 0.1), *three(BROCK[2], 0.1), claim="Brock")
     assert held == "yes"
     assert "ConvShort, Brock 1 of 1 diverged; IdShort, Brock 10.00 % (1)" in numbers
+
+
+def test_the_committed_claims_are_those_of_the_committed_runs():
+    results = pathlib.Path(__file__).parent.parent / "results"
+    assert (results / "claims.md").read_text() == claims_table(results).markdown()
 
 
 def test_nothing_follows_where_batch_norm_does_not_train_either(tmp_path):
