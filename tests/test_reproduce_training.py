@@ -389,9 +389,16 @@ def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch
 
 def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsys):
     flags = ["figure7", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *TINY_FLAGS]
-    run(monkeypatch, *flags, "--seeds=1", "--config.optim.learning_rate=3e38")
+
+    def diverging(config, workdir):
+        pathlib.Path(workdir).mkdir(parents=True)
+        (pathlib.Path(workdir) / "versions.json").write_text(json.dumps([START]))
+        raise train.TrainingDivergedError("at step 3 the loss is nan; no checkpoint was saved yet. Try a smaller one")
+
+    monkeypatch.setattr(train, "train", diverging)
+    run(monkeypatch, *flags, "--seeds=1")
     first, second = records.read(tmp_path)
-    assert first.diverged.startswith("at step ")
+    assert first.diverged == "at step 3 the loss is nan"
     assert (first.epochs["test_accuracy"], second.epochs["test_accuracy"]) == ([], [])
     assert "1, after epoch 0" in capsys.readouterr().out
 
