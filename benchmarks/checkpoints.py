@@ -45,13 +45,14 @@ class Training:
         shardings = meshes.of_state(self.state, mesh)
         self.state = meshes.place(self.state, shardings)
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
-        step = train.make_train_step(config, network, optimizer, jax.random.key(0), shardings)
+        step = train.make_train_step(config, network, optimizer, shardings)
         self._step, self._number = jax.jit(step, donate_argnums=0), 0
         rng = np.random.default_rng(0)
         self._batch = {
             "image": rng.integers(0, 256, (batch, 32, 32, 3), np.uint8),
             "label": rng.integers(0, 10, batch, np.int32),
             "mask": np.ones(batch, np.float32),
+            "key": np.asarray(jax.random.key_data(jax.random.key(0))),
         }
 
     def run(self, count: int) -> None:

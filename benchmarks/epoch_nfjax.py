@@ -37,9 +37,9 @@ class Training:
         shardings = meshes.of_state(state, mesh)
         self.state, self.step = meshes.place(state, shardings), 0
         feed = assembly.make_feed(settings, dataset, "train", mesh, None)
-        step = train.make_train_step(settings, network, optimizer, jax.random.key(1), shardings)
+        step = train.make_train_step(settings, network, optimizer, shardings)
         votes = distributed.Votes(mesh, lambda: False)
-        self.runner = train.Runner(settings, feed, step, votes, len(split), int(ends[-1]))
+        self.runner = train.Runner(settings, feed, step, jax.random.key(1), votes, len(split), int(ends[-1]))
         return machine()
 
     def epoch(self) -> dict[str, float]:

@@ -23,6 +23,7 @@ from flax import nnx
 from scaling_plan import ring_bytes
 from scaling_programs import (
     DATA,
+    KEY,
     Training,
     as_on,
     collectives,
@@ -97,7 +98,7 @@ class Prepared:
     def run(self) -> float:
         """Milliseconds of one step."""
         start = time.perf_counter()
-        self.state, sums = self.call(self.state, self.batch, step=np.int32(self.number))
+        self.state, sums = self.call(self.state, self.batch, step=np.int32(self.number), key=KEY)
         jax.block_until_ready((self.state, sums))
         self.number += 1
         return 1e3 * (time.perf_counter() - start)
@@ -141,7 +142,7 @@ def measure_peak(data: str, changes: dict[str, Any]) -> dict[str, Any]:
     state, batch = jax.block_until_ready((make(), random_batch(training)))
     found = {"rss_before": before, "state": resident("VmHWM") - before}
     for number in (1, 2, 3):
-        state, _ = jax.block_until_ready(step(state, batch | {"step": np.int32(number - 1)}))
+        state, _ = jax.block_until_ready(step(state, batch | {"step": np.int32(number - 1), "key": KEY}))
         found[f"growth_{number}"] = resident("VmHWM") - before
     found["ru_maxrss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found | {"memory": footprint.of(step)}

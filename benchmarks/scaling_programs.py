@@ -62,6 +62,9 @@ class Training:
         }
 
 
+KEY = np.zeros(2, np.uint32)  # of augmentation
+
+
 def shaped(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -75,7 +78,7 @@ def describe(config: ConfigDict, num_classes: int, examples: int) -> Training:
     state = jax.eval_shape(lambda *parts: steps.initial_state(*parts, optimizer), params, batch_stats)
     shardings = meshes.of_state(state, mesh)
     state = jax.tree.map(lambda leaf, sharding: shaped(leaf.shape, leaf.dtype, sharding), state, shardings)
-    step = train.make_train_step(config, network, optimizer, jax.random.key(config.seed), shardings)
+    step = train.make_train_step(config, network, optimizer, shardings)
     return Training(config, mesh, num_classes, examples, params, state, step)
 
 
@@ -92,7 +95,7 @@ def compile_step(training: Training, feed: str, votes: bool = False) -> jax.stag
         raise _CompiledInsteadError(compiled)
 
     mesh, config = training.mesh, training.config
-    rest = {"votes": shaped((mesh.size,), jnp.int32, meshes.by_batch(mesh))} if votes else {}
+    rest = {"key": KEY} | ({"votes": shaped((mesh.size,), jnp.int32, meshes.by_batch(mesh))} if votes else {})
     try:
         if feed == "host":
             call = feeds.FromHost(lambda orders: orders, mesh).each(training.step, True, leave)

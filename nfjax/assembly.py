@@ -102,6 +102,8 @@ def check(config: ConfigDict) -> None:
         value = getattr(config.data, name)
         if value is not None and value < least:
             raise ValueError(f"data.{name}={value} must be at least {least}")
+    if not 0 < config.data.share <= 1:
+        raise ValueError(f"data.share={config.data.share} must be more than 0, and at most 1 for all images")
     if not 0 <= config.data.max_skipped <= 1:
         raise ValueError(f"data.max_skipped={config.data.max_skipped} must be a share, from 0 to 1")
     for name in ("train", "test"):
@@ -148,7 +150,7 @@ def build_optimizer(
 
 def open_data(config: ConfigDict, directory: str) -> data.Dataset:
     """The data set of a config: decoded into memory, or as it lies on the disk, whatever the config says."""
-    dataset = data.load(config.data.source, directory, config.data.image_size)
+    dataset = data.load(config.data.source, directory, config.data.image_size).thinned(config.data.share)
     if config.data.keep == "disk":
         if isinstance(dataset.train, data.Images):
             raise ValueError(

@@ -36,6 +36,8 @@ def base() -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "folder"  # a name in nfjax.data.DATASETS; ours
     config.data.dir = ""  # of the files, for sources that have any; ours
+    # Share of each split that is used, spread evenly over it: a short version of an experiment keeps its classes. Ours.
+    config.data.share = 1.0
     config.data.image_size = 32  # height and width in pixels; paper, tables 1 and 2
     config.data.mean = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's pixels in [0, 1], per channel; not stated by the paper
     config.data.std = (0.2470, 0.2435, 0.2616)  # likewise

@@ -9,6 +9,7 @@ import traceback
 from absl import app, flags, logging
 
 from nfjax import settings
+from nfjax.exits import INTERRUPTED, START_AGAIN
 
 settings.define(flags.FLAGS, sys.argv)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its config, metrics, checkpoints and curves.")
@@ -18,9 +19,6 @@ _PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error was raised, not only what it says.")
-
-INTERRUPTED = 130  # as shells report Ctrl-C
-START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the scripts in launch/ start the same command again
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -45,7 +45,7 @@ def _is_none(argument: str) -> bool:
 
 
 def _set_none(config: ConfigDict, path: str) -> None:
-    _check_known(config, path)
+    check_known(config, path)
     *above, name = path.split(".")
     node, default = config, base.base()
     for part in above:
@@ -55,7 +55,7 @@ def _set_none(config: ConfigDict, path: str) -> None:
     node[name] = None
 
 
-def _check_known(config: ConfigDict, path: str) -> None:
+def check_known(config: ConfigDict, path: str) -> None:
     """Raises ValueError, which lists the fields there are, where `path` is no field."""
     node = config
     for i, name in enumerate(path.split(".")):
@@ -80,7 +80,7 @@ def _unknown_fields(argv: Sequence[str], file: str, error: Exception) -> str:
         return f"the config file {file} sets or reads a field that does not exist: {inner}"
     for path in (arg.partition("=")[0].removeprefix("--config.") for arg in argv if arg.startswith("--config.")):
         try:
-            _check_known(config, path)
+            check_known(config, path)
         except ValueError as unknown:
             return str(unknown)
     return f"a --config flag cannot be set: {error}"

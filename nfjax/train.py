@@ -114,8 +114,8 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     votes = distributed.Votes(mesh, lambda: interrupts.pending is not None)
     train_feed = assembly.make_feed(config, dataset, "train", mesh, folder)
     test_feed = assembly.make_feed(config, dataset, "test", mesh, folder)
-    train_step = make_train_step(config, network, optimizer, augment_key, shardings)
-    runner = Runner(config, train_feed, train_step, votes, size, progress.total)
+    train_step = make_train_step(config, network, optimizer, shardings)
+    runner = Runner(config, train_feed, train_step, augment_key, votes, size, progress.total)
     evaluate = make_evaluation(config, test_feed, network, len(dataset.test))
     measure_signal = make_signal_measurement(config, dataset.train, network)
     writer = metrics.Writer(folder, progress.step) if distributed.is_first() else metrics.NoWriter()
@@ -196,15 +196,19 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def make_train_step(
-    config: ConfigDict, network: steps.Network, optimizer: optax.GradientTransformation, key: jax.Array, shardings: Any
+    config: ConfigDict, network: steps.Network, optimizer: optax.GradientTransformation, shardings: Any
 ) -> steps.Step:
-    """The training step of a config, which leaves the state where it was and counts the votes in its batch."""
+    """The training step of a config, which leaves the state where it was and counts the votes in its batch.
+
+    The batch also brings the "key" of augmentation: runs that differ in their seed are then the same program, which is
+    compiled once.
+    """
     preprocess, mix = assembly.preprocessing(config, train=True), assembly.mixing(config)
-    step = steps.make_train_step(
-        network, optimizer, preprocess, key, config.optim.label_smoothing, mix, config.train.accumulate_steps
-    )
+    smoothing, parts = config.optim.label_smoothing, config.train.accumulate_steps
 
     def counted(state: State, batch: steps.Batch) -> tuple[State, Sums]:
+        key = jax.random.wrap_key_data(batch["key"])
+        step = steps.make_train_step(network, optimizer, preprocess, key, smoothing, mix, parts)
         state, sums = step(state, batch)
         if "votes" in batch:
             sums["votes"] = batch["votes"].sum(dtype=jnp.int32)
@@ -216,8 +220,8 @@ def make_train_step(
 class Runner:
     """Runs training steps one after the other, each time from where it stopped before.
 
-    stopped: whether a process of the run was told to stop; no more steps are taken then. size: of the training split.
-    last: step at which the run ends.
+    stopped: whether a process of the run was told to stop; no more steps are taken then. key: of augmentation. size: of
+    the training split. last: step at which the run ends.
     """
 
     def __init__(
@@ -225,12 +229,14 @@ class Runner:
         config: ConfigDict,
         feed: assembly.Feed,
         train_step: steps.Step,
+        key: jax.Array,
         votes: distributed.Votes,
         size: int,
         last: int,
     ):
         self._feed, self._votes, self._last, self._size = feed, votes, last, size
         self._seed, self._batch_size = config.seed, config.batch_size
+        self._key = np.asarray(jax.random.key_data(key))
         self._items: Iterator[feeds.Item] | None = None
         self._before: Sums | None = None  # of the step that runs
         self.stopped = False
@@ -254,7 +260,7 @@ class Runner:
         for number in range(step, stop):
             item = next(self._items)
             running = self._before
-            state, self._before = self._each(state, item, step=np.int32(number), **self._votes.cast())
+            state, self._before = self._each(state, item, step=np.int32(number), key=self._key, **self._votes.cast())
             # One step runs while the next is prepared, and no more: the bar and signals stay close to the device.
             jax.block_until_ready(running)
             yield state, self._before
@@ -268,7 +274,7 @@ class Runner:
         for number in range(step, stop, self._per_dispatch):
             taken = min(self._per_dispatch, stop - number)
             indices = data.train_indices(self._seed, self._size, self._batch_size, number, taken)
-            state, sums = self._many(state, indices, number, **self._votes.cast())
+            state, sums = self._many(state, indices, number, key=self._key, **self._votes.cast())
             yield state, sums
             self.stopped = self._votes.stop(sums.get("votes"))
             if self.stopped:

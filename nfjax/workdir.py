@@ -57,11 +57,11 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
             "need the same shared directory, or one in a bucket"
         )
     if _has_begun(folder):
-        before, now = _flat(read_config(folder)), _flat(config)
+        before, now = essence(read_config(folder)), essence(config)
         differing = [
             f"  {name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and not name.startswith(MAY_CHANGE)
+            if before.get(name) != now.get(name)
         ]
         if differing:
             raise ValueError(
@@ -179,6 +179,11 @@ def note_parameters(folder: pathlib.Path, params: Any) -> None:
     """Writes parameters.txt: name, shape, size, mean and standard deviation of every parameter before training."""
     if distributed.is_first():
         (folder / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params) + "\n")
+
+
+def essence(config: ConfigDict) -> dict[str, Any]:
+    """{"model.depth": 18, ...}: the settings that decide what a run comes to, without those that may change."""
+    return {name: value for name, value in _flat(config).items() if not name.startswith(MAY_CHANGE)}
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:

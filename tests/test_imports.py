@@ -54,6 +54,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
         "nfjax.report",
         "nfjax.settings",
         "nfjax.evaluate",
+        "nfjax.reproduce.runs",
         "nfjax.show",
     }
     data_modules = [path for name, path in MODULES.items() if name.startswith("nfjax.data")]

@@ -39,6 +39,10 @@ class Images:
         """A batch of these examples: {"image", "label"}."""
         return {"image": self.images[indices], "label": self.labels[indices]}
 
+    def part(self, indices: np.ndarray) -> Images:
+        """The split of these examples only."""
+        return Images(self.images[indices], self.labels[indices])
+
 
 class Reader(Protocol):
     """Reads one encoded example. Small and picklable: every worker process gets its own copy, and opens files itself,
@@ -65,6 +69,22 @@ class Encoded(Protocol):
         """How a person finds example `index`: a path, or a record's number and file."""
 
 
+class Part:
+    """Those examples of a split of encoded images whose numbers are `indices`."""
+
+    def __init__(self, whole: Encoded, indices: np.ndarray):
+        self.reader, self._whole, self._indices = whole.reader, whole, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def reference(self, index: int) -> Any:
+        return self._whole.reference(int(self._indices[index]))
+
+    def name(self, index: int) -> str:
+        return self._whole.name(int(self._indices[index]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A training and a test split with the names of their classes, label 0 first.
@@ -78,3 +98,19 @@ class Dataset:
     class_names: tuple[str, ...]
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     fingerprint: Callable[[], str] | None = None
+
+    def thinned(self, share: float) -> Dataset:
+        """With the given share of both splits, at least one example of each, spread evenly: where a split is sorted by
+        class, every class keeps its share.
+        """
+        if share == 1:
+            return self
+
+        def part(split: Images | Encoded) -> Images | Encoded:
+            count = max(1, round(share * len(split)))
+            indices = ((np.arange(count) + 0.5) * len(split) / count).astype(np.int64)
+            return split.part(indices) if isinstance(split, Images) else Part(split, indices)
+
+        whole = self.fingerprint
+        fingerprint = None if whole is None else lambda: f"{whole()} {share}"
+        return Dataset(part(self.train), part(self.test), self.class_names, self.skipped, fingerprint)

@@ -1,4 +1,7 @@
-"""The paper's tables and figures, measured here: one name each."""
+"""The paper's tables and figures, measured here: one name each.
+
+Those of `REPRODUCTIONS` are computed at once; those of `TRAINED` need runs, which are trained where they are missing.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Protocol
 
+from nfjax.reproduce.claims import claims_table
+from nfjax.reproduce.grids import GRIDS, Grid
+from nfjax.reproduce.runs import Request
 from nfjax.reproduce.signal import propagation_figure
 from nfjax.reproduce.tables import TABLE_1, TABLE_2, cost_table
+from nfjax.reproduce.training import ablation_grid
 
 
 class Result(Protocol):
@@ -27,3 +34,9 @@ REPRODUCTIONS: dict[str, Callable[[], Result]] = {
     "figure2": functools.partial(propagation_figure, "Figure 2", depths=(50, 101)),
     "figure6": functools.partial(propagation_figure, "Figure 6", depths=(18,)),
 }
+TRAINED: dict[str, Callable[[Request], Grid]] = {
+    **{name: lambda request, grid=grid: grid for name, grid in GRIDS.items()},
+    "ablations": ablation_grid,
+}
+# What the runs in a folder say about each claim of the paper.
+SUMMARIES: dict[str, Callable[[pathlib.Path], Result]] = {"claims": claims_table}

@@ -1,6 +1,16 @@
-"""python -m nfjax.reproduce table1 table2 figure2 figure6 [--out=results]
+"""python -m nfjax.reproduce NAME … [--out=results] [--data=DIR] [--seeds=3] [--epochs=200] [--config.model.width=8 …]
 
 The paper's tables and figures: on the screen, and as CSV, Markdown and PNG files under --out.
+
+    python -m nfjax.reproduce table1 table2 figure2 figure6
+    python -m nfjax.reproduce figure7 --data=DIR --data-name=CIFAR-10
+    python -m nfjax.reproduce claims
+
+table1 and table2 are counted, figure2 and figure6 measured at initialization. figure3 (CIFAR-10, 50 and 101 layers),
+figure7 (18 layers), figure4 (CIFAR-100), figure5 (ImageNet) and ablations (settings that the paper does not state) are
+trained: with --data whatever of their runs is missing, the most telling first; without it, what is there is drawn.
+Stopped, the same command goes on. Each finished run is a line of OUT/training.jsonl. Runs with other settings or images
+are other figures, in files of other names. claims says which of the paper's statements hold in all these runs.
 """
 
 from __future__ import annotations
@@ -10,30 +20,106 @@ import os
 import pathlib
 import sys
 
-from nfjax import compilation
-from nfjax.reproduce import REPRODUCTIONS
+from absl import logging
+
+from nfjax import compilation, train
+from nfjax.exits import INTERRUPTED, START_AGAIN
+from nfjax.reproduce import REPRODUCTIONS, SUMMARIES, TRAINED, Request, Result
+from nfjax.reproduce.runs import parse_changes, train_missing
+from nfjax.reproduce.training import training_figures
 
 
 def main() -> None:
-    names = ", ".join(REPRODUCTIONS)
+    names = (*REPRODUCTIONS, *TRAINED, *SUMMARIES)
     parser = argparse.ArgumentParser(
-        prog="python -m nfjax.reproduce", description="The paper's tables and figures, measured here."
+        prog="python -m nfjax.reproduce",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("names", nargs="+", choices=REPRODUCTIONS, metavar="NAME", help=f"what to reproduce: {names}")
+    parser.add_argument(
+        "names", nargs="+", choices=names, metavar="NAME", help=f"what to reproduce: {', '.join(names)}"
+    )
     parser.add_argument("--out", default="results", help="folder for what is written (default: results)")
-    arguments = parser.parse_args()
-    out = pathlib.Path(arguments.out)
+    training = parser.add_argument_group("where runs are needed")
+    training.add_argument("--data", help="folder of the images, as for nfjax.main; without it nothing is trained")
+    training.add_argument("--data-name", help="what the images are called in the results (default: the folder's name)")
+    training.add_argument("--seeds", type=int, help="how many runs of each network (default: 3)")
+    training.add_argument("--epochs", type=int, help="of each run, short for --config.epochs")
+    training.add_argument("--runs", help="folder for the workdirs of the runs (default: runs/reproduce)")
+    training.add_argument("--config.FIELD", metavar="VALUE", help="any other setting, for all runs")
+    arguments, rest = parser.parse_known_args()
+    logging.set_verbosity(logging.WARNING)
+    compilation.keep()
+    out = _made(pathlib.Path(arguments.out))
+    try:
+        request = _request(arguments, rest, out)
+        for name in arguments.names:
+            if name in TRAINED:
+                _trained(name, request)
+            else:
+                _show(REPRODUCTIONS[name]() if name in REPRODUCTIONS else SUMMARIES[name](out), out / name)
+    except train.TrainingInterruptedError as error:
+        print(f"nfjax: {error}", file=sys.stderr)
+        sys.exit(START_AGAIN if isinstance(error, train.TrainingPreemptedError) else INTERRUPTED)
+    except KeyboardInterrupt:
+        print("nfjax: interrupted between two runs; the same command goes on from there", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"nfjax: {error}")
+
+
+def _made(out: pathlib.Path) -> pathlib.Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise PermissionError(None, "no permission")
     except OSError as error:
         sys.exit(f"nfjax: cannot write to {out} ({error.strerror}); choose another folder with --out=DIR")
-    compilation.keep()
-    for name in arguments.names:
-        result = REPRODUCTIONS[name]()
-        written = result.write(out / name)
-        print(f"{result.text()}\n{', '.join(map(str, written))}\n", flush=True)
+    return out
+
+
+def _request(arguments: argparse.Namespace, rest: list[str], out: pathlib.Path) -> Request:
+    """What is asked for; ValueError for flags that mean nothing, or nothing here."""
+    given = {"data": arguments.data, "seeds": arguments.seeds, "data_name": arguments.data_name}
+    given = {name: value for name, value in given.items() if value is not None}
+    changes = parse_changes(rest)
+    if arguments.epochs is not None:
+        changes["epochs"] = arguments.epochs
+    asked = [f"--{name.replace('_', '-')}" for name in given] + (["--epochs or --config"] if changes else [])
+    if asked and not any(name in TRAINED for name in arguments.names):
+        raise ValueError(f"{', '.join(asked)}: only {', '.join(TRAINED)} are trained; {arguments.names[0]} is not")
+    if given.get("seeds", 1) < 1:
+        raise ValueError(f"--seeds={given['seeds']} must be positive")
+    if "data" in given:
+        given.setdefault("data_name", pathlib.PurePath(given["data"]).name)
+    if arguments.runs is not None:
+        given["runs"] = pathlib.Path(arguments.runs)
+    return Request(out=out, changes=changes, **given)
+
+
+def _trained(name: str, request: Request) -> None:
+    """Trains what is missing, and draws what is there, also after Ctrl-C."""
+    grid = TRAINED[name](request)
+    stopped = None
+    if request.data:
+        try:
+            train_missing(grid, request)
+        except train.TrainingInterruptedError as error:
+            stopped = error
+    try:
+        for figure in training_figures(grid, request):
+            _show(figure, request.out / name)
+    except ValueError:
+        if stopped is None:
+            raise
+    if stopped is not None:
+        raise stopped
+
+
+def _show(result: Result, path: pathlib.Path) -> None:
+    written = result.write(path)
+    print(f"{result.text()}\n{', '.join(map(str, written))}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""The networks that the paper's figures compare, by the names of their curves, and how these are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nfjax import spp
+
+# The paper's curves, and behind them one per scheme with the effective fan-out: name -> (residual, norm, init).
+CURVES: dict[str, tuple[str, str | None, str]] = {
+    "classical, He fan-in": ("identity", None, "he_fan_in"),
+    "classical, He fan-out": ("identity", None, "he_fan_out"),
+    "BatchNorm, He fan-in": ("identity", "batch", "he_fan_in"),
+    "BatchNorm, He fan-out": ("identity", "batch", "he_fan_out"),
+    "IdShort, He fan-out": ("idshort", None, "he_fan_out"),
+    "LearnScalar, He fan-out": ("learnscalar", None, "he_fan_out"),
+    "ConvShort, He fan-out": ("convshort", None, "he_fan_out"),
+    "IdShort, Brock": ("idshort", None, "brock"),
+    "LearnScalar, Brock": ("learnscalar", None, "brock"),
+    "ConvShort, Brock": ("convshort", None, "brock"),
+    "IdShort, effective fan-out": ("idshort", None, "he_effective_fan_out"),
+    "ConvShort, effective fan-out": ("convshort", None, "he_effective_fan_out"),
+}
+# Colour by scheme, dashes and markers by initialization.
+_COLOURS = {
+    "classical": "#000000", "BatchNorm": "#CC79A7", "IdShort": "#0072B2", "LearnScalar": "#E69F00",
+    "ConvShort": "#009E73",
+}  # fmt: skip
+_LOOKS = {"He fan-in": (":", "v"), "He fan-out": ("-", "o"), "Brock": ("--", "s"), "effective fan-out": ("-.", "^")}
+
+
+def styles(names: Sequence[str]) -> dict[str, spp.Style]:
+    """Colour by scheme, dashes and marker by initialization."""
+    parts = {name: name.split(", ", 1) for name in names}
+    return {name: spp.Style(_COLOURS[scheme], *_LOOKS[init]) for name, (scheme, init) in parts.items()}

@@ -1,0 +1,93 @@
+"""Which networks each training figure of the paper compares, the most telling first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+BASELINE = "BatchNorm, He fan-out"
+CONVSHORT = "ConvShort, He fan-out"
+SCHEMES = (CONVSHORT, "IdShort, He fan-out", "LearnScalar, He fan-out")
+BROCK = ("ConvShort, Brock", "IdShort, Brock", "LearnScalar, Brock")
+BEYOND = "ConvShort, effective fan-out"  # not in the paper
+
+# torchvision's ResNet-50 with batch normalization, the dashed line of figure 5 and the paper's only printed accuracy.
+TORCHVISION = 0.7613
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One network with one choice of settings, to be trained with several seeds.
+
+    curve: a name in `curves.CURVES`. changes: {"optim.weight_decay": 5e-4}, over the settings of the whole grid. label:
+    what it is called beside the others.
+    """
+
+    depth: int
+    curve: str
+    label: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What is compared, in order of value.
+
+    dataset: a name in `runs.BASES`. line: an accuracy to draw, with its name.
+    """
+
+    title: str
+    dataset: str
+    cells: tuple[Cell, ...]
+    line: tuple[str, float] | None = None
+
+    @property
+    def depths(self) -> list[int]:
+        return list(dict.fromkeys(cell.depth for cell in self.cells))
+
+
+def _networks(depth: int, *curves: str) -> tuple[Cell, ...]:
+    return tuple(Cell(depth, curve, f"ResNet-{depth} {curve}") for curve in curves)
+
+
+def _deep(depth: int) -> tuple[Cell, ...]:
+    convshort, *others = SCHEMES
+    brock, *other_brock = BROCK
+    return _networks(depth, BASELINE, convshort, others[0], brock, BEYOND, *others[1:], *other_brock)
+
+
+GRIDS = {
+    "figure3": Grid("Figure 3: ResNet-50 and ResNet-101", "CIFAR-10", _deep(50) + _deep(101)),
+    "figure4": Grid("Figure 4: ResNet-50", "CIFAR-100", _networks(50, CONVSHORT, BASELINE)),
+    "figure5": Grid(
+        "Figure 5: ResNet-50",
+        "ImageNet",
+        _networks(50, CONVSHORT),
+        ("torchvision's ResNet-50, 76.13 %", TORCHVISION),
+    ),
+    "figure7": Grid("Figure 7: ResNet-18", "CIFAR-10", _networks(18, BASELINE, *SCHEMES, *BROCK, BEYOND)),
+}
+
+
+def ablations(epochs: int) -> Grid:
+    """What the settings that the paper does not state are worth: ResNet-18 ConvShort, one of them changed at a time.
+
+    epochs: of all but those that vary their number, which train half and twice as long.
+    """
+
+    def changed(label: str, **changes: Any) -> Cell:
+        return Cell(18, CONVSHORT, label, {name.replace("__", "."): value for name, value in changes.items()})
+
+    cells = (
+        changed("as in the figures"),
+        changed("weight decay 1e-4", optim__weight_decay=1e-4),
+        changed("weight decay 5e-4", optim__weight_decay=5e-4),
+        changed("no RandAugment", augment__rand_operations=0),
+        changed("RandAugment N=1", augment__rand_operations=1),
+        changed("RandAugment M=5", augment__rand_magnitude=5),
+        changed("RandAugment M=15", augment__rand_magnitude=15),
+        changed(f"{max(epochs // 2, 1)} epochs", epochs=max(epochs // 2, 1)),
+        changed(f"{epochs * 2} epochs", epochs=epochs * 2),
+    )
+    return Grid("Settings that the paper does not state: ResNet-18 ConvShort, He fan-out", "CIFAR-10", cells)

@@ -1,0 +1,421 @@
+"""The training figures: what is missing is trained once, what may not be compared is kept apart, numbers are right."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from nfjax import data, reproduce, resnet, train
+from nfjax.data.contents import contents
+from nfjax.reproduce import __main__ as command
+from nfjax.reproduce import grids, records, runs, training
+from nfjax.reproduce.claims import CLAIMS, claims_table
+from nfjax.reproduce.curves import CURVES
+from nfjax.reproduce.grids import BASELINE, BROCK, CONVSHORT, SCHEMES, Cell, Grid
+from tests.conftest import TINY
+
+START = {
+    "started": "2026-01-01T00:00:00+00:00",
+    "packages": {"jax": "0.10.2"},
+    "device": {"kind": "cpu", "platform": "cpu", "count": 1},
+    "commit": None,
+}
+
+
+def made(curve, accuracies, depth=18, seed=0, dataset="CIFAR-10", diverged=None, **changes):
+    """The record of a run with these test accuracies, one per epoch."""
+    changes = {"epochs": len(accuracies), **{name.replace("__", "."): value for name, value in changes.items()}}
+    request = runs.Request(out=None, changes=changes)
+    config = runs.make_config(dataset, Cell(depth, curve, ""), seed, request)
+    epochs = {name: list(accuracies) for name in runs.PER_EPOCH}
+    about = {"data": "images", "fingerprint": "f00d", "images": (500, 100), "classes": runs.BASES[dataset][1]}
+    settings = runs.workdirs.essence(config)
+    return records.Record(dataset, **about, curve=curve, settings=settings, epochs=epochs, diverged=diverged,
+                          seconds=60.0, starts=[START])  # fmt: skip
+
+
+def write(out, *many):
+    for record in many:
+        records.append(out, record)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, arguments)])
+    command.main()
+
+
+# ---------------------------------------------------------------- grids
+
+
+def test_every_figure_names_curves_and_labels_them_once():
+    for grid in [*grids.GRIDS.values(), grids.ablations(30)]:
+        assert grid.dataset in runs.BASES
+        assert all(cell.curve in CURVES for cell in grid.cells)
+        assert len({cell.label for cell in grid.cells}) == len(grid.cells)
+
+
+def test_the_most_telling_runs_come_first():
+    plan = runs.planned(grids.GRIDS["figure3"], runs.Request(out=None, seeds=2))
+    names = [(run.cell.depth, run.cell.curve) for run in plan[:5]]
+    assert names == [
+        (50, BASELINE),
+        (50, CONVSHORT),
+        (50, "IdShort, He fan-out"),
+        (50, "ConvShort, Brock"),
+        (50, "ConvShort, effective fan-out"),
+    ]
+    assert [run.seed for run in plan] == [0] * 8 + [1] * 8 + [0] * 8 + [1] * 8
+    assert [run.cell.depth for run in plan] == [50] * 16 + [101] * 16
+
+
+def test_an_ablation_changes_one_setting_of_the_figures():
+    request = runs.Request(out=None, changes={"epochs": 30})
+    plan = runs.planned(training.ablation_grid(request), dataclasses.replace(request, seeds=1))
+    usual = plan[0].settings
+    changed = [{name: value for name, value in run.settings.items() if usual[name] != value} for run in plan[1:]]
+    assert [next(iter(change.items())) for change in changed if len(change) == 1] == [
+        ("optim.weight_decay", 1e-4),
+        ("optim.weight_decay", 5e-4),
+        ("augment.rand_operations", 0),
+        ("augment.rand_operations", 1),
+        ("augment.rand_magnitude", 5),
+        ("augment.rand_magnitude", 15),
+        ("epochs", 15),
+        ("epochs", 60),
+    ]
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_a_line_that_a_crash_cut_short_is_left_out_and_ended(tmp_path):
+    first, second = made(BASELINE, [0.5]), made(CONVSHORT, [0.6])
+    write(tmp_path, first)
+    with open(tmp_path / records.FILE, "a") as stream:
+        stream.write('{"dataset": "CIF')
+    assert [record.curve for record in records.read(tmp_path)] == [BASELINE]
+    write(tmp_path, second)
+    assert [record.curve for record in records.read(tmp_path)] == [BASELINE, CONVSHORT]
+    again = dataclasses.replace(second, seconds=1.0)
+    write(tmp_path, again)
+    assert [record.seconds for record in records.read(tmp_path)] == [60.0, 1.0]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / records.FILE).write_text("{}\n")
+    with pytest.raises(ValueError, match=r"training.jsonl, line 1 is not the record of a run"):
+        records.read(tmp_path)
+
+
+def test_only_runs_on_equal_terms_are_grouped():
+    one, other = made(BASELINE, [0.5]), made(CONVSHORT, [0.6], seed=3)
+    longer, wider = made(CONVSHORT, [0.6, 0.7]), made(CONVSHORT, [0.6], model__width=8)
+    elsewhere = dataclasses.replace(made(CONVSHORT, [0.6]), fingerprint="beef")
+    found = records.groups([one, longer, other, wider, elsewhere])
+    assert found == [[one, other], [longer], [wider], [elsewhere]]
+
+
+def test_a_field_that_a_record_does_not_know_does_not_part_it():
+    record = made(CONVSHORT, [0.6])
+    older = {name: value for name, value in record.terms.items() if name != "data.share"}
+    assert records.agree(older, record.terms)
+    assert not records.agree({**older, "batch_size": 64}, record.terms)
+
+
+def test_mean_and_deviation_over_seeds():
+    group = [made(CONVSHORT, values, seed=seed) for seed, values in enumerate([[0.7, 0.6], [0.5, 0.63], [0.6, 0.66]])]
+    final, best = records.over_seeds(group, "test_accuracy"), records.over_seeds(group, "test_accuracy", "best")
+    assert final.mean == pytest.approx(0.63)
+    assert final.std == pytest.approx(statistics.stdev([0.60, 0.63, 0.66]))
+    assert final.percent() == "63.00 ± 3.00 %"
+    assert best.mean == pytest.approx((0.7 + 0.63 + 0.66) / 3)
+    assert records.mean([0.5]).percent() == "50.00 %"
+    assert records.over_seeds([made(CONVSHORT, [0.1], diverged="at step 3")], "test_accuracy") is None
+
+
+def test_contents_name_the_pixels(tmp_path):
+    dataset = data.load("synthetic", "", 8)
+    assert contents(dataset) == contents(data.load("synthetic", "", 8))
+    dataset.train.images[0, 0, 0, 0] ^= 1
+    assert contents(dataset) != contents(data.load("synthetic", "", 8))
+
+
+def test_a_share_of_the_images_is_spread_over_all_classes():
+    whole = data.load("synthetic", "", 8)
+    order = np.argsort(whole.train.labels, kind="stable")
+    thin = dataclasses.replace(whole, train=whole.train.part(order)).thinned(0.1)
+    assert (len(thin.train), len(thin.test)) == (102, 25)
+    assert set(np.bincount(thin.train.labels)) <= {9, 10, 11}
+    assert whole.thinned(1) is whole
+
+
+def test_a_share_of_encoded_images(tmp_path):
+    from test_data import make_folder
+
+    make_folder(tmp_path, per_class=10)
+    whole = data.load("folder", str(tmp_path), 32)
+    thin = whole.thinned(0.3)
+    assert len(thin.train) == round(0.3 * len(whole.train))
+    assert thin.train.name(1) in {whole.train.name(i) for i in range(len(whole.train))}
+    assert thin.train.reader(thin.train.reference(0))[1] == 0
+    assert thin.fingerprint() != whole.fingerprint()
+
+
+# ---------------------------------------------------------------- figures
+
+
+def figures(out, name="figure7", **asked):
+    changes = {"epochs": 2, **asked.pop("changes", {})}
+    return training.training_figures(grids.GRIDS[name], runs.Request(out=out, seeds=2, changes=changes, **asked))
+
+
+def test_a_partial_grid_shows_what_is_there_and_tells_what_is_missing(tmp_path):
+    write(
+        tmp_path,
+        made(BASELINE, [0.4, 0.6]),
+        made(BASELINE, [0.4, 0.64], seed=1),
+        made(CONVSHORT, [0.3, 0.5]),
+        made("ConvShort, Brock", [0.1], diverged="at step 30 the loss is nan", epochs=2),
+        made("IdShort, Brock", [], diverged="at step 0 the loss is nan", epochs=2),
+        made(CONVSHORT, [0.3, 0.9, 0.95]),  # of another length
+        made(CONVSHORT, [0.9, 0.9], depth=50),  # of another figure
+    )
+    (figure,) = figures(tmp_path)
+    rows = {row[0]: row[1:-1] for row in figure.table().rows}
+    assert rows == {
+        f"ResNet-18 {BASELINE}": [2, 0, 2, "62.00 ± 2.83 %", "62.00 ± 2.83 %", "62.00 ± 2.83 %", "1.0"],
+        f"ResNet-18 {CONVSHORT}": [1, 0, 2, "50.00 %", "50.00 %", "50.00 %", "1.0"],
+        "ResNet-18 ConvShort, Brock": [1, "1, after epoch 1", 2, "diverged", "diverged", "diverged", ""],
+        "ResNet-18 IdShort, Brock": [1, "1, after epoch 0", 2, "diverged", "diverged", "diverged", ""],
+    }
+    note = figure.table().note
+    assert "not as in the configs: epochs 2." in note
+    assert "1 x cpu" in note
+    assert "fingerprint f00d: 500 training and 100 test images" in note
+    assert f"Missing: seed 1 of ResNet-18 {CONVSHORT}; ResNet-18 ConvShort, Brock; ResNet-18 IdShort, Brock. " in note
+    assert "seed 0, 1 of ResNet-18 IdShort, He fan-out; ResNet-18 LearnScalar, He fan-out; " in note
+    written = figure.write(tmp_path / "figure7")
+    assert [path.name for path in written] == [f"figure7_images_epochs2.{kind}" for kind in ("md", "png", "csv")]
+    rows = list(csv.DictReader(written[2].read_text().splitlines()))
+    assert len(rows) == 2 + 2 + 2 + 1
+    assert (rows[3]["seed"], rows[3]["epoch"], rows[3]["test_accuracy"]) == ("1", "2", "0.64")
+
+
+def test_each_set_of_images_is_a_figure_of_its_own(tmp_path):
+    other = {"data": "others", "fingerprint": "beef"}
+    write(tmp_path, made(BASELINE, [0.4, 0.6]), dataclasses.replace(made(CONVSHORT, [0.4, 0.6]), **other))
+    first, second = figures(tmp_path)
+    assert [list(filter(figure.found.get, figure.found)) for figure in (first, second)] == [
+        [f"ResNet-18 {BASELINE}"],
+        [f"ResNet-18 {CONVSHORT}"],
+    ]
+    assert [figure.first.data for figure in figures(tmp_path, data_name="others")] == ["others"]
+
+
+def test_ablations_are_drawn_with_the_settings_that_they_start_from(tmp_path):
+    write(tmp_path, made(CONVSHORT, [0.4, 0.6]), made(CONVSHORT, [0.4, 0.6, 0.7, 0.8]), made(CONVSHORT, [0.5]))
+    request = runs.Request(out=tmp_path, seeds=1, changes={"epochs": 2})
+    (figure,) = training.training_figures(training.ablation_grid(request), request)
+    rows = [(row[0], row[3], row[4]) for row in figure.table().rows]
+    assert rows == [("as in the figures", 2, "60.00 %"), ("1 epochs", 1, "50.00 %"), ("4 epochs", 4, "80.00 %")]
+    assert figure.write(tmp_path / "ablations")[0].name == "ablations_images_epochs2.md"
+
+
+def test_nothing_to_draw_tells_what_to_do(tmp_path):
+    write(tmp_path, made(BASELINE, [0.4, 0.6]))
+    with pytest.raises(ValueError, match=r"no run of Figure 7.* with these settings; train them with --data=DIR"):
+        figures(tmp_path, changes={"model.width": 8})
+
+
+# ---------------------------------------------------------------- claims
+
+
+def judged(out, *many, claim, depth=50):
+    write(out, *many)
+    (row,) = (row for row in claims_table(out).rows if claim in row[0] and row[1] == f"CIFAR-10, ResNet-{depth}")
+    assert row[3].startswith("here: ")  # two epochs are not the paper's
+    return row[3].removeprefix("here: "), row[4]
+
+
+def three(curve, *values, depth=50):
+    return [made(curve, [value / 2, value], depth=depth, seed=seed) for seed, value in enumerate(values)]
+
+
+def test_what_was_not_measured_names_its_command(tmp_path):
+    rows = claims_table(tmp_path).rows
+    assert len(rows) == len(CLAIMS) == 18
+    assert {row[2] for row in rows} == {"not measured yet"}
+    assert {row[4] for row in rows} == {f"`python -m nfjax.reproduce {name} --data=DIR`" for name in grids.GRIDS}
+
+
+@pytest.mark.parametrize(
+    ("values", "held"),
+    [
+        ((0.95, 0.951, 0.949), "yes"),
+        ((0.85, 0.851, 0.849), "no"),
+        ((0.9, 0.93, 0.88), "undecided, points to yes"),
+        ((0.9, 0.92, 0.87), "undecided, points to no"),
+        ((0.99,), "undecided, points to yes"),
+    ],
+)
+def test_convshort_against_batch_norm(tmp_path, values, held):
+    many = [*three(BASELINE, 0.9, 0.901, 0.899), *three(CONVSHORT, *values)]
+    found, numbers = judged(tmp_path, *many, claim="reaches or passes")
+    assert found == held
+    assert f"{BASELINE} 90.00 ± 0.10 % (3); {CONVSHORT} " in numbers
+
+
+def test_the_other_schemes_stay_below(tmp_path):
+    many = [*three(BASELINE, 0.9, 0.901, 0.899), *three(SCHEMES[1], 0.8, 0.801, 0.799)]
+    assert judged(tmp_path, *many, claim="stay below")[0] == "yes"
+    assert judged(tmp_path, *three(SCHEMES[2], 0.95, 0.951, 0.949), claim="stay below")[0] == "1 of 2"
+
+
+def test_which_networks_train(tmp_path):
+    many = [*three(BASELINE, 0.9), *three(CONVSHORT, 0.9), *three(SCHEMES[1], 0.15)]
+    assert judged(tmp_path, *many, claim="Every proposed")[0] == "1 of 2 (2 of 3 measured)"
+    fails = made(BROCK[0], [0.1], depth=50, diverged="at step 3", epochs=2)
+    held, numbers = judged(tmp_path, fails, *three(BROCK[1], 0.1), *three(BROCK[2], 0.1), claim="Brock")
+    assert held == "yes"
+    assert "ConvShort, Brock 1 of 1 diverged; IdShort, Brock 10.00 % (1)" in numbers
+
+
+def test_the_committed_claims_are_those_of_the_committed_runs():
+    results = pathlib.Path(__file__).parent.parent / "results"
+    assert (results / "claims.md").read_text() == claims_table(results).markdown()
+
+
+def test_nothing_follows_where_batch_norm_does_not_train_either(tmp_path):
+    many = [*three(BASELINE, 0.1), *three(CONVSHORT, 0.1), *three(BROCK[0], 0.1)]
+    assert judged(tmp_path, *many, claim="Brock")[0] == "undecided: BatchNorm does not train either"
+
+
+def test_the_papers_settings_are_not_marked(tmp_path):
+    values = [0.5] * 200
+    write(tmp_path, made(BASELINE, values), made(CONVSHORT, values))
+    row = claims_table(tmp_path).rows[0]
+    assert row[2:4] == [
+        "images, the settings of the paper, and where it states none those of the configs",
+        "yes (1 of 3 measured)",
+    ]
+
+
+def test_a_slow_start(tmp_path):
+    many = [*three(BASELINE, 0.9, 0.901, 0.899), *three(CONVSHORT, 0.95, 0.951, 0.949)]
+    held, numbers = judged(tmp_path, *many, claim="more slowly")
+    assert held == "no"
+    assert numbers.startswith(f"{BASELINE} 45.00 ± 0.05 % (3); {CONVSHORT} 47.50")
+    assert numbers.endswith(" after epoch 1")
+
+
+def test_imagenet_is_held_against_torchvision(tmp_path):
+    write(tmp_path, made(CONVSHORT, [0.3, 0.7555], depth=50, dataset="ImageNet"))
+    row = claims_table(tmp_path).rows[-1]
+    assert row[3:] == ["here: yes", f"{CONVSHORT} 75.55 % (1); torchvision 76.13 %"]
+
+
+# ---------------------------------------------------------------- training, and the command
+
+
+@pytest.fixture
+def tiny_grid(monkeypatch):
+    """A figure of two networks that are the same program, on made-up images."""
+    monkeypatch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
+    cells = tuple(Cell(TINY, curve, curve) for curve in (CONVSHORT, BROCK[0]))
+    monkeypatch.setitem(reproduce.TRAINED, "figure7", lambda request: Grid("Tiny", "CIFAR-10", cells))
+
+
+TINY_FLAGS = [
+    "--epochs=1", "--config.batch_size=64", "--config.model.width=2", "--config.data.image_size=8",
+    "--config.data.source=synthetic", "--config.augment.crop_padding=1", "--config.augment.rand_operations=0",
+    "--config.data.share=0.25", "--data=made-up",
+]  # fmt: skip
+
+
+def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch, tmp_path, capsys):
+    flags = ["figure7", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *TINY_FLAGS]
+    started, real = [], train.train
+
+    def one(config, workdir):
+        started.append(workdir)
+        if len(started) == 2:
+            raise train.TrainingInterruptedError("interrupted: saved")
+        return real(config, workdir)
+
+    monkeypatch.setattr(train, "train", one)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *flags, "--seeds=1")
+    assert stopped.value.code == 130
+    assert [record.curve for record in records.read(tmp_path)] == [CONVSHORT]
+    assert f"Missing: seed 0 of {BROCK[0]}." in capsys.readouterr().out  # what is there was drawn
+
+    misses = []
+
+    def listen(event, **details):
+        misses.extend([event] if event == "/jax/compilation_cache/cache_misses" else [])
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        run(monkeypatch, *flags, "--seeds=2")
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+    assert started[1] == started[2]
+    assert len(started) == 5
+    assert not misses  # another initialization, another seed: the same programs
+    found = records.read(tmp_path)
+    assert [(record.curve, record.seed) for record in found] == [
+        (CONVSHORT, 0), (BROCK[0], 0), (CONVSHORT, 1), (BROCK[0], 1),
+    ]  # fmt: skip
+    assert len({record.final("train_loss") for record in found}) == 4
+    (record,) = (record for record in found if (record.curve, record.seed) == (BROCK[0], 1))
+    assert record.images == [256, 62]
+    assert record.seconds > 0
+    written = json.loads((tmp_path / records.FILE).read_text().splitlines()[0])
+    assert written["starts"][0]["packages"]["jax"] == jax.__version__
+
+    before = (tmp_path / records.FILE).read_text()
+    monkeypatch.setattr(train, "train", None)  # nothing is left to train
+    run(monkeypatch, *flags, "--seeds=2")
+    assert (tmp_path / records.FILE).read_text() == before
+    with pytest.raises(SystemExit, match="runs on these images under the name 'made-up'"):
+        run(monkeypatch, *flags, "--data-name=other", "--seeds=3")
+
+
+def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsys):
+    flags = ["figure7", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *TINY_FLAGS]
+
+    def diverging(config, workdir):
+        pathlib.Path(workdir).mkdir(parents=True)
+        (pathlib.Path(workdir) / "versions.json").write_text(json.dumps([START]))
+        raise train.TrainingDivergedError("at step 3 the loss is nan; no checkpoint was saved yet. Try a smaller one")
+
+    monkeypatch.setattr(train, "train", diverging)
+    run(monkeypatch, *flags, "--seeds=1")
+    first, second = records.read(tmp_path)
+    assert first.diverged == "at step 3 the loss is nan"
+    assert (first.epochs["test_accuracy"], second.epochs["test_accuracy"]) == ([], [])
+    assert "1, after epoch 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table2", "--seeds=3"], "--seeds: only figure3, .*ablations are trained; table2 is not"),
+        (["figure7", "--seeds=0"], "--seeds=0 must be positive"),
+        (["figure7", "--config.model.wdth=8"], "unknown config field 'model.wdth': config.model has depth, .*width"),
+        (["figure7", "--config.model.width=wide"], "wide"),
+        (["figure7", "--config.model.depth=50"], "model.depth is not for you to choose here"),
+        (["figure7", "--width=8"], "unknown argument '--width=8': settings are flags such as --config.model.width=8"),
+        (["figure4", "--data=x", "--config.data.source=synthetic"], "10 classes, expected the 100 of CIFAR-100"),
+        (["figure7"], "no run of Figure 7"),
+    ],
+)
+def test_wrong_arguments_are_explained(monkeypatch, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, *arguments, f"--out={tmp_path}")
