@@ -343,6 +343,7 @@ def test_local_gpus_passes_a_signal_on_once(machine, number, expected):
     assert [machine.starts(i)[0]["signals"] for i in range(2)] == [[number], [number]]
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # the child becomes another program at once
 @pytest.mark.parametrize(
     ("arguments", "number"), [(("local_gpus.sh",), signal.SIGINT), (("tpu_vm.sh", "run", *NAMED), signal.SIGTERM)]
 )
