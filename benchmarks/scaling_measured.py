@@ -5,12 +5,8 @@ from __future__ import annotations
 import collections
 import ctypes
 import gc
-import json
 import os
-import pathlib
-import re
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import turns
 from flax import nnx
 from scaling_plan import ring_bytes
 from scaling_programs import (
@@ -137,13 +134,13 @@ def measure_peak(data: str, changes: dict[str, Any]) -> dict[str, Any]:
     make = jax.jit(lambda: jax.tree.map(made_up, training.state), out_shardings=shardings).lower().compile()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the highest size so far is the present one again
-    before = resident("VmRSS")
+    turns.forget_peak()
+    before = turns.peak()  # the present size, which is the highest from here
     state, batch = jax.block_until_ready((make(), random_batch(training)))
-    found = {"rss_before": before, "state": resident("VmHWM") - before}
+    found = {"rss_before": before, "state": turns.peak() - before}
     for number in (1, 2, 3):
         state, _ = jax.block_until_ready(step(state, batch | {"step": np.int32(number - 1), "key": KEY}))
-        found[f"growth_{number}"] = resident("VmHWM") - before
+        found[f"growth_{number}"] = turns.peak() - before
     found["ru_maxrss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found | {"memory": footprint.of(step)}
 
@@ -154,53 +151,21 @@ def made_up(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return 0.01 * jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape)
 
 
-def resident(field: str) -> int:
-    """Bytes in memory: VmRSS now, VmHWM at most."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", status)[1])
-
-
 TASKS: dict[str, Callable[..., Any]] = {
     task.__name__: task for task in (measure_bytes, count_network, prepare, run_prepared, measure_peak)
 }
 
 
-def serve() -> None:
-    """Answers one request per line."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what else is printed is no answer
-    for line in sys.stdin:
-        task, arguments = json.loads(line)
-        answers.write(json.dumps(TASKS[task](**arguments)) + "\n")
-        answers.flush()
-
-
-class Process:
+class Process(turns.Worker):
     """This file, run in a process that sees `devices` simulated CPU devices."""
 
     def __init__(self, devices: int, **environment: str):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | environment
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        super().__init__([sys.executable, __file__], {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | environment)
 
     def ask(self, task: Callable[..., Any], **arguments: Any) -> Any:
-        self._process.stdin.write(json.dumps([task.__name__, arguments]) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"the process that was asked for {task.__name__}({arguments}) has ended; see above")
-        return json.loads(answer)
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        return super().ask(task.__name__, **arguments)
 
 
 if __name__ == "__main__":
-    serve()
+    turns.serve(TASKS)

@@ -9,44 +9,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import speed_case
 import turns
 from flax import nnx
 
 from nfjax import assembly, augment, cost, footprint, optim, resnet, steps
-
-IMAGENET = 224
 
 
 class Training:
     def __init__(self) -> None:
         self.losses: list[jax.Array] = []
 
-    def prepare(
-        self,
-        depth: int,
-        residual: str,
-        norm: str | None,
-        image: int,
-        classes: int,
-        batch: int,
-        dtype: str,
-        width: int,
-        parameters: str,
-        warm: int,
-    ) -> dict[str, Any]:
-        """Builds, compiles, writes the parameters drawn to the .npz file `parameters`, and takes `warm` steps."""
+    def prepare(self, **request: Any) -> dict[str, Any]:
+        """Builds, compiles, writes the parameters drawn to their file, and takes steps to warm up."""
         start = time.perf_counter()
-        stem = "imagenet" if image >= IMAGENET else "cifar"
-        settings = {"norm": norm, "num_classes": classes, "stem": stem, "width": width, "image_size": image}
-        model = resnet.PreActResNet(depth, residual, **settings, dtype=assembly.DTYPES[dtype], rngs=nnx.Rngs(0))
-        macs = cost.count(model, (1, image, image, 3)).macs
+        case = speed_case.Training(**request)
+        settings = {"norm": case.norm, "num_classes": case.classes, "stem": case.stem, "width": case.width}
+        settings |= {"image_size": case.image, "dtype": assembly.DTYPES[case.dtype]}
+        model = resnet.PreActResNet(case.depth, case.residual, **settings, rngs=nnx.Rngs(0))
+        macs = cost.count(model, (1, case.image, case.image, 3)).macs
         network, params, batch_stats = steps.as_functions(model)
-        if not os.path.exists(parameters):
+        if not os.path.exists(case.parameters):
             named = jax.tree_util.tree_flatten_with_path(params)[0]
-            np.savez(parameters, **{".".join(str(key.key) for key in path): leaf for path, leaf in named})
+            np.savez(case.parameters, **{".".join(str(key.key) for key in path): leaf for path, leaf in named})
         optimizer = optim.sgd(lambda step: jnp.float32(0.01), momentum=0.9)
         self.state = jax.device_put(steps.initial_state(params, batch_stats, optimizer))
-        self.batch = jax.device_put(examples(batch, image, classes) | {"mask": np.ones(batch, np.float32)})
+        mask = np.ones(case.batch, np.float32)
+        self.batch = jax.device_put(examples(case.batch, case.image, case.classes) | {"mask": mask})
         step = steps.make_train_step(
             network,
             optimizer,
@@ -61,7 +50,7 @@ class Training:
         built = time.perf_counter()
         self.step = jax.jit(numbered, donate_argnums=0).lower(self.state, self.batch).compile()
         compiled = time.perf_counter()
-        self.take(warm)
+        self.take(case.warm)
         turns.forget_peak()
         return {
             "macs": macs,

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import numpy as np
+import speed_case
 import torch
 import torch_networks
 import turns
@@ -19,7 +20,6 @@ from torch.nn import functional
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-IMAGENET = 224
 
 
 class Training:
@@ -27,38 +27,27 @@ class Training:
         self.mode, self.timm = mode, timm
         self.losses: list[torch.Tensor] = []
 
-    def prepare(
-        self,
-        depth: int,
-        residual: str,
-        norm: str | None,
-        image: int,
-        classes: int,
-        batch: int,
-        dtype: str,
-        width: int,
-        parameters: str,
-        warm: int,
-    ) -> dict[str, Any]:
-        """Builds the network with the parameters from the file, and takes `warm` steps, compiling in the first."""
+    def prepare(self, **request: Any) -> dict[str, Any]:
+        """Builds the network with the parameters from the file, and takes steps to warm up, compiling in the first."""
         start = time.perf_counter()
+        case = speed_case.Training(**request)
+        normed, imagenet = bool(case.norm), case.stem == "imagenet"
         if self.timm:
-            model = torch_networks.timm_network(torch_networks.TIMM[depth, bool(norm)], classes)
+            model = torch_networks.timm_network(torch_networks.TIMM[case.depth, normed], case.classes)
         else:
-            imagenet = image >= IMAGENET
-            model = torch_networks.PreActResNet(depth, residual, bool(norm), classes, imagenet, width)
-            torch_networks.load(model, parameters)
+            model = torch_networks.PreActResNet(case.depth, case.residual, normed, case.classes, imagenet, case.width)
+            torch_networks.load(model, case.parameters)
         model = model.to(DEVICE, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
-        images, labels = examples(batch, image, classes)
+        images, labels = examples(case.batch, case.image, case.classes)
         self.images, self.labels = images.to(DEVICE), labels.to(DEVICE)
-        self.loss = loss_of(model, dtype)
+        self.loss = loss_of(model, case.dtype)
         if self.mode != "eager":
             self.loss = torch.compile(self.loss, mode="max-autotune" if self.mode == "autotune" else None)
         built = time.perf_counter()
         self.take(1)
         first = time.perf_counter()
-        self.take(warm - 1)
+        self.take(case.warm - 1)
         turns.forget_peak()
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -44,6 +44,12 @@ class Worker:
         time.sleep(PAUSE)
         return answer["answer"]
 
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()

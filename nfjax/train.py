@@ -70,8 +70,9 @@ def mirrored(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError, ValueError):  # what ended the run is worth telling, and not this
-            mirror.push(folder)
+        if distributed.is_first():
+            with contextlib.suppress(OSError, ValueError):  # what ended the run is worth telling, and not this
+                mirror.push(folder)
         raise
     if distributed.is_first():
         mirror.push(folder)
@@ -184,10 +185,8 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
         writer.close()
         if alone:  # otherwise it would wait for processes that are waiting for this one
             checkpoints.close()
-    if distributed.is_first():
-        mirror.push(folder)
     distributed.barrier("done")
-    if not distributed.is_first():
+    if not distributed.is_first():  # in a bucket it came with the last checkpoint
         mirror.fetch(folder, "metrics.jsonl")
     return report.finish(config, folder, dataset, best_step, time.perf_counter() - start, bar.overall_rate)
 

@@ -59,5 +59,12 @@ def pixels(data, position, checked):
     return np.broadcast_to(np.array([data[0], position % 256, 1], np.uint8), (2, 2, 3))
 
 
+def noted(data, position, checked):
+    """The record's byte, and whether it was decoded before without complaint; the byte 9 is always bad."""
+    if data[0] == 9:
+        raise BadImageError("damaged", "" if not checked else "and yet it counts as checked")
+    return np.broadcast_to(np.array([data[0], checked, 1], np.uint8), (2, 2, 3))
+
+
 def large(data, position, checked):
     return np.full((64, 64, 3), data[0], np.uint8)

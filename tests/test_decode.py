@@ -110,8 +110,6 @@ def test_reduced_regions(decoder, factor):
 
 
 def test_both_decoders_agree():
-    if jpeg.library() is None:
-        pytest.skip("no libjpeg-turbo 3")
     data = encoded(quality=70)
     ours = jpeg.RegionDecoder()(data, 20, 30, 100, 90, 2, checked=False)
     np.testing.assert_array_equal(ours, decode._with_simplejpeg(data, 2)[20:120, 30:120])

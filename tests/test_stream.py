@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -32,6 +33,34 @@ def test_batches_are_those_of_the_order_whatever_the_workers():
             np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], wanted.indices)
             np.testing.assert_array_equal(batch["image"][:, 0, 0, 1], wanted.positions % 256)
             np.testing.assert_array_equal(batch["mask"], 1)
+
+
+def test_images_are_searched_for_damage_until_they_were_once_found_good():
+    from streamed import noted
+
+    failures = []
+    made = batches(Split(20), order.train_orders(0, 20, 10, 0, 12), noted, failures, workers=2, ahead=1)
+    seen = set()
+    for number, batch in enumerate(made):
+        for byte, checked, mask in zip(*batch["image"][:, 0, 0, :2].T, batch["mask"], strict=True):
+            if byte not in seen or not mask:
+                assert not checked
+            elif number >= 6:  # in the epochs behind the first tasks were planned before the last answers came
+                assert checked
+            seen.add(byte)
+    assert [failure[1:] for failure in failures] == [("damaged", "damaged")] * 6
+
+
+def test_a_worker_that_ends_before_it_is_ready_blames_no_image(monkeypatch):
+    monkeypatch.setattr(stream._Pump, "_start", lambda pump: None)
+    pump = stream._Pump(Split(4), None, SHAPE, order.eval_orders(4, 4), print, 1, None)
+    pump._plan()
+    for ready, deaths in ((False, 0), (True, 1)):
+        task = pump.pending.popleft()
+        pump._replace(types.SimpleNamespace(stop=lambda patience: -9, ready=ready, tasks=[task]), "ended")
+        assert task.deaths == deaths
+    pump.workers = []
+    pump.close()
 
 
 def test_from_the_middle_it_goes_on_as_it_would_have():

@@ -8,7 +8,7 @@ from PIL import Image
 from test_train import assert_equal, final_state, interrupt_at, records
 
 from nfjax import assembly, evaluate, metrics, train
-from nfjax.data import skips
+from nfjax.data import crops, skips
 
 
 @pytest.fixture
@@ -82,7 +82,10 @@ def test_a_bad_image_does_not_stop_the_measurement_of_the_signal(disk_config, tm
         (tmp_path / "images" / "train" / "class 0" / name).write_bytes(data)
     dataset = assembly.open_data(disk_config, disk_config.data.dir)
     images = assembly.first_images(disk_config, dataset.train)
+    split, crop = dataset.train, crops.CentreCrop(disk_config.data.image_size, disk_config.data.image_size)
     assert len(images) == disk_config.batch_size
+    for image, index in zip(images, range(2, 2 + len(images)), strict=True):  # all but the two bad ones, in order
+        np.testing.assert_array_equal(image, crop(split.reader(split.reference(index))[0]))
     for file in (tmp_path / "images" / "train").rglob("*.jpg"):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 80 training images can be read"):
