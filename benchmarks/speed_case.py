@@ -9,8 +9,8 @@ import dataclasses
 class Training:
     """A network, the shapes and the precision of its steps.
 
-    image: height and width in pixels. parameters: an .npz file that nfjax writes and the others read. warm: steps before
-    any is timed.
+    image: height and width in pixels. parameters: an .npz file, which nfjax writes and the others read. warm: steps
+    before any is timed.
     """
 
     depth: int
