@@ -177,7 +177,7 @@ def overhead_section(records: Records, of: dict[str, Records]) -> str:
     return (
         f"**One batch on more devices, which share {of['setting'][0]['cores']} cores.**\n\n{table(rows)}\n\n"
         f"{first['network']}, {first['data']} shapes, global batch {first['batch']}; median of {len(first['all_ms'])} "
-        f"steps, in turn, beside other work (load average {first['load']}). The work is the same: this is what "
+        f"steps, in turn; load average {first['load']}. The work is the same: this is what "
         "dividing it costs, and says nothing about speed."
     )
 
@@ -198,7 +198,7 @@ def tradeoff_section(records: Records, of: dict[str, Records]) -> str:
     return (
         f"**Memory against time.**\n\n{table(rows)}\n\n"
         f"{first['network']}, {first['data']} shapes, batch {first['batch']}, one device. GiB by `nfjax.footprint`; "
-        f"seconds: median of {len(first['all_ms'])} steps, in turn, beside other work (load average {first['load']}). "
+        f"seconds: median of {len(first['all_ms'])} steps, in turn; load average {first['load']}. "
         "On CPU the parts of a batch are unrolled."
     )
 
