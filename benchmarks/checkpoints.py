@@ -42,10 +42,9 @@ class Training:
         network, params, batch_stats = steps.as_functions(assembly.build_model(config, 10, jax.random.key(0)))
         optimizer, _ = assembly.build_optimizer(config, [1])
         self.state = steps.initial_state(params, batch_stats, optimizer)
-        shardings = meshes.of_state(self.state, mesh)
-        self.state = meshes.place(self.state, shardings)
+        self.state = meshes.place(self.state, meshes.of_state(self.state, mesh))
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
-        step = train.make_train_step(config, network, optimizer, shardings)
+        step = train.make_train_step(config, network, optimizer, mesh)
         self._step, self._number = jax.jit(step, donate_argnums=0), 0
         rng = np.random.default_rng(0)
         self._batch = {

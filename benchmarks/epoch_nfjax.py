@@ -34,10 +34,9 @@ class Training:
         ends = self.per_epoch * np.arange(1, EPOCHS + 1)
         optimizer, _ = assembly.build_optimizer(settings, ends)
         state = steps.initial_state(params, batch_stats, optimizer)
-        shardings = meshes.of_state(state, mesh)
-        self.state, self.step = meshes.place(state, shardings), 0
+        self.state, self.step = meshes.place(state, meshes.of_state(state, mesh)), 0
         feed = assembly.make_feed(settings, dataset, "train", mesh, None)
-        step = train.make_train_step(settings, network, optimizer, shardings)
+        step = train.make_train_step(settings, network, optimizer, mesh)
         votes = distributed.Votes(mesh, lambda: False)
         self.runner = train.Runner(settings, feed, step, jax.random.key(1), votes, len(split), int(ends[-1]))
         return machine()

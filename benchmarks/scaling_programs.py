@@ -78,7 +78,7 @@ def describe(config: ConfigDict, num_classes: int, examples: int) -> Training:
     state = jax.eval_shape(lambda *parts: steps.initial_state(*parts, optimizer), params, batch_stats)
     shardings = meshes.of_state(state, mesh)
     state = jax.tree.map(lambda leaf, sharding: shaped(leaf.shape, leaf.dtype, sharding), state, shardings)
-    step = train.make_train_step(config, network, optimizer, shardings)
+    step = train.make_train_step(config, network, optimizer, mesh)
     return Training(config, mesh, num_classes, examples, params, state, step)
 
 

@@ -45,7 +45,7 @@ class Checkpoints:
             create=not read_only,
         )
         self._check_metrics(read_only)
-        self._options = options
+        self._options, self._keep = options, keep
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _check_metrics(self, read_only: bool) -> None:
@@ -113,13 +113,14 @@ class Checkpoints:
     def restore_newest(self, template: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, as (step, pytree); None if none was ever saved.
 
-        A damaged one is moved to `damaged_checkpoints`, with a warning, and the one before it is tried.
+        A damaged one is moved to `damaged_checkpoints`, with a warning, and the one before it is tried. What a kill has
+        left of those that were being deleted is cleared away.
         Raises ValueError if there are checkpoints and none can be read.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return step, self.restore(template, step)
+                restored = self.restore(template, step)
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
                 reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
                 if not isinstance(error, DamagedError) and self._readable(step):
@@ -130,12 +131,21 @@ class Checkpoints:
                 # A manager that failed once reads nothing any more: orbax has settled on another layout.
                 self.manager.close()
                 self.manager = ocp.CheckpointManager(self.directory, options=self._options)
+            else:
+                self._prune()
+                return step, restored
         if steps or (self.directory.parent / "damaged_checkpoints").exists():
             raise ValueError(
                 f"none of the checkpoints of {self.directory.parent} can be read (they are in damaged_checkpoints); "
                 "start again with another --workdir"
             )
         return None
+
+    def _prune(self) -> None:
+        """Deletes what the next save would delete; a run that is complete saves no more."""
+        steps = self.steps()
+        for step in sorted(set(steps[: -self._keep]) - {self.manager.best_step()}):
+            self.manager.delete(step)
 
     def restore_untyped(self, step: int) -> Any:
         """The pytree saved at `step` as nested dicts of NumPy arrays, whose keys are strings."""

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
+from nfjax import mesh as meshes
 from nfjax import metrics
 
 State = dict[str, Any]  # {"params", "batch_stats", "opt", "step"}, plain dicts of arrays
@@ -41,9 +43,14 @@ class Network:
     eval_graph: nnx.GraphDef
     structures: tuple[Any, Any]  # of the NNX states of parameters and batch statistics
 
-    def train(self, params: Any, batch_stats: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-        """Logits [B, classes] and the updated batch statistics."""
+    def train(
+        self, params: Any, batch_stats: Any, images: jax.Array, axes: tuple[str, ...] | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Logits [B, classes] and the updated batch statistics. axes: of the mesh, inside of `jax.shard_map`: batch
+        norm then takes its statistics over the images of all of their devices.
+        """
         model = self.model(params, batch_stats)
+        model.set_attributes(nnx.BatchNorm, axis_name=axes, raise_if_not_found=False)
         logits = model(images)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
@@ -89,6 +96,7 @@ def make_train_step(
     label_smoothing: float,
     mix: Mix | None = None,
     accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> Step:
     """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`, and
     then `mix`, both given `fold_in(key, step)`. The loss is the mean over the examples whose mask is 1: one that could
@@ -99,41 +107,61 @@ def make_train_step(
     one. They are drawn and augmented together, so without batch norm this is the step of the whole batch; batch norm
     sees the parts.
 
+    mesh: of the devices over which the batch is divided, all there are if None. Each computes the gradient of its own
+    examples, from all parameters, and these gradients are added once per step: neither what is sent nor how it is
+    divided depends on the size of the batch.
+
     A step whose loss, gradient or update is not finite leaves the state as it was, and so does every later one, because
     a batch counts only if its "step" is the state's: nothing is trained on after a NaN, however many steps were already
     on their way to the device.
     """
+    mesh = meshes.make() if mesh is None else mesh
+    axes = tuple(axis for axis in meshes.AXES if mesh.shape[axis] > 1)  # XLA would call on others alone, too
 
     def loss_of(params: Any, batch_stats: Any, part: Examples, count: jax.Array) -> Any:
-        logits, batch_stats = network.train(params, batch_stats, part["image"])
+        logits, batch_stats = network.train(params, batch_stats, part["image"], axes or None)
         cross_entropy = functools.partial(metrics.cross_entropy, logits, smoothing=label_smoothing)
         losses = sum(weights * cross_entropy(labels) for labels, weights in part["targets"])
         sums = metrics.sums(losses, logits, part["label"], part["mask"])
         return (losses * part["mask"]).sum() / count, (batch_stats, sums)
 
-    def gradient(params: Any, batch_stats: Any, examples: Examples) -> tuple[Any, Any, jax.Array, Sums]:
-        """(gradient, batch statistics, loss, sums) of the examples."""
+    def gradient(params: Any, batch_stats: Any, examples: Examples, count: jax.Array) -> tuple[Any, Any]:
+        """((gradient, loss, sums), batch statistics) over all devices, each of which has its `examples`; `count` of all
+        are there.
+        """
         of_loss = jax.value_and_grad(loss_of, has_aux=True)
-        count = jnp.maximum(examples["mask"].sum(), 1)
+
+        def of_part(batch_stats: Any, part: Examples) -> tuple[Any, Any]:
+            (loss, (batch_stats, sums)), grads = of_loss(params, batch_stats, part, count)
+            return (grads, loss, sums), batch_stats
+
         if accumulate == 1:
-            (loss, (batch_stats, sums)), grads = of_loss(params, batch_stats, examples, count)
-            return grads, batch_stats, loss, sums
-        # Every part takes every n-th example, and with them as many from each device.
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), examples)
+            own, batch_stats = of_part(batch_stats, examples)
+        else:
+            # Every part takes every n-th example of the batch, however many devices there are.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), examples)
 
-        def add(carry: Any, i: jax.Array) -> tuple[Any, None]:
-            part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), parts)
-            grads, batch_stats, loss, sums = carry
-            (more_loss, (batch_stats, more_sums)), more_grads = of_loss(params, batch_stats, part, count)
-            grads, loss, sums = jax.tree.map(jnp.add, (grads, loss, sums), (more_grads, more_loss, more_sums))
-            return (grads, batch_stats, loss, sums), None
+            def add(carry: Any, i: jax.Array) -> tuple[Any, None]:
+                own, batch_stats = carry
+                part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), parts)
+                more, batch_stats = of_part(batch_stats, part)
+                return (jax.tree.map(jnp.add, own, more), batch_stats), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
-        # On CPU, XLA runs convolutions inside a loop many times slower than outside.
-        unroll = accumulate if jax.default_backend() == "cpu" else 1
-        start = (zeros, batch_stats, jnp.float32(0), sums)
-        return jax.lax.scan(add, start, jnp.arange(accumulate), unroll=unroll)[0]
+            sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
+            start = ((jax.tree.map(jnp.zeros_like, params), jnp.float32(0), sums), batch_stats)
+            # On CPU, XLA runs convolutions inside a loop many times slower than outside.
+            unroll = accumulate if jax.default_backend() == "cpu" else 1
+            (own, batch_stats), _ = jax.lax.scan(add, start, jnp.arange(accumulate), unroll=unroll)
+        return jax.lax.psum(own, axes), batch_stats
+
+    everywhere, divided = PartitionSpec(), PartitionSpec(meshes.AXES)
+    gradient = jax.shard_map(
+        gradient,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, divided, everywhere),
+        out_specs=everywhere,
+        check_vma=False,  # checked, the gradients of each part would be added over the devices at once
+    )
 
     def train_step(state: State, batch: Batch) -> tuple[State, Sums]:
         step_key, labels, mask = jax.random.fold_in(key, state["step"]), batch["label"], batch["mask"]
@@ -144,7 +172,8 @@ def make_train_step(
             targets = [(labels, weight), (labels[partner], 1 - weight)]
             labels = jnp.where(weight >= 0.5, labels, labels[partner])
         examples = {"image": images, "targets": targets, "label": labels, "mask": mask}
-        grads, batch_stats, loss, sums = gradient(state["params"], state["batch_stats"], examples)
+        count = jnp.maximum(mask.sum(), 1)
+        (grads, loss, sums), batch_stats = gradient(state["params"], state["batch_stats"], examples, count)
         grad_norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         new = {

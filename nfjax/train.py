@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nfjax import assembly, checkpoint, data, distributed, footprint, metrics, mirror, report, spp, steps
@@ -97,8 +98,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
     optimizer, schedule = assembly.build_optimizer(config, progress.epoch_ends)
     state = steps.initial_state(params, batch_stats, optimizer)
-    shardings = meshes.of_state(state, mesh)
-    state = meshes.place(state, shardings)
+    state = meshes.place(state, meshes.of_state(state, mesh))
     del model, params, batch_stats
 
     checkpoints = checkpoint.Checkpoints(mirror.location(folder), config.checkpoint.keep)
@@ -115,7 +115,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     votes = distributed.Votes(mesh, lambda: interrupts.pending is not None)
     train_feed = assembly.make_feed(config, dataset, "train", mesh, folder)
     test_feed = assembly.make_feed(config, dataset, "test", mesh, folder)
-    train_step = make_train_step(config, network, optimizer, shardings)
+    train_step = make_train_step(config, network, optimizer, mesh)
     runner = Runner(config, train_feed, train_step, augment_key, votes, size, progress.total)
     evaluate = make_evaluation(config, test_feed, network, len(dataset.test))
     measure_signal = make_signal_measurement(config, dataset.train, network)
@@ -195,7 +195,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def make_train_step(
-    config: ConfigDict, network: steps.Network, optimizer: optax.GradientTransformation, shardings: Any
+    config: ConfigDict, network: steps.Network, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> steps.Step:
     """The training step of a config, which leaves the state where it was and counts the votes in its batch.
 
@@ -207,11 +207,11 @@ def make_train_step(
 
     def counted(state: State, batch: steps.Batch) -> tuple[State, Sums]:
         key = jax.random.wrap_key_data(batch["key"])
-        step = steps.make_train_step(network, optimizer, preprocess, key, smoothing, mix, parts)
+        step = steps.make_train_step(network, optimizer, preprocess, key, smoothing, mix, parts, mesh)
         state, sums = step(state, batch)
         if "votes" in batch:
             sums["votes"] = batch["votes"].sum(dtype=jnp.int32)
-        return jax.lax.with_sharding_constraint(state, shardings), sums
+        return jax.lax.with_sharding_constraint(state, meshes.of_state(state, mesh)), sums
 
     return counted
 

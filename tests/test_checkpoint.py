@@ -42,6 +42,17 @@ def test_newest_and_best_are_kept(tmp_path):
     reader.close()
 
 
+@pytest.mark.parametrize("gone", ["metrics", "metrics/metrics", "default", "_CHECKPOINT_METADATA", "*"])
+def test_what_is_left_of_a_half_deleted_checkpoint_is_cleared_away(tmp_path, gone):
+    saved(tmp_path, {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.6}, keep=3).close()
+    for path in list((tmp_path / checkpoint.FOLDER / "1").glob(gone)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+    assert checkpoints.restore_newest(checkpoint.template(tree(0.0)))[0] == 4
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()) == ["2", "3", "4"]
+
+
 def test_nothing_saved(tmp_path):
     checkpoints = saved(tmp_path, {})
     assert checkpoints.restore_newest(checkpoint.template(tree(0.0))) is None

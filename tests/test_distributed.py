@@ -81,12 +81,14 @@ def configs(tmp_path_factory):
                 noise = rng.integers(0, 128, (10 + i % 7, 12 + i % 5, 3)) + 120 * label
                 Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i:03d}.jpg")
     made = {}
-    for name, norm, streamed in (("memory", None, False), ("norm", "batch", False), ("streamed", None, True)):
+    kinds = (("memory", None, False), ("norm", "batch", False), ("parts", "batch", False), ("streamed", None, True))
+    for name, norm, streamed in kinds:
         config = base.base()
         config.epochs, config.batch_size, config.log.every_steps = 1, 16, 1
         config.model.depth, config.model.width, config.model.norm = 6, 4, norm
         config.data.source, config.data.dir, config.data.image_size = "folder", str(images), 8
         config.augment.crop_padding, config.augment.rand_operations = 1, int(name == "memory")
+        config.train.accumulate_steps = 2 if name == "parts" else 1
         if streamed:
             config.data.keep, config.data.workers = "disk", 1
             config.augment.resized_crop_scale = (0.3, 1.0)
@@ -101,7 +103,7 @@ def one(configs, tmp_path_factory):
 
 
 # Relative to the largest number of each array, after one epoch in float32; batch norm divides by a standard deviation.
-BOUNDS = {"memory": 5e-6, "streamed": 5e-6, "norm": 2e-5, "divided": 5e-6}
+BOUNDS = {"memory": 5e-6, "streamed": 5e-6, "norm": 2e-5, "parts": 2e-5, "divided": 5e-6}
 
 
 def check_equal(many, one):
@@ -111,7 +113,10 @@ def check_equal(many, one):
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_several_devices_train_as_one(configs, one, tmp_path, devices):
-    chosen = configs if devices == 2 else {name: configs[name] for name in ("memory", "norm")}
+    chosen = configs if devices == 2 else {name: configs[name] for name in ("memory", "norm", "parts")}
+    if devices == 4:
+        chosen["parts"] = chosen["parts"].copy_and_resolve_references()
+        chosen["parts"].train.state_shards = 2
     check_equal(train_on(chosen, tmp_path / "many", devices), one)
 
 
