@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import speed_case
 import turns
-from flax import nnx
+from ml_collections import ConfigDict
 
-from nfjax import assembly, augment, cost, footprint, optim, resnet, steps
+from nfjax import assembly, augment, cost, footprint, optim, steps
+from nfjax import config as configs
+from nfjax import mesh as meshes
 
 
 class Training:
@@ -24,24 +26,27 @@ class Training:
         """Builds, compiles, writes the parameters drawn to their file, and takes steps to warm up."""
         start = time.perf_counter()
         case = speed_case.Training(**request)
-        settings = {"norm": case.norm, "num_classes": case.classes, "stem": case.stem, "width": case.width}
-        settings |= {"image_size": case.image, "dtype": assembly.DTYPES[case.dtype]}
-        model = resnet.PreActResNet(case.depth, case.residual, **settings, rngs=nnx.Rngs(0))
+        config = case_config(case)
+        model = assembly.build_model(config, case.classes, jax.random.key(0))
         macs = cost.count(model, (1, case.image, case.image, 3)).macs
         network, params, batch_stats = steps.as_functions(model)
         if not os.path.exists(case.parameters):
             named = jax.tree_util.tree_flatten_with_path(params)[0]
             np.savez(case.parameters, **{".".join(str(key.key) for key in path): leaf for path, leaf in named})
         optimizer = optim.sgd(lambda step: jnp.float32(0.01), momentum=0.9)
-        self.state = jax.device_put(steps.initial_state(params, batch_stats, optimizer))
-        mask = np.ones(case.batch, np.float32)
-        self.batch = jax.device_put(examples(case.batch, case.image, case.classes) | {"mask": mask})
+        mesh = meshes.make()
+        state = steps.initial_state(params, batch_stats, optimizer)
+        self.state = meshes.place(state, meshes.of_state(state, mesh))
+        batch = examples(case.batch, case.image, case.classes) | {"mask": np.ones(case.batch, np.float32)}
+        self.batch = meshes.place(batch, meshes.by_batch(mesh))
         step = steps.make_train_step(
             network,
             optimizer,
             lambda key, images: augment.normalize(images, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
             jax.random.key(0),
             label_smoothing=0.0,
+            accumulate=assembly.count_parts(config),
+            mesh=mesh,
         )
 
         def numbered(state: steps.State, batch: steps.Batch) -> tuple[steps.State, steps.Sums]:
@@ -74,6 +79,15 @@ class Training:
         # On an accelerator the allocator's peak would be that of compiling, where convolutions are tried out.
         peak = turns.peak() if jax.default_backend() == "cpu" else footprint.of(self.step)
         return {"losses": [float(loss) for loss in self.losses], "peak_bytes": peak}
+
+
+def case_config(case: speed_case.Training) -> ConfigDict:
+    """The config that trains this case."""
+    config = configs.imagenet() if case.stem == "imagenet" else configs.cifar()
+    config.batch_size, config.data.image_size = case.batch, case.image
+    model = {"depth": case.depth, "residual": case.residual, "norm": case.norm}
+    config.model.update(model | {"width": case.width, "dtype": case.dtype})
+    return config
 
 
 def examples(batch: int, image: int, classes: int) -> dict[str, np.ndarray]:

@@ -27,6 +27,10 @@ from nfjax.steps import Mix
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 KEEP = ("device", "host", "disk")
 Feed = feeds.OnDevice | feeds.FromHost
+# Bytes of an activation of the first stage for which a CPU's caches suffice, and parts of a batch that still pay, by
+# benchmarks/tried.md.
+CACHED = 8 * 2**20
+CPU_PARTS = (1, 2, 4)
 
 
 def check(config: ConfigDict) -> None:
@@ -34,12 +38,13 @@ def check(config: ConfigDict) -> None:
     counts = ("batch_size", "epochs", "log.every_steps", "checkpoint.every_epochs", "checkpoint.every_steps")
     for name in (*counts, "checkpoint.keep", "train.accumulate_steps"):
         value = functools.reduce(getattr, name.split("."), config)
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be positive")
-    parts = jax.device_count() * config.train.accumulate_steps
+    accumulate = config.train.accumulate_steps or 1
+    parts = jax.device_count() * accumulate
     if config.batch_size % parts:
         near = max(config.batch_size // parts, 1) * parts
-        accumulated = f" in {config.train.accumulate_steps} parts" if config.train.accumulate_steps > 1 else ""
+        accumulated = f" in {accumulate} parts" if accumulate > 1 else ""
         raise ValueError(
             f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices{accumulated}; choose "
             f"a multiple, such as --config.batch_size={near}"
@@ -119,6 +124,22 @@ def check(config: ConfigDict) -> None:
     nnx.eval_shape(lambda: build_model(config, num_classes=2, key=jax.random.key(0)))
     build_optimizer(config, epoch_ends=[1])
     data.loader(config.data.source)
+
+
+def count_parts(config: ConfigDict) -> int:
+    """In how many parts a step computes its batch: as the config says, else 1, or on CPU as many as let a part stay in
+    the caches. Not with batch norm, whose statistics are those of a part.
+    """
+    if config.train.accumulate_steps is not None:
+        return config.train.accumulate_steps
+    if jax.default_backend() != "cpu" or config.model.norm not in (None, "none"):
+        return 1
+    batch = config.batch_size // jax.device_count()
+    side = config.data.image_size // (4 if config.model.stem == "imagenet" else 1)
+    features = config.model.width * resnet.STAGES[config.model.depth][0].expansion
+    activation = batch * side**2 * features * jnp.dtype(DTYPES[config.model.dtype]).itemsize
+    dividing = [n for n in CPU_PARTS if batch % n == 0]
+    return next((n for n in dividing if activation / n <= CACHED), dividing[-1])
 
 
 def build_model(config: ConfigDict, num_classes: int, key: jax.Array) -> nnx.Module:

@@ -203,7 +203,7 @@ def make_train_step(
     compiled once.
     """
     preprocess, mix = assembly.preprocessing(config, train=True), assembly.mixing(config)
-    smoothing, parts = config.optim.label_smoothing, config.train.accumulate_steps
+    smoothing, parts = config.optim.label_smoothing, assembly.count_parts(config)
 
     def counted(state: State, batch: steps.Batch) -> tuple[State, Sums]:
         key = jax.random.wrap_key_data(batch["key"])
