@@ -38,13 +38,12 @@ def check(config: ConfigDict) -> None:
     counts = ("batch_size", "epochs", "log.every_steps", "checkpoint.every_epochs", "checkpoint.every_steps")
     for name in (*counts, "checkpoint.keep", "train.accumulate_steps"):
         value = functools.reduce(getattr, name.split("."), config)
-        if value is not None and value < 1:
+        if value < 1:
             raise ValueError(f"{name}={value} must be positive")
-    accumulate = config.train.accumulate_steps or 1
-    parts = jax.device_count() * accumulate
+    parts = jax.device_count() * config.train.accumulate_steps
     if config.batch_size % parts:
         near = max(config.batch_size // parts, 1) * parts
-        accumulated = f" in {accumulate} parts" if accumulate > 1 else ""
+        accumulated = f" in {config.train.accumulate_steps} parts" if config.train.accumulate_steps > 1 else ""
         raise ValueError(
             f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices{accumulated}; choose "
             f"a multiple, such as --config.batch_size={near}"
@@ -127,13 +126,12 @@ def check(config: ConfigDict) -> None:
 
 
 def count_parts(config: ConfigDict) -> int:
-    """In how many parts a step computes its batch: as the config says, else 1, or on CPU as many as let a part stay in
-    the caches. Not with batch norm, whose statistics are those of a part.
+    """In how many parts a step computes its batch: as many as the config says, but on CPU more than one where that lets
+    a part stay in the caches. Not with batch norm, whose statistics are those of a part.
     """
-    if config.train.accumulate_steps is not None:
-        return config.train.accumulate_steps
-    if jax.default_backend() != "cpu" or config.model.norm not in (None, "none"):
-        return 1
+    given = config.train.accumulate_steps
+    if given > 1 or jax.default_backend() != "cpu" or config.model.norm not in (None, "none"):
+        return given
     batch = config.batch_size // jax.device_count()
     side = config.data.image_size // (4 if config.model.stem == "imagenet" else 1)
     features = config.model.width * resnet.STAGES[config.model.depth][0].expansion

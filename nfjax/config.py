@@ -91,9 +91,9 @@ def base() -> ConfigDict:
     config.steps_per_dispatch = config_dict.placeholder(int)
 
     config.train = ConfigDict()
-    # Parts of a batch that are computed one after the other: the gradient of the whole, in the memory of one. None: 1
-    # on an accelerator and with batch norm, and on CPU up to 4, whichever let a part stay in its caches. Ours.
-    config.train.accumulate_steps = config_dict.placeholder(int)
+    # Parts of a batch that are computed one after the other: the gradient of the whole, in the memory of one. On CPU,
+    # without batch norm, 1 becomes up to 4 where a part then stays in the caches. Ours.
+    config.train.accumulate_steps = 1
     # Devices over which parameters and optimizer state are divided, 1 for a copy on each of them; ours.
     config.train.state_shards = 1
 

@@ -223,7 +223,7 @@ def test_on_cpu_a_batch_is_computed_in_parts_that_fit_its_caches(monkeypatch):
     assert parts(configs.cifar(), batch_size=90) == 2  # which 4 does not divide
     assert parts(configs.imagenet(), batch_size=100) == 4
     assert parts(configs.cifar(), batch_size=128, model__norm="batch") == 1
-    assert parts(configs.cifar(), batch_size=128, train__accumulate_steps=1) == 1
+    assert parts(configs.cifar(), batch_size=128, train__accumulate_steps=2) == 2
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert parts(configs.cifar(), batch_size=128) == 1
 
