@@ -113,21 +113,51 @@ def check_equal(many, one):
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_several_devices_train_as_one(configs, one, tmp_path, devices):
-    chosen = configs if devices == 2 else {name: configs[name] for name in ("memory", "norm", "parts")}
-    if devices == 4:
-        chosen["parts"] = chosen["parts"].copy_and_resolve_references()
-        chosen["parts"].train.state_shards = 2
+    chosen = {name: configs[name] for name in ("memory", "norm", "streamed" if devices == 2 else "parts")}
     check_equal(train_on(chosen, tmp_path / "many", devices), one)
 
 
 def test_eight_devices_with_the_state_on_each_of_them_and_divided(configs, one, tmp_path):
     divided = configs["memory"].copy_and_resolve_references()
     divided.train.state_shards = 4
-    check_equal(train_on(configs | {"divided": divided}, tmp_path / "many", 8), one)
+    chosen = {name: configs[name] for name in ("memory", "norm", "streamed")}
+    check_equal(train_on(chosen | {"divided": divided}, tmp_path / "many", 8), one)
+
+
+# What a step of two parts on four devices adds up between them.
+SENT = """
+import math, re, jax, jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from nfjax import mesh, resnet, steps
+
+resnet.STAGES[6] = (resnet.BasicBlock, (1, 1))
+model = resnet.PreActResNet(6, "convshort", width=4, num_classes=3, rngs=nnx.Rngs(0))
+network, params, batch_stats = steps.as_functions(model)
+devices = mesh.make()
+preprocess = lambda key, images: images.astype(jnp.float32)
+step = steps.make_train_step(network, optax.sgd(0.1), preprocess, jax.random.key(0), 0.0, None, 2, devices)
+batch = {"image": np.zeros((16, 8, 8, 3), np.uint8), "label": np.zeros(16, np.int32), "mask": np.ones(16, np.float32)}
+batch = mesh.place(batch, mesh.by_batch(devices)) | {"step": np.int32(0)}
+state = steps.initial_state(params, batch_stats, optax.sgd(0.1))
+program = jax.jit(step).lower(mesh.place(state, mesh.replicated(devices)), batch).compile().as_text()
+results = re.findall(r"= (.*) all-reduce(?:-start)?\\(", program)
+shapes = re.findall(r"f32\\[([\\d,]*)\\]", str(results))
+sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
+print(jax.device_count(), sum(sizes) - sum(leaf.size for leaf in jax.tree.leaves(params)))
+others = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+assert not any(f" {name}(" in program for name in others)
+"""
+
+
+def test_gradients_cross_once_per_step_however_many_parts_it_has():
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", SENT], env=environment, capture_output=True, text=True)
+    # Besides the gradients: the loss, what it sums up to, correct answers and examples, and how many are there.
+    assert run.stdout.split() == ["4", "5"], run.stdout + run.stderr
 
 
 def test_two_processes_train_as_one(configs, one, tmp_path):
-    many = train_on(configs, tmp_path / "many", processes=2)
+    many = train_on({name: configs[name] for name in ("memory", "norm", "streamed")}, tmp_path / "many", processes=2)
     check_equal(many, one)
     for workdir in many.values():  # what is written once is written once
         assert len((workdir / "versions.json").read_text().split('"started"')) == 2
