@@ -29,7 +29,7 @@ KEEP = ("device", "host", "disk")
 Feed = feeds.OnDevice | feeds.FromHost
 # Bytes of an activation of the first stage for which a CPU's caches suffice, and parts of a batch that still pay, by
 # benchmarks/tried.md.
-CACHED = 8 * 2**20
+CACHED = 4 * 2**20
 CPU_PARTS = (1, 2, 4)
 
 

@@ -216,7 +216,8 @@ def test_on_cpu_a_batch_is_computed_in_parts_that_fit_its_caches(monkeypatch):
         config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
         return assembly.count_parts(config)
 
-    assert parts(configs.cifar(), batch_size=32) == 1  # 32 x 32 x 32 x 64 numbers of 4 bytes are 8 MiB
+    assert parts(configs.cifar(), batch_size=16) == 1  # 16 x 32 x 32 x 64 numbers of 4 bytes are 4 MiB
+    assert parts(configs.cifar(), batch_size=32) == 2
     assert parts(configs.cifar(), batch_size=128) == 4
     assert parts(configs.cifar(), batch_size=128, model__width=8) == 1
     assert parts(configs.cifar(), batch_size=32, model__depth=50) == 4  # four times the features
