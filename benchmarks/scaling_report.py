@@ -145,9 +145,8 @@ def variant_section(records: Records, of: dict[str, Records]) -> str:
         f"{first['network']}, {first['data']} shapes, {first['devices']} devices, images from the host unless said "
         f"otherwise; megabytes that each device sends, global batch {BATCHES[-1]}. An array counts as a kernel's "
         "gradient if it is all-reduced and has two axes or more. The CPU's compiler makes no reduce-scatter, and "
-        "reduces in float32 what it is given in bfloat16. With state_shards=2 the gradients are summed over two "
-        "devices and then by halves over four: 1.5 times the numbers, the bytes of once. In a loop is how accelerators "
-        "accumulate, compiled here for the CPU."
+        "reduces in float32 what it is given in bfloat16. Where the state is divided, the parameters are gathered "
+        "before a step. In a loop is how accelerators accumulate, compiled here for the CPU."
     )
 
 

@@ -131,14 +131,14 @@ def _goals(records: list[dict[str, Any]]) -> list[str]:
     """What was aimed at, and what came out."""
     if _is_cpu(records[0]):
         least = [
-            (ours / theirs, named(record["case"]))
+            (ours / theirs, f"{named(record['case'])}, batch {record['case']['batch']}")
             for record in records
             if (ours := rate(record, "nfjax")) and (theirs := rate(record, "eager"))
         ]
         if not least:
             return []
         below = [f"{name} ({ratio:.2f})" for ratio, name in least if ratio < 1]
-        missed = f"not on {', '.join(below)}" if below else "so it is on every network"
+        missed = f"not on {'; '.join(below)}" if below else "so it is on every network"
         return [f"Aimed at: at least as fast as PyTorch, channels last, not compiled; {missed}."]
     compiled = ("compile", "autotune")
     best: dict[str, dict[str, float]] = {}
