@@ -275,7 +275,7 @@ def quadratic_step():
     """A train step over one parameter, without a network: loss = (w - image mean)^2 per example."""
 
     class Line:
-        def train(self, params, batch_stats, images):
+        def train(self, params, batch_stats, images, axes):
             return params["w"] * images.mean((1, 2)), batch_stats
 
     return steps.make_train_step(
