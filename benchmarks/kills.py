@@ -138,7 +138,10 @@ def main() -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     wanted = {name: EPOCHS[name] for name in arguments.settings.split(",")}
-    records = []
+    out = pathlib.Path(arguments.out)
+    path = out / "kills.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    known = {record["setting"]: record for record in map(json.loads, lines)}  # other settings keep theirs
     for name, setting in settings(folder / "images", wanted).items():
         rng = random.Random(f"{arguments.seed} {name}")
         below = folder / name
@@ -158,10 +161,10 @@ def main() -> None:
             record["differences_to_one_process_with_as_many_devices"] = differences(below / "whole", many)
         record |= {"seed": arguments.seed, "cores": os.cpu_count()}
         record["versions"] = {x: importlib.metadata.version(x) for x in ("jax", "flax", "orbax-checkpoint")}
-        records.append(record)
+        known[record["setting"]] = record
         print(row(record), flush=True)
-        write(pathlib.Path(arguments.out), records)
-    if any(record["differences"] or record["leftover_processes"] for record in records):
+        write(out, list(known.values()))
+    if any(record["differences"] or record["leftover_processes"] for record in known.values()):
         sys.exit(f"runs differ or leave processes behind; everything is kept in {folder}")
     shutil.rmtree(folder)
 

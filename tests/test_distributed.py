@@ -113,8 +113,7 @@ def check_equal(many, one):
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_several_devices_train_as_one(configs, one, tmp_path, devices):
-    names = ("memory", "norm", "streamed") if devices == 2 else ("memory", "parts")  # with batch norm as well
-    chosen = {name: configs[name] for name in names}
+    chosen = {name: configs[name] for name in ("memory", "norm", "streamed" if devices == 2 else "parts")}
     check_equal(train_on(chosen, tmp_path / "many", devices), one)
 
 
