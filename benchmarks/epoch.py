@@ -116,15 +116,17 @@ def seconds(record: dict[str, Any], side: str) -> float | None:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    head = ["network", "device", "batch, precision", "images", *(f"{title}, s" for title in SIDES.values())]
+    texts = ["network", "device", "PyTorch", "batch, precision"]
+    head = [*texts, "images", *(f"{title}, s" for title in SIDES.values())]
     head += [f"{title} / nfjax" for name, title in SIDES.items() if name != "nfjax"]
-    lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
+    lines = [head, ["---"] * len(texts) + ["---:"] * (len(head) - len(texts))]
     for record in records:
         first = next(iter(record["sides"].values()))
         device = f"{record['cores']} CPU cores" if first["device"] == "cpu" else first["device"]
         width = "" if record["width"] == 64 else f", width {record['width']}"
         times = {name: seconds(record, name) for name in SIDES}
-        cells = [f"ResNet-{record['depth']} {record['network']}{width}", device]
+        mode = "torch.compile" if record["torch_mode"] == "compile" else record["torch_mode"]
+        cells = [f"ResNet-{record['depth']} {record['network']}{width}", device, mode]
         cells += [f"{record['batch']}, {record['dtype']}", f"{record['examples']:,}"]
         cells += [f"{time:.1f}" if time else "" for time in times.values()]
         ours = times.pop("nfjax")
@@ -135,7 +137,7 @@ def table(records: list[dict[str, Any]]) -> str:
     versions = ", ".join(dict.fromkeys(side["version"] for side in last["sides"].values()))
     first = "; ".join(f"{SIDES[name]} {side['epochs'][0]['seconds']:.1f}" for name, side in last["sides"].items())
     note = (
-        f"Seconds of an epoch, the median after the first; PyTorch {last['torch_mode']}, channels last, "
+        f"Seconds of an epoch, the median after the first; PyTorch channels last, "
         f"{last['workers']} workers; {versions}. The first epoch of the last row, with compilation: {first}. "
         "RandAugment of PyTorch on the device treats all images of a batch alike."
     )
