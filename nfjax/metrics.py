@@ -112,26 +112,25 @@ def plot_curves(records: Iterable[Mapping[str, Any]], title: str) -> Figure:
     """Loss and accuracy of training and test by epoch, from the "epoch" records."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [record for record in records if record["kind"] == "epoch"]
     x = [record["epoch"] for record in epochs]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
+    marker = "o" if len(epochs) < 30 else ""  # a line through one epoch would not be seen
     # Okabe and Ito's colour-blind-safe orange and blue.
     for split, colour, style in (("train", "#E69F00", "--"), ("test", "#0072B2", "-")):
-        left.plot(x, [record[f"{split}_loss"] for record in epochs], color=colour, linestyle=style, label=split)
+        look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 3}
+        left.plot(x, [record[f"{split}_loss"] for record in epochs], **look, label=split)
         accuracies = [100 * record[f"{split}_accuracy"] for record in epochs]
-        right.plot(
-            x,
-            accuracies,
-            color=colour,
-            linestyle=style,
-            label=f"{split}, {accuracies[-1]:.2f} % at the end" if epochs else split,
-        )
+        end = f", {accuracies[-1]:.2f} % at the end" if epochs else ""
+        right.plot(x, accuracies, **look, label=split + end)
     left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(_lower_limit(epochs), 100.5))
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

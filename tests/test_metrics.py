@@ -52,6 +52,15 @@ def test_plot_shows_both_splits():
     assert [text.get_text() for text in accuracy.get_legend().get_texts()][1] == "test, 70.00 % at the end"
 
 
+def test_plot_of_one_epoch_shows_a_point_at_it():
+    record = {"kind": "epoch", "epoch": 1, "train_loss": 1.0, "test_loss": 1.1, "train_accuracy": 0.5}
+    figure = metrics.plot_curves([record | {"test_accuracy": 0.4}], "a run")
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+        assert all(line.get_marker() == "o" for line in axes.lines)
+
+
 def test_reading_a_workdir_without_metrics(tmp_path):
     assert metrics.read(tmp_path) == []
 

@@ -134,7 +134,7 @@ class TrainingFigure:
                     axes.axhline(100 * value, color="black", linestyle="--", linewidth=1, label=name)
                 axes.set(xlabel="epoch", ylabel=f"{'training' if split == 'train' else split} accuracy (%)")
                 axes.set_title(f"ResNet-{depth}", fontsize=10)
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
                 axes.grid(alpha=0.3)
                 axes.spines[["top", "right"]].set_visible(False)
             row[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
