@@ -36,7 +36,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         is_traceback = any(line.startswith("Traceback") for line in lines)
         raise ValueError(lines[-1] if is_traceback else " ".join(lines)) from error
     for path in emptied if values["config"].value is not None else ():
-        _set_none(values["config"].value, path)
+        set_none(values["config"].value, path)
     return rest
 
 
@@ -44,7 +44,8 @@ def _is_none(argument: str) -> bool:
     return argument.startswith("--config.") and argument.partition("=")[2].lower() == "none"
 
 
-def _set_none(config: ConfigDict, path: str) -> None:
+def set_none(config: ConfigDict, path: str) -> None:
+    """Raises ValueError where `path` is no field, or none that may be None."""
     check_known(config, path)
     *above, name = path.split(".")
     node, default = config, base.base()

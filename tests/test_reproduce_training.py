@@ -10,11 +10,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 
 from nfjax import data, reproduce, resnet, train
 from nfjax.data.contents import contents
 from nfjax.reproduce import __main__ as command
-from nfjax.reproduce import grids, records, runs, training
+from nfjax.reproduce import claims, grids, records, runs, training
 from nfjax.reproduce.claims import CLAIMS, claims_table
 from nfjax.reproduce.curves import CURVES
 from nfjax.reproduce.grids import BASELINE, BROCK, CONVSHORT, SCHEMES, Cell, Grid
@@ -33,8 +34,13 @@ def made(curve, accuracies, depth=18, seed=0, dataset="CIFAR-10", diverged=None,
     changes = {"epochs": len(accuracies), **{name.replace("__", "."): value for name, value in changes.items()}}
     request = runs.Request(out=None, changes=changes)
     config = runs.make_config(dataset, Cell(depth, curve, ""), seed, request)
-    epochs = {name: list(accuracies) for name in runs.PER_EPOCH}
-    about = {"data": "images", "fingerprint": "f00d", "images": (500, 100), "classes": runs.BASES[dataset][1]}
+    epochs = {name: list(accuracies) for name in records.PER_EPOCH}
+    about = {
+        "data": "images",
+        "fingerprint": "f00d",
+        "images": (50_000, 10_000),
+        "classes": runs.BASES[dataset].classes,
+    }
     settings = runs.workdirs.essence(config)
     return records.Record(dataset, **about, curve=curve, settings=settings, epochs=epochs, diverged=diverged,
                           seconds=60.0, starts=[START])  # fmt: skip
@@ -107,10 +113,35 @@ def test_a_line_that_a_crash_cut_short_is_left_out_and_ended(tmp_path):
     assert [record.seconds for record in records.read(tmp_path)] == [60.0, 1.0]
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / records.FILE).write_text("{}\n")
+@pytest.mark.parametrize("damage", [b"{}\n", b"\xff\n{}\n", b"[1]\n", b"7"])
+def test_a_damaged_line_is_named(tmp_path, damage):
+    (tmp_path / records.FILE).write_bytes(damage)
     with pytest.raises(ValueError, match=r"training.jsonl, line 1 is not the record of a run"):
         records.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": None}, "epochs and settings must be objects"),
+        ({"epochs": {"test_accuracy": [0.5]}}, "epochs must have train_loss"),
+        ({"epochs": {name: [] for name in records.PER_EPOCH}}, "it has no epoch, and did not diverge"),
+        ({"settings": {}}, "settings lack epochs, model.depth"),
+    ],
+)
+def test_a_record_that_says_nothing_is_named(tmp_path, changes, message):
+    line = json.dumps(dataclasses.asdict(made(BASELINE, [0.5])) | changes)
+    (tmp_path / records.FILE).write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=f"line 1 is not the record of a run .*{message}"):
+        records.read(tmp_path)
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path):
+    write(tmp_path, made(BASELINE, [0.5]))
+    path = tmp_path / records.FILE
+    path.write_text(path.read_text().rstrip())  # as an editor may leave it
+    write(tmp_path, made(CONVSHORT, [0.6]))
+    assert [record.curve for record in records.read(tmp_path)] == [BASELINE, CONVSHORT]
 
 
 def test_only_runs_on_equal_terms_are_grouped():
@@ -197,7 +228,7 @@ def test_a_partial_grid_shows_what_is_there_and_tells_what_is_missing(tmp_path):
     note = figure.table().note
     assert "not as in the configs: epochs 2." in note
     assert "1 x cpu" in note
-    assert "fingerprint f00d: 500 training and 100 test images" in note
+    assert "fingerprint f00d: 50,000 training and 10,000 test images" in note
     assert f"Missing: seed 1 of ResNet-18 {CONVSHORT}; ResNet-18 ConvShort, Brock; ResNet-18 IdShort, Brock. " in note
     assert "seed 0, 1 of ResNet-18 IdShort, He fan-out; ResNet-18 LearnScalar, He fan-out; " in note
     written = figure.write(tmp_path / "figure7")
@@ -227,10 +258,21 @@ def test_ablations_are_drawn_with_the_settings_that_they_start_from(tmp_path):
     assert figure.write(tmp_path / "ablations")[0].name == "ablations_images_epochs2.md"
 
 
-def test_nothing_to_draw_tells_what_to_do(tmp_path):
-    write(tmp_path, made(BASELINE, [0.4, 0.6]))
-    with pytest.raises(ValueError, match=r"no run of Figure 7.* with these settings; train them with --data=DIR"):
+def test_nothing_to_draw_tells_what_to_do_and_what_is_there(tmp_path):
+    write(tmp_path, made(BASELINE, [0.4, 0.6]), made(CONVSHORT, [0.5], depth=50))
+    with pytest.raises(ValueError, match=r"no run of Figure 7.* with these settings; train them with --data=DIR") as no:
         figures(tmp_path, changes={"model.width": 8})
+    assert str(no.value).splitlines()[1:] == ["  images, not as in the configs: epochs 2"]
+    with pytest.raises(ValueError, match=r"with these settings on CIFAR10; train them"):
+        figures(tmp_path, data_name="CIFAR10")
+
+
+def test_names_that_would_share_a_file_are_refused(tiny_grid, monkeypatch, tmp_path):
+    known = made(CONVSHORT, [0.5], depth=TINY, model__width=2, data__image_size=8, data__share=0.25, batch_size=64,
+                 data__source="synthetic", augment__crop_padding=1, augment__rand_operations=0)  # fmt: skip
+    write(tmp_path, dataclasses.replace(known, data="Made up!"))
+    with pytest.raises(SystemExit, match=r"whose images are others .*: give these another name with --data-name"):
+        run(monkeypatch, "figure7", f"--out={tmp_path}", *TINY_FLAGS)
 
 
 # ---------------------------------------------------------------- claims
@@ -250,40 +292,98 @@ def three(curve, *values, depth=50):
 def test_what_was_not_measured_names_its_command(tmp_path):
     rows = claims_table(tmp_path).rows
     assert len(rows) == len(CLAIMS) == 18
-    assert {row[2] for row in rows} == {"not measured yet"}
+    assert {row[3] for row in rows} == {"not measured yet"}
     assert {row[4] for row in rows} == {f"`python -m nfjax.reproduce {name} --data=DIR`" for name in grids.GRIDS}
+
+
+BATCH_NORM = (0.9, 0.901, 0.899)
 
 
 @pytest.mark.parametrize(
     ("values", "held"),
     [
         ((0.95, 0.951, 0.949), "yes"),
+        ((0.901, 0.902, 0.9), "yes"),  # a little above, and surely not a point below
         ((0.85, 0.851, 0.849), "no"),
         ((0.9, 0.93, 0.88), "undecided, points to yes"),
         ((0.9, 0.92, 0.87), "undecided, points to no"),
         ((0.99,), "undecided, points to yes"),
+        ((0.91, 0.89), "undecided, points to yes"),
     ],
 )
 def test_convshort_against_batch_norm(tmp_path, values, held):
-    many = [*three(BASELINE, 0.9, 0.901, 0.899), *three(CONVSHORT, *values)]
+    many = [*three(BASELINE, *BATCH_NORM), *three(CONVSHORT, *values)]
     found, numbers = judged(tmp_path, *many, claim="reaches or passes")
     assert found == held
     assert f"{BASELINE} 90.00 ± 0.10 % (3); {CONVSHORT} " in numbers
 
 
+def test_the_interval_is_welchs_when_test_images_are_many():
+    one, other = records.mean([0.91, 0.93, 0.95]), records.mean([0.90, 0.905])
+    expected = scipy.stats.ttest_ind([0.91, 0.93, 0.95], [0.90, 0.905], equal_var=False).confidence_interval(0.95)
+    half = claims._half_width(one, other, images=10**12)
+    assert one.mean - other.mean - half == pytest.approx(expected.low, rel=1e-4)
+    assert one.mean - other.mean + half == pytest.approx(expected.high, rel=1e-4)
+
+
+def test_the_interval_of_equal_seeds_is_that_of_the_test_images():
+    one, other = records.mean([0.9, 0.9]), records.mean([0.8, 0.8])
+    assert claims._half_width(one, other, 1000) == pytest.approx(1.96 * ((0.09 + 0.16) / 1000) ** 0.5, rel=1e-4)
+
+
 def test_the_other_schemes_stay_below(tmp_path):
-    many = [*three(BASELINE, 0.9, 0.901, 0.899), *three(SCHEMES[1], 0.8, 0.801, 0.799)]
-    assert judged(tmp_path, *many, claim="stay below")[0] == "yes"
-    assert judged(tmp_path, *three(SCHEMES[2], 0.95, 0.951, 0.949), claim="stay below")[0] == "1 of 2"
+    many = [*three(BASELINE, *BATCH_NORM), *three(SCHEMES[1], 0.8, 0.801, 0.799)]
+    assert judged(tmp_path, *many, claim="stay below")[0] == "yes (1 of 2 networks measured)"
+    assert judged(tmp_path, *three(SCHEMES[2], 0.95, 0.951, 0.949), claim="stay below")[0] == (
+        "IdShort yes; LearnScalar no"
+    )
 
 
 def test_which_networks_train(tmp_path):
     many = [*three(BASELINE, 0.9), *three(CONVSHORT, 0.9), *three(SCHEMES[1], 0.15)]
-    assert judged(tmp_path, *many, claim="Every proposed")[0] == "1 of 2 (2 of 3 measured)"
-    fails = made(BROCK[0], [0.1], depth=50, diverged="at step 3", epochs=2)
-    held, numbers = judged(tmp_path, fails, *three(BROCK[1], 0.1), *three(BROCK[2], 0.1), claim="Brock")
-    assert held == "yes"
-    assert "ConvShort, Brock 1 of 1 diverged; IdShort, Brock 10.00 % (1)" in numbers
+    assert judged(tmp_path, *many, claim="Every proposed")[0] == ("in 1 of 2 runs (2 of 3 networks measured, one seed)")
+
+
+def test_what_does_not_train_is_held_against_the_same_scheme_that_does(tmp_path):
+    many = [record for curve in (BASELINE, *SCHEMES) for record in three(curve, 0.9, 0.9)]
+    fails = [made(BROCK[0], [], depth=50, diverged="at step 0", epochs=2, seed=seed) for seed in (0, 1)]
+    held, numbers = judged(tmp_path, *many, *fails, *three(BROCK[1], 0.1, 0.12), claim="Brock")
+    assert held == "yes (2 of 3 networks measured)"
+    assert "ConvShort, Brock 2 of 2 diverged; IdShort, Brock 11.00" in numbers
+    assert judged(tmp_path, *three(BROCK[2], 0.1, 0.9), claim="Brock")[0] == "in 5 of 6 runs"
+
+
+def test_a_control_that_does_not_train_leaves_it_undecided(tmp_path):
+    many = [*three(BASELINE, 0.4), *three(CONVSHORT, 0.19), *three(BROCK[0], 0.19)]
+    assert judged(tmp_path, *many, claim="Brock")[0] == f"undecided: {CONVSHORT} does not train either"
+    slow = [*three(BASELINE, 0.1), *three(CONVSHORT, 0.4)]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for claim in ("reaches or passes", "more slowly"):
+        assert judged(elsewhere, *slow, claim=claim)[0].startswith("undecided: BatchNorm does not train")
+    assert judged(elsewhere, claim="Every proposed")[0] == f"undecided: {BASELINE} does not train either"
+
+
+def test_runs_that_diverged_leave_a_comparison_undecided(tmp_path):
+    many = [*three(BASELINE, *BATCH_NORM), *three(CONVSHORT, 0.95, 0.951)]
+    diverged = made(CONVSHORT, [0.3], depth=50, seed=2, diverged="at step 30", epochs=2)
+    held, numbers = judged(tmp_path, *many, diverged, claim="reaches or passes")
+    assert held == "undecided, points to yes"
+    assert numbers.endswith("95.05 ± 0.07 % (2), 1 of 3 diverged")
+    assert judged(tmp_path, claim="Every proposed")[0] == "in 2 of 3 runs (1 of 3 networks measured)"
+
+
+def test_at_18_layers_convshort_comes_second(tmp_path):
+    others = [record for curve in SCHEMES[1:] for record in three(curve, 0.7, 0.701, 0.699, depth=18)]
+    many = [*three(BASELINE, *BATCH_NORM, depth=18), *three(CONVSHORT, 0.8, 0.801, 0.799, depth=18), *others]
+    claim = "comes second"
+    assert judged(tmp_path, *many, claim=claim, depth=18)[0] == "yes (4 of 7 networks measured)"
+    assert judged(tmp_path, *three(BROCK[0], 0.85, 0.8, 0.79, depth=18), claim=claim, depth=18)[0] == (
+        "undecided, points to no (5 of 7 networks measured)"
+    )
+    assert judged(tmp_path, *three(BROCK[1], 0.85, 0.851, 0.849, depth=18), claim=claim, depth=18)[0] == (
+        "no (6 of 7 networks measured)"
+    )
 
 
 def test_the_committed_claims_are_those_of_the_committed_runs():
@@ -291,25 +391,28 @@ def test_the_committed_claims_are_those_of_the_committed_runs():
     assert (results / "claims.md").read_text() == claims_table(results).markdown()
 
 
-def test_nothing_follows_where_batch_norm_does_not_train_either(tmp_path):
-    many = [*three(BASELINE, 0.1), *three(CONVSHORT, 0.1), *three(BROCK[0], 0.1)]
-    assert judged(tmp_path, *many, claim="Brock")[0] == "undecided: BatchNorm does not train either"
-
-
-def test_the_papers_settings_are_not_marked(tmp_path):
+def test_the_papers_settings_and_images_are_not_marked(tmp_path):
     values = [0.5] * 200
-    write(tmp_path, made(BASELINE, values), made(CONVSHORT, values))
-    row = claims_table(tmp_path).rows[0]
-    assert row[2:4] == [
-        "images, the settings of the paper, and where it states none those of the configs",
-        "yes (1 of 3 measured)",
+    pair = [dataclasses.replace(made(curve, values), data="CIFAR-10") for curve in (BASELINE, CONVSHORT)]
+    write(tmp_path, *pair)
+    table = claims_table(tmp_path)
+    assert table.rows[0][2:4] == ["a", "yes (1 of 3 networks measured, one seed)"]
+    assert table.note.startswith(
+        "Runs a: CIFAR-10, 50,000 training and 10,000 test images; the settings of the paper, and where it states none "
+        "those of the configs. "
+    )
+    fewer = [dataclasses.replace(record, images=(20, 10), fingerprint="beef") for record in pair]
+    write(tmp_path, *fewer)
+    assert [row[2:4] for row in claims_table(tmp_path).rows[:2]] == [
+        ["a", "yes (1 of 3 networks measured, one seed)"],
+        ["b", "here: yes (1 of 3 networks measured, one seed)"],
     ]
 
 
 def test_a_slow_start(tmp_path):
     many = [*three(BASELINE, 0.9, 0.901, 0.899), *three(CONVSHORT, 0.95, 0.951, 0.949)]
     held, numbers = judged(tmp_path, *many, claim="more slowly")
-    assert held == "no"
+    assert held == "no (1 of 3 networks measured)"
     assert numbers.startswith(f"{BASELINE} 45.00 ± 0.05 % (3); {CONVSHORT} 47.50")
     assert numbers.endswith(" after epoch 1")
 
@@ -317,7 +420,9 @@ def test_a_slow_start(tmp_path):
 def test_imagenet_is_held_against_torchvision(tmp_path):
     write(tmp_path, made(CONVSHORT, [0.3, 0.7555], depth=50, dataset="ImageNet"))
     row = claims_table(tmp_path).rows[-1]
-    assert row[3:] == ["here: yes", f"{CONVSHORT} 75.55 % (1); torchvision 76.13 %"]
+    assert row[3:] == ["here: yes (one seed)", f"{CONVSHORT} 75.55 % (1); torchvision 76.13 %"]
+    write(tmp_path, made(CONVSHORT, [0.3], depth=50, dataset="ImageNet", seed=1, diverged="at step 9", epochs=2))
+    assert claims_table(tmp_path).rows[-1][3] == "here: undecided, points to yes"
 
 
 # ---------------------------------------------------------------- training, and the command
@@ -414,6 +519,17 @@ def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsy
         (["figure7", "--width=8"], "unknown argument '--width=8': settings are flags such as --config.model.width=8"),
         (["figure4", "--data=x", "--config.data.source=synthetic"], "10 classes, expected the 100 of CIFAR-100"),
         (["figure7"], "no run of Figure 7"),
+        (["figure7", "--sedes=2"], "unknown argument '--sedes=2': did you mean --seeds"),
+        (["figure7", "-seeds=2"], "did you mean --seeds"),
+        (["figure7", "--config.model=8"], "--config.model=8: model has fields of its own, depth, "),
+        (["figure7", "--config.model.width=wide"], "--config.model.width=wide: expected a value of the kind of 64"),
+        (["ablations", "--config.epochs=abc"], "--config.epochs=abc: expected a value of the kind of 200"),
+        (["ablations", "--config.epochs=none"], "--config.epochs=none: expected a value, such as 200"),
+        (["figure7", "--epochs=3", "--config.epochs=2"], "--epochs is short for --config.epochs: give one of them"),
+        (["figure7", "--data=nowhere", "--epochs=0"], "epochs=0 must be positive"),
+        (["figure7", "--data="], "--data is empty"),
+        (["figure7", "--data=/"], "--data=/ has no name: say what the images are called with --data-name"),
+        (["claims", "--runs=elsewhere"], "--runs: only figure3, .* are trained; claims is not"),
     ],
 )
 def test_wrong_arguments_are_explained(monkeypatch, tmp_path, arguments, message):

@@ -16,6 +16,7 @@ are other figures, in files of other names. claims says which of the paper's sta
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import pathlib
 import sys
@@ -48,10 +49,10 @@ def main() -> None:
     training.add_argument("--epochs", type=int, help="of each run, short for --config.epochs")
     training.add_argument("--runs", help="folder for the workdirs of the runs (default: runs/reproduce)")
     training.add_argument("--config.FIELD", metavar="VALUE", help="any other setting, for all runs")
-    arguments, rest = parser.parse_known_args()
+    arguments, rest = parser.parse_known_intermixed_args()
     logging.set_verbosity(logging.WARNING)
     compilation.keep()
-    out = _made(pathlib.Path(arguments.out))
+    out = _made(pathlib.Path(arguments.out), "--out")
     try:
         request = _request(arguments, rest, out)
         for name in arguments.names:
@@ -69,33 +70,50 @@ def main() -> None:
         sys.exit(f"nfjax: {error}")
 
 
-def _made(out: pathlib.Path) -> pathlib.Path:
+def _made(folder: pathlib.Path, flag: str) -> pathlib.Path:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
             raise PermissionError(None, "no permission")
     except OSError as error:
-        sys.exit(f"nfjax: cannot write to {out} ({error.strerror}); choose another folder with --out=DIR")
-    return out
+        sys.exit(f"nfjax: cannot write to {folder} ({error.strerror}); choose another folder with {flag}=DIR")
+    return folder
 
 
 def _request(arguments: argparse.Namespace, rest: list[str], out: pathlib.Path) -> Request:
     """What is asked for; ValueError for flags that mean nothing, or nothing here."""
-    given = {"data": arguments.data, "seeds": arguments.seeds, "data_name": arguments.data_name}
+    given = {name: getattr(arguments, name) for name in ("data", "seeds", "data_name", "runs")}
     given = {name: value for name, value in given.items() if value is not None}
+    _check_flags(rest)
     changes = parse_changes(rest)
     if arguments.epochs is not None:
+        if "epochs" in changes:
+            raise ValueError("--epochs is short for --config.epochs: give one of them")
         changes["epochs"] = arguments.epochs
     asked = [f"--{name.replace('_', '-')}" for name in given] + (["--epochs or --config"] if changes else [])
     if asked and not any(name in TRAINED for name in arguments.names):
         raise ValueError(f"{', '.join(asked)}: only {', '.join(TRAINED)} are trained; {arguments.names[0]} is not")
     if given.get("seeds", 1) < 1:
         raise ValueError(f"--seeds={given['seeds']} must be positive")
+    for name in ("data", "data_name", "runs"):
+        if given.get(name) == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty")
     if "data" in given:
-        given.setdefault("data_name", pathlib.PurePath(given["data"]).name)
-    if arguments.runs is not None:
-        given["runs"] = pathlib.Path(arguments.runs)
+        given.setdefault("data_name", os.path.basename(os.path.abspath(given["data"])))
+        if not given["data_name"]:
+            raise ValueError(f"--data={given['data']} has no name: say what the images are called with --data-name")
+    if "runs" in given:
+        given["runs"] = _made(pathlib.Path(given["runs"]), "--runs")
     return Request(out=out, changes=changes, **given)
+
+
+def _check_flags(rest: list[str]) -> None:
+    """ValueError for a flag that looks like another one."""
+    known = ("--out", "--data", "--data-name", "--seeds", "--epochs", "--runs")
+    for argument in rest:
+        name = f"--{argument.partition('=')[0].lstrip('-')}"
+        if not name.startswith("--config.") and (alike := difflib.get_close_matches(name, known, 1, 0.75)):
+            raise ValueError(f"unknown argument {argument!r}: did you mean {alike[0]}?")
 
 
 def _trained(name: str, request: Request) -> None:

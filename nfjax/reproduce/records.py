@@ -14,16 +14,17 @@ from typing import Any
 FILE = "training.jsonl"
 # The settings in which the runs of one comparison differ; in all others they are equal.
 COMPARED = ("seed", "model.depth", "model.residual", "model.norm", "model.init")
+PER_EPOCH = ("train_loss", "train_accuracy", "train_grad_norm", "test_loss", "test_accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
     """A finished run, or one that diverged.
 
-    dataset: a name in `runs.BASES`. data: what the images are called, and fingerprint: of what is in them. settings:
-    {"model.depth": 18, ...}, all that decide what a run comes to. epochs: {"test_accuracy": [...], ...}, one number per
-    epoch. diverged: why the run ended early, if it did. seconds: of training, compilation included, evaluation not.
-    starts: the entries of its versions.json.
+    dataset: a name in `runs.BASES`. data: what the images are called, and fingerprint: of what is in them. images: how
+    many to train on and to test with. settings: {"model.depth": 18, ...}, all that decide what a run comes to. epochs:
+    {"test_accuracy": [...], ...}, those of `PER_EPOCH`, one number per epoch. diverged: why the run ended early, if it
+    did. seconds: of training, compilation included, evaluation not. starts: the entries of its versions.json.
     """
 
     dataset: str
@@ -38,6 +39,18 @@ class Record:
     seconds: float
     starts: Sequence[Mapping[str, Any]]
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be read off a run."""
+        if not isinstance(self.epochs, Mapping) or not isinstance(self.settings, Mapping):
+            raise ValueError("epochs and settings must be objects")
+        lengths = {len(self.epochs[name]) for name in PER_EPOCH if isinstance(self.epochs.get(name), (list, tuple))}
+        if set(PER_EPOCH) - self.epochs.keys() or len(lengths) != 1:
+            raise ValueError(f"epochs must have {', '.join(PER_EPOCH)}, a number per epoch in each")
+        if lengths == {0} and self.diverged is None:
+            raise ValueError("it has no epoch, and did not diverge")
+        if missing := {*COMPARED, "epochs"} - self.settings.keys():
+            raise ValueError(f"settings lack {', '.join(sorted(missing))}")
+
     @property
     def depth(self) -> int:
         return self.settings["model.depth"]
@@ -50,6 +63,11 @@ class Record:
     def terms(self) -> dict[str, Any]:
         """The settings that must be equal where runs are compared."""
         return terms(self.settings)
+
+    def counted(self) -> str:
+        """ "5,000 training and 1,000 test images"."""
+        train, test = self.images
+        return f"{train:,} training and {test:,} test images"
 
     def final(self, name: str) -> float | None:
         """Of the last epoch; None for a run that diverged before the first was over."""
@@ -79,13 +97,13 @@ def read(out: pathlib.Path) -> list[Record]:
     Raises ValueError for a line that is no record; one cut short by a crash, which can only be the last, is left out.
     """
     path = out / FILE
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records: list[Record] = []
     for number, line in enumerate(lines, 1):
         try:
             record = Record(**json.loads(line))
-        except (json.JSONDecodeError, TypeError) as error:
-            if number == len(lines) and isinstance(error, json.JSONDecodeError):
+        except (ValueError, TypeError) as error:  # ValueError: no JSON, no text, or no such run
+            if number == len(lines) and not _is_json(line):
                 continue
             raise ValueError(
                 f"{path}, line {number} is not the record of a run ({error}): remove or mend it"
@@ -93,6 +111,14 @@ def read(out: pathlib.Path) -> list[Record]:
         same = [known for known in records if _same_run(known, record)]
         records = [known for known in records if known not in same] + [record]
     return records
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _same_run(one: Record, other: Record) -> bool:
@@ -107,8 +133,12 @@ def append(out: pathlib.Path, record: Record) -> None:
         if size:
             stream.seek(size - 1)
             if stream.read(1) != b"\n":
-                whole = (out / FILE).read_bytes().rpartition(b"\n")
-                stream.truncate(len(whole[0] + whole[1]))
+                stream.seek(0)
+                before, end, last = stream.read().rpartition(b"\n")
+                if _is_json(last):  # an editor left the last line without its end
+                    stream.write(b"\n")
+                else:
+                    stream.truncate(len(before + end))
         stream.write(json.dumps(dataclasses.asdict(record)).encode() + b"\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -21,15 +22,23 @@ from nfjax.reproduce import records
 from nfjax.reproduce.curves import CURVES
 from nfjax.reproduce.grids import Cell, Grid
 from nfjax.reproduce.records import Record
-from nfjax.settings import check_known
+from nfjax.settings import check_known, set_none
 
-# The paper's settings and the number of classes, by data set.
-BASES: dict[str, tuple[Callable[[], ConfigDict], int]] = {
-    "CIFAR-10": (configs.cifar, 10),
-    "CIFAR-100": (configs.cifar100, 100),
-    "ImageNet": (configs.imagenet, 1000),
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A data set of the paper: its settings, and how many classes, training and test images it has."""
+
+    config: Callable[[], ConfigDict]
+    classes: int
+    images: tuple[int, int]
+
+
+BASES = {
+    "CIFAR-10": Base(configs.cifar, 10, (50_000, 10_000)),
+    "CIFAR-100": Base(configs.cifar100, 100, (50_000, 10_000)),
+    "ImageNet": Base(configs.imagenet, 1000, (1_281_167, 50_000)),
 }
-PER_EPOCH = ("train_loss", "train_accuracy", "train_grad_norm", "test_loss", "test_accuracy")
 _FLAG = re.compile(r"--config\.([\w.]+)=(.*)", re.S)
 
 
@@ -73,7 +82,9 @@ def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
     for flag in flags:
         match = _FLAG.fullmatch(flag)
         if match is None:
-            raise ValueError(f"unknown argument {flag!r}: settings are flags such as --config.model.width=8")
+            raise ValueError(
+                f"unknown argument {flag!r}: settings are flags such as --config.model.width=8, see --help"
+            )
         name, text = match.groups()
         if name in (*records.COMPARED, "data.dir"):
             raise ValueError(f"{flag}: {name} is not for you to choose here; --seeds and --data are, or use nfjax.main")
@@ -85,20 +96,30 @@ def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> ConfigDict:
-    """The config of one run. Raises ValueError for a setting that does not exist or has another type."""
-    config = BASES[dataset][0]()
+    """The config of one run. Raises ValueError for a setting that does not exist, or has no such value."""
+    config = BASES[dataset].config()
     config.checkpoint.keep = 1
-    for name in request.changes:
+    for name, value in request.changes.items():
+        if value is None:
+            set_none(config, name)
         check_known(config, name)
     rule, norm, init = CURVES[cell.curve]
     network = {"model.depth": cell.depth, "model.residual": rule, "model.norm": norm, "model.init": init}
     own = network | {"seed": seed, "data.dir": request.data}
-    try:
-        config.update_from_flattened_dict({**request.changes, **cell.changes, **own})
-    except (TypeError, ValueError) as error:
-        flags = ", ".join(f"--config.{name}={value}" for name, value in request.changes.items())
-        raise ValueError(f"{flags}: {error}") from error
+    for name, value in {**request.changes, **cell.changes, **own}.items():
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--config.{name}={value}: {_expected(config, name)}") from error
     return config
+
+
+def _expected(config: ConfigDict, name: str) -> str:
+    """What the field is, for a person who gave it something else."""
+    there = functools.reduce(getattr, name.split("."), config)
+    if isinstance(there, ConfigDict):
+        return f"{name} has fields of its own, {', '.join(there)}"
+    return f"expected a value of the kind of {there!r}"
 
 
 def planned(grid: Grid, request: Request) -> list[Run]:
@@ -114,13 +135,15 @@ def planned(grid: Grid, request: Request) -> list[Run]:
 
 def deviations(dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `settings` have other than the paper's, or where it states none than ours: {"epochs": 8}."""
-    own = records.terms(workdirs.essence(BASES[dataset][0]()))
+    own = records.terms(workdirs.essence(BASES[dataset].config()))
     return {name: value for name, value in records.terms(settings).items() if name in own and own[name] != value}
 
 
-def epochs_of(grid_dataset: str, changes: Mapping[str, Any]) -> int:
-    """How long a run of this data set takes with these changes."""
-    return changes.get("epochs", BASES[grid_dataset][0]().epochs)
+def is_the_papers(record: Record) -> bool:
+    """Whether a run has the settings of the paper, its data set by name, and as many images."""
+    images = BASES[record.dataset].images
+    same_data = record.data == record.dataset and tuple(record.images) == images
+    return same_data and not deviations(record.dataset, record.settings)
 
 
 def train_missing(grid: Grid, request: Request) -> None:
@@ -133,9 +156,11 @@ def train_missing(grid: Grid, request: Request) -> None:
     what `train.train` raises, but for runs that diverge: this is a result.
     """
     runs = planned(grid, request)
+    for run in runs:
+        assembly.check(run.config)
     dataset = assembly.open_data(runs[0].config, request.data)
     fingerprint, images = contents(dataset), (len(dataset.train), len(dataset.test))
-    classes, expected = len(dataset.class_names), BASES[grid.dataset][1]
+    classes, expected = len(dataset.class_names), BASES[grid.dataset].classes
     if classes != expected:
         raise ValueError(
             f"{request.data} has {classes} classes, expected the {expected} of {grid.dataset}: choose another --data"
@@ -172,13 +197,14 @@ def _check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint
     for record in records.read(request.out):
         comparable = any(records.agree(record.terms, records.terms(run.settings)) for run in runs)
         if record.dataset == dataset and comparable:
-            same_name, same_data = record.data == request.data_name, record.fingerprint == fingerprint
+            # Names that differ in case or punctuation only would share the figures' files.
+            same_name, same_data = slug(record.data) == slug(request.data_name), record.fingerprint == fingerprint
             if same_name and not same_data:
                 raise ValueError(
                     f"{request.out / records.FILE} has runs on {record.data!r} whose images are others (fingerprint "
                     f"{record.fingerprint}, here {fingerprint}): give these another name with --data-name"
                 )
-            if same_data and not same_name:
+            if same_data and record.data != request.data_name:
                 raise ValueError(
                     f"{request.out / records.FILE} has runs on these images under the name {record.data!r}: give "
                     f"--data-name={record.data!r}"
@@ -209,7 +235,7 @@ def _measured(workdir: pathlib.Path, run: Run, diverged: str | None) -> dict[str
     return {
         "curve": run.cell.curve,
         "settings": run.settings,
-        "epochs": {name: [float(f"{line[name]:.6g}") for line in ended] for name in PER_EPOCH},
+        "epochs": {name: [float(f"{line[name]:.6g}") for line in ended] for name in records.PER_EPOCH},
         "diverged": diverged,
         "seconds": round(seconds, 1),
         "starts": json.loads((workdir / "versions.json").read_text()),

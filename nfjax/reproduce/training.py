@@ -40,6 +40,11 @@ NOTE = (
     "training, without evaluation, on {devices}. {versions}. The last column is a hash of all settings but the seed."
 )
 
+ABOUT = {
+    grids.BASELINE: "BatchNorm has identity shortcuts.",
+    grids.BEYOND: "The effective fan-out is not in the paper.",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFigure:
@@ -67,15 +72,14 @@ class TrainingFigure:
     def table(self) -> Table:
         rows = [_row(label, group) for label, group in self.found.items() if group]
         everything = [record for group in self.found.values() for record in group]
-        train_images, test_images = self.first.images
         note = NOTE.format(
-            images=f"{self.first.data}, fingerprint {self.first.fingerprint}: {train_images:,} training and "
-            f"{test_images:,} test images; ",
+            images=f"{self.first.data}, fingerprint {self.first.fingerprint}: {self.first.counted()}; ",
             settings=self.setting(),
             devices=self._devices(),
             versions=_versions(everything),
         )
-        return Table(self.title(), COLUMNS, rows, note + self._lacking())
+        about = [text for curve, text in ABOUT.items() if any(record.curve == curve for record in everything)]
+        return Table(self.title(), COLUMNS, rows, " ".join([note, *about]) + self._lacking())
 
     def text(self) -> str:
         return self.table().text()
@@ -90,10 +94,10 @@ class TrainingFigure:
         self.plot().savefig(written[1], dpi=120)
         with open(written[2], "w", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["network", "seed", "epoch", *runs.PER_EPOCH])
+            writer.writerow(["network", "seed", "epoch", *records.PER_EPOCH])
             for label, group in self.found.items():
                 for record in group:
-                    columns = zip(*(record.epochs[name] for name in runs.PER_EPOCH), strict=True)
+                    columns = zip(*(record.epochs[name] for name in records.PER_EPOCH), strict=True)
                     writer.writerows([label, record.seed, epoch, *values] for epoch, values in enumerate(columns, 1))
         return written
 
@@ -169,10 +173,22 @@ def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
         if any(found.values()):
             figures.append(TrainingFigure(grid, networks[0].settings, found, missing))
     if not figures:
+        images = f" on {request.data_name}" if request.data_name else ""
         raise ValueError(
-            f"{request.out / records.FILE} has no run of {grid.title} with these settings; train them with --data=DIR"
+            f"{request.out / records.FILE} has no run of {grid.title} with these settings{images}; train them with "
+            f"--data=DIR{_others(grid, known)}"
         )
     return figures
+
+
+def _others(grid: Grid, known: Sequence[Record]) -> str:
+    """What runs there are of networks of this grid, with other settings or images."""
+    curves = {(cell.depth, cell.curve) for cell in grid.cells}
+    sets = dict.fromkeys(
+        f"{group[0].data}, {described(grid.dataset, group[0].settings)}"
+        for group in records.groups(record for record in known if (record.depth, record.curve) in curves)
+    )
+    return "".join([". There are runs of", *(f"\n  {text}" for text in sets)]) if sets else ""
 
 
 def _same_network(record: Record, run: runs.Run) -> bool:
@@ -262,4 +278,5 @@ def _draw(axes: Axes, group: Sequence[Record], name: str, look: spp.Style, label
 
 def ablation_grid(request: runs.Request) -> Grid:
     """The ablations, with the number of epochs that is asked for."""
-    return grids.ablations(runs.epochs_of("CIFAR-10", request.changes))
+    usual = Cell(18, grids.CONVSHORT, "")
+    return grids.ablations(runs.make_config("CIFAR-10", usual, 0, request).epochs)
