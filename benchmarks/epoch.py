@@ -44,13 +44,15 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="ConvShort")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--operations", type=int, default=2, help="of RandAugment; 0 leaves it out")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the DataLoader")
     parser.add_argument("--torch-mode", choices=("eager", "compile"), default="compile")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--out", default="results")
     arguments = parser.parse_args()
+    if unknown := [name for name in arguments.sides.split(",") if name not in SIDES]:
+        parser.error(f"--sides={','.join(unknown)}: expected some of {', '.join(SIDES)}")
     record = measure(arguments)
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -77,9 +79,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/images.npz"
         np.savez(path, **images(arguments.data, arguments.examples))
-        workers = {name: turns.Worker(commands[name], {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}) for name in names}
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | turns.ONE_DEVICE
+        workers = {name: turns.Worker(commands[name], environment) for name in names}
         for name, worker in workers.items():
             sides[name] |= worker.ask("prepare", images=path, residual=residual, norm=norm, **settings)
+        turns.check_same_device(sides)
         for _ in range(1 + arguments.epochs):
             for name, worker in workers.items():
                 sides[name]["epochs"].append(worker.ask("epoch"))
@@ -117,7 +121,7 @@ def seconds(record: dict[str, Any], side: str) -> float | None:
 
 def table(records: list[dict[str, Any]]) -> str:
     texts = ["network", "device", "PyTorch", "batch, precision"]
-    head = [*texts, "images", *(f"{title}, s" for title in SIDES.values())]
+    head = [*texts, "images of an epoch", *(f"{title}, s" for title in SIDES.values())]
     head += [f"{title} / nfjax" for name, title in SIDES.items() if name != "nfjax"]
     lines = [head, ["---"] * len(texts) + ["---:"] * (len(head) - len(texts))]
     for record in records:
@@ -136,9 +140,14 @@ def table(records: list[dict[str, Any]]) -> str:
     last = records[-1]
     versions = ", ".join(dict.fromkeys(side["version"] for side in last["sides"].values()))
     first = "; ".join(f"{SIDES[name]} {side['epochs'][0]['seconds']:.1f}" for name, side in last["sides"].items())
+    losses = "; ".join(
+        f"{SIDES[name]} {side['epochs'][0]['loss']:.3f} to {side['epochs'][-1]['loss']:.3f}"
+        for name, side in last["sides"].items()
+    )
     note = (
         f"Seconds of an epoch, the median after the first; PyTorch channels last, "
         f"{last['workers']} workers; {versions}. The first epoch of the last row, with compilation: {first}. "
+        f"Its mean training loss from the first epoch to the last: {losses}. "
         "RandAugment of PyTorch on the device treats all images of a batch alike."
     )
     missing = all(next(iter(record["sides"].values()))["device"] == "cpu" for record in records)

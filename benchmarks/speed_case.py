@@ -9,7 +9,7 @@ import dataclasses
 class Training:
     """A network, the shapes and the precision of its steps.
 
-    image: height and width in pixels. parameters: an .npz file, which nfjax writes and the others read. warm: steps
+    image: height and width in pixels. parameters: an .npz file, from which all sides start. warm: steps
     before any is timed.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -23,16 +22,15 @@ class Training:
         self.losses: list[jax.Array] = []
 
     def prepare(self, **request: Any) -> dict[str, Any]:
-        """Builds, compiles, writes the parameters drawn to their file, and takes steps to warm up."""
+        """Builds with the parameters from the file, compiles, and takes steps to warm up."""
         start = time.perf_counter()
         case = speed_case.Training(**request)
         config = case_config(case)
         model = assembly.build_model(config, case.classes, jax.random.key(0))
         macs = cost.count(model, (1, case.image, case.image, 3)).macs
         network, params, batch_stats = steps.as_functions(model)
-        if not os.path.exists(case.parameters):
-            named = jax.tree_util.tree_flatten_with_path(params)[0]
-            np.savez(case.parameters, **{".".join(str(key.key) for key in path): leaf for path, leaf in named})
+        with np.load(case.parameters) as stored:
+            params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(stored[named(path)]), params)
         optimizer = optim.sgd(lambda step: jnp.float32(0.01), momentum=0.9)
         mesh = meshes.make()
         state = steps.initial_state(params, batch_stats, optimizer)
@@ -81,6 +79,20 @@ class Training:
         return {"losses": [float(loss) for loss in self.losses], "peak_bytes": peak}
 
 
+def write(**request: Any) -> None:
+    """The parameters that all sides start from, to their file."""
+    case = speed_case.Training(**request)
+    model = assembly.build_model(case_config(case), case.classes, jax.random.key(0))
+    _, params, _ = steps.as_functions(model)
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    np.savez(case.parameters, **{named(path): leaf for path, leaf in leaves})
+
+
+def named(path: Any) -> str:
+    """ "conv1.kernel"."""
+    return ".".join(str(key.key) for key in path)
+
+
 def case_config(case: speed_case.Training) -> ConfigDict:
     """The config that trains this case."""
     config = configs.imagenet() if case.stem == "imagenet" else configs.cifar()
@@ -116,7 +128,6 @@ def hardest(dtype: str) -> dict[str, Any]:
     return {
         "matmul": 2 * n**3 / _shortest(jax.jit(jnp.matmul), square, square),
         "conv": 2 * b * 32 * 32 * 9 * 256 * 256 / _shortest(convolve, images, kernel),
-        **machine(),
     }
 
 
@@ -133,4 +144,5 @@ def _shortest(function: Any, *arguments: jax.Array) -> float:
 
 if __name__ == "__main__":
     training = Training()
-    turns.serve({"prepare": training.prepare, "take": training.take, "report": training.report, "hardest": hardest})
+    functions = {"prepare": training.prepare, "take": training.take, "report": training.report}
+    turns.serve(functions | {"write": write, "machine": machine, "hardest": hardest})

@@ -5,7 +5,7 @@
 Every line is a fresh process that imports, builds a network with its optimizer, and takes a step on eight images of
 32x32. nfjax keeps compiled programs in the user's cache directory, as its commands do (nfjax.compilation); here that is
 a temporary one, empty at first. PyTorch is eager, and compiled with an empty and with a filled cache of its own. Writes
-OUT/startup.jsonl and OUT/startup.md.
+OUT/startup.jsonl, a line per network, way and device, and OUT/startup.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import turns
 
 HERE = pathlib.Path(__file__).parent
 NETWORKS = {"ResNet-18 ConvShort": (18, "convshort"), "ResNet-50 ConvShort": (50, "convshort")}
@@ -61,6 +63,7 @@ import torch
 from torch_networks import PreActResNet, initialize
 marks = [time.perf_counter()]
 device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_float32_matmul_precision("high")  # TF32, as nfjax
 model = PreActResNet(int(sys.argv[1]), sys.argv[2], False, 10, False)
 initialize(model)
 model = model.to(device, memory_format=torch.channels_last).train()
@@ -75,7 +78,8 @@ optimizer.step()
 if device == "cuda":
     torch.cuda.synchronize()
 marks.append(time.perf_counter())
-print(json.dumps([b - a for a, b in zip([start, *marks], marks)] + [f"PyTorch {torch.__version__}", device]))
+named = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+print(json.dumps([b - a for a, b in zip([start, *marks], marks)] + [f"PyTorch {torch.__version__}", named]))
 """
 
 
@@ -84,13 +88,16 @@ def measure(torch_python: str, network: str, way: str, cache: str) -> dict:
     is_torch, told, keeps = WAYS[way]
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "NFJAX_CACHE")}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment["XDG_CACHE_HOME"] = cache
+    environment |= {"XDG_CACHE_HOME": cache} | turns.ONE_DEVICE
     if is_torch:
         environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch"}
     interpreter = torch_python if is_torch else sys.executable
     command = [interpreter, "-c", TORCH if is_torch else NFJAX, *map(str, NETWORKS[network]), told]
     start = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    except OSError as error:
+        sys.exit(f"{interpreter} cannot be started: {error.strerror}")
     whole = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"{way}: {done.stderr[-2000:]}")
@@ -109,16 +116,24 @@ def measure(torch_python: str, network: str, way: str, cache: str) -> dict:
 
 
 def table(records: list[dict]) -> str:
+    """One for each device."""
+    devices = dict.fromkeys((r["device"], r["cores"]) for r in records)
+    parts = [_of_device([r for r in records if (r["device"], r["cores"]) == device]) for device in devices]
+    if all(device == "cpu" for device, _ in devices):
+        parts.append("On an accelerator: not measured yet, by `python benchmarks/startup.py --torch-python=PYTHON`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_device(records: list[dict]) -> str:
     lines = ["| network | | import | building | first step | whole process | kept, MiB |", "|---|---|" + "---:|" * 5]
     for r in records:
         times = " | ".join(f"{r[name]:.1f}" for name in ("import", "build", "first_step", "process"))
         lines.append(f"| {r['network']} | {r['way']} | {times} | {r['kept_mib'] or ''} |")
     versions = ", ".join(dict.fromkeys(r["version"] for r in records))
-    cores = records[0]["cores"]
-    device = f"{cores} CPU cores" if records[0]["device"] == "cpu" else f"{records[0]['device']}, {cores} CPU cores"
+    cores = f"{records[0]['cores']} CPU cores"
+    device = cores if records[0]["device"] == "cpu" else f"{records[0]['device']}, {cores}"
     note = f"Seconds in a fresh process, 8 images of 32x32, float32; {device}, {versions}. One process each, in turn."
-    missing = "On an accelerator: not measured yet, by `python benchmarks/startup.py --torch-python=PYTHON`."
-    return "\n".join([*lines, "", note, *(["", missing] if records[0]["device"] == "cpu" else []), ""])
+    return "\n".join([*lines, "", note])
 
 
 def main() -> None:
@@ -128,18 +143,27 @@ def main() -> None:
     parser.add_argument("--ways", default=";".join(WAYS), help="separated by semicolons")
     parser.add_argument("--out", default="results")
     arguments = parser.parse_args()
+    networks, ways = arguments.networks.split(","), arguments.ways.split(";")
+    for flag, given, known in (("networks", networks, NETWORKS), ("ways", ways, WAYS)):
+        if unknown := [one for one in given if one not in known]:
+            parser.error(f"--{flag}: unknown {', '.join(unknown)}; expected some of {'; '.join(known)}")
     records = []
-    for network in arguments.networks.split(","):
+    for network in networks:
         with tempfile.TemporaryDirectory() as nfjax_cache, tempfile.TemporaryDirectory() as torch_cache:
-            for way in arguments.ways.split(";"):
+            for way in ways:
                 cache = torch_cache if WAYS[way][0] else nfjax_cache
                 records.append(measure(arguments.torch_python, network, way, cache))
                 print(json.dumps(records[-1]), flush=True)
+    platforms = {WAYS[r["way"]][0]: {"platform": r["device"]} for r in records}
+    turns.check_same_device({"PyTorch" if torch else "nfjax": machine for torch, machine in platforms.items()})
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "startup.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (out / "startup.md").write_text(table(records))
-    print(table(records))
+    path = out / "startup.jsonl"
+    before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {json.dumps([r[name] for name in ("device", "cores", "network", "way")]): r for r in [*before, *records]}
+    path.write_text("".join(json.dumps(record) + "\n" for record in known.values()))
+    (out / "startup.md").write_text(table([*known.values()]))
+    print(table([*known.values()]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Nothing but the standard library is imported, so that the interpreters of all si
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,16 +18,36 @@ PAUSE = 0.3  # seconds between two turns, in which the threads of the side that 
 
 
 class LostError(RuntimeError):
-    """The process has ended: it ran out of memory, or was not what it was taken for."""
+    """The process has ended or gives no answer: it ran out of memory, or was not what it was taken for."""
+
+
+# Both libraries see one accelerator: the other side uses one as well.
+ONE_DEVICE = {
+    name: os.environ.get(name, "0").partition(",")[0] for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+}
+
+
+def check_same_device(machines: dict[str, dict[str, Any]]) -> None:
+    """Ends the program where one of the interpreters does not see the accelerator that the other has.
+
+    machines: {side: {"platform": "cpu", ...}}.
+    """
+    on_cpu = [name for name, machine in machines.items() if machine["platform"] == "cpu"]
+    if on_cpu and len(on_cpu) < len(machines):
+        others = [name for name in machines if name not in on_cpu]
+        sys.exit(f"{', '.join(on_cpu)} sees no accelerator, while {', '.join(others)} does: nothing is compared")
 
 
 class Worker:
     """The other end of a process that calls `serve`."""
 
     def __init__(self, command: list[str], environment: dict[str, str] | None = None):
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {})
-        )
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {})
+            )
+        except OSError as error:
+            sys.exit(f"{command[0]} cannot be started: {error.strerror}")
 
     def ask(self, do: str, **request: Any) -> Any:
         """The answer; raises LostError that says why where there is none."""
@@ -37,8 +58,11 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise LostError(f"ended with {self._process.wait()}")
-        answer = json.loads(line)
+            raise LostError(f"ended with {self._ended()}")
+        try:
+            answer = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise LostError(f"answered {line.strip()[:100]!r}") from error
         if "error" in answer:
             raise LostError(answer["error"])
         time.sleep(PAUSE)
@@ -51,15 +75,26 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and what was to be told it has not been read
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._ended()
+
+    def _ended(self) -> int:
+        """The exit status; a process that does not end by itself is ended."""
+        try:
+            return self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
 
 def serve(functions: dict[str, Callable[..., Any]]) -> None:
     """Answers requests from the standard input by these functions until it ends. What they print goes to the standard
-    error.
+    error, also where a library in C or a child process does.
     """
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
         try:

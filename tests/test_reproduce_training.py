@@ -228,6 +228,7 @@ def test_a_partial_grid_shows_what_is_there_and_tells_what_is_missing(tmp_path):
     note = figure.table().note
     assert "not as in the configs: epochs 2." in note
     assert "1 x cpu" in note
+    assert "Diverged: ResNet-18 ConvShort, Brock, seed 0, at step 30 the loss is nan; ResNet-18 IdShort, Bro" in note
     assert "fingerprint f00d: 50,000 training and 10,000 test images" in note
     assert f"Missing: seed 1 of ResNet-18 {CONVSHORT}; ResNet-18 ConvShort, Brock; ResNet-18 IdShort, Brock. " in note
     assert "seed 0, 1 of ResNet-18 IdShort, He fan-out; ResNet-18 LearnScalar, He fan-out; " in note

@@ -79,7 +79,7 @@ class TrainingFigure:
             versions=_versions(everything),
         )
         about = [text for curve, text in ABOUT.items() if any(record.curve == curve for record in everything)]
-        return Table(self.title(), COLUMNS, rows, " ".join([note, *about]) + self._lacking())
+        return Table(self.title(), COLUMNS, rows, " ".join([note, *about]) + self._diverged() + self._lacking())
 
     def text(self) -> str:
         return self.table().text()
@@ -100,6 +100,16 @@ class TrainingFigure:
                     columns = zip(*(record.epochs[name] for name in records.PER_EPOCH), strict=True)
                     writer.writerows([label, record.seed, epoch, *values] for epoch, values in enumerate(columns, 1))
         return written
+
+    def _diverged(self) -> str:
+        """How each of the runs that diverged did."""
+        parts = [
+            f"{label}, seed {record.seed}, {record.diverged.partition(', the learning rate')[0]}"
+            for label, group in self.found.items()
+            for record in group
+            if record.diverged is not None
+        ]
+        return f" Diverged: {'; '.join(parts)}." if parts else ""
 
     def _lacking(self) -> str:
         """Which runs are missing; those that lack the same seeds together."""
