@@ -613,7 +613,8 @@ def test_nothing_per_block_is_kept_but_statistics():
         return measuring.prepare(model, Linear, "branch", None).program.memory_analysis().temp_size_in_bytes
 
     activation = 4096 * 64 * 4
-    assert temporary(24) - temporary(6) < 2 * activation  # against 18 if every gradient were kept
+    # Against 24 if every gradient were kept; shallower, XLA's schedule decides how many are alive at once.
+    assert temporary(48) - temporary(24) < activation
 
 
 # ---------------------------------------------------------------- several seeds
