@@ -53,7 +53,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.sides.split(",") if name not in SIDES]:
         parser.error(f"--sides={','.join(unknown)}: expected some of {', '.join(SIDES)}")
-    record = measure(arguments)
+    try:
+        record = measure(arguments)
+    except turns.LostError as error:
+        sys.exit(f"epoch.py: {error}")
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "epoch.jsonl"
@@ -82,6 +85,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | turns.ONE_DEVICE
         workers = {name: turns.Worker(commands[name], environment) for name in names}
         for name, worker in workers.items():
+            print(f"preparing {SIDES[name]}", flush=True)
             sides[name] |= worker.ask("prepare", images=path, residual=residual, norm=norm, **settings)
         turns.check_same_device(sides)
         for _ in range(1 + arguments.epochs):

@@ -156,8 +156,11 @@ def without_extension() -> None:
     """Lets torchvision be imported without its compiled part, which fits one version of PyTorch only."""
     for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "timm")]:
         del sys.modules[name]
+    found = importlib.util.find_spec("torchvision")
+    if found is None:
+        raise ModuleNotFoundError("torchvision is not installed in PyTorch's interpreter")
     package = types.ModuleType("torchvision")
-    package.__path__ = list(importlib.util.find_spec("torchvision").submodule_search_locations)
+    package.__path__ = list(found.submodule_search_locations)
     extension = types.ModuleType("torchvision.extension")
     extension._HAS_OPS = False
     extension._assert_has_ops = extension._has_ops = extension._load_library = _nothing
