@@ -35,7 +35,6 @@ HERE = pathlib.Path(__file__).parent
 # name -> (residual, norm)
 NETWORKS = {"BatchNorm": ("identity", "batch"), "IdShort": ("idshort", None), "ConvShort": ("convshort", None)}
 TIMM = {(50, "BatchNorm", 224), (50, "IdShort", 224)}  # of whose kind timm has one
-NOT_INSTALLED = ("ModuleNotFoundError", "ImportError")
 CLASSES = {32: 10, 224: 1000}
 DTYPES = ("float32", "bfloat16")
 LARGEST = 8192  # batch up to which "max" goes
@@ -207,13 +206,8 @@ class Bench:
         """{"together", "sides"}; where one of the sides fails beside the others, each has the device to itself."""
         if together:
             sides = self.together(case, names)
-            absent = [name for name, side in sides.items() if side.get("error", "").startswith(NOT_INSTALLED)]
-            for name in absent:
-                print(f"{speed_table.SIDES[name]} is left out: {sides.pop(name)['error']}", file=sys.stderr)
-                self.grid = dataclasses.replace(self.grid, sides=tuple(s for s in self.grid.sides if s != name))
             if not any("error" in side for side in sides.values()):
                 return {"together": True, "sides": sides}
-            names = [*sides]
         return {"together": False, "sides": self.alone(case, names)}
 
     def together(self, case: Case, names: list[str]) -> dict[str, Any]:
@@ -254,12 +248,17 @@ class Bench:
     def peaks(self) -> dict[str, Any]:
         """By dtype, what the device can do, the best of the libraries; their versions, by side.
 
-        Ends the program where one of them sees an accelerator that the other does not.
+        Leaves timm out where it is not installed. Ends the program where one of the libraries sees an accelerator that
+        the other does not.
         """
         names = ["nfjax", *(["eager"] if set(self.grid.sides) - {"nfjax"} else [])]
         workers = {name: self._start(name) for name in names}
         try:
             machines = {name: worker.ask("machine") for name, worker in workers.items()}
+            if "eager" in workers and not workers["eager"].ask("has_timm"):
+                print("PyTorch's interpreter has no timm, which is left out", file=sys.stderr)
+                ours = tuple(name for name in self.grid.sides if not name.startswith("timm"))
+                self.grid = dataclasses.replace(self.grid, sides=ours)
         except turns.LostError as error:
             sys.exit(f"{' or '.join(names)} does not start: {error}")
         turns.check_same_device(machines)

@@ -6,6 +6,7 @@ convolution, TF32 where nfjax has it as well; with "compile" the normalisation, 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -104,6 +105,10 @@ def machine() -> dict[str, str]:
     return {"device": kind, "platform": DEVICE.type, "version": f"PyTorch {torch.__version__}"}
 
 
+def has_timm() -> bool:
+    return importlib.util.find_spec("timm") is not None
+
+
 def hardest(dtype: str) -> dict[str, Any]:
     """FLOP/s of a large matrix product and of a large convolution: what this device can do at best."""
     n, b = (2048, 32) if DEVICE.type == "cpu" else (8192, 256)
@@ -143,4 +148,4 @@ if __name__ == "__main__":
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(os.cpu_count()))
     training = Training(sys.argv[1], timm="timm" in sys.argv[2:])
     functions = {"prepare": training.prepare, "take": training.take, "report": training.report}
-    turns.serve(functions | {"machine": machine, "hardest": hardest})
+    turns.serve(functions | {"machine": machine, "has_timm": has_timm, "hardest": hardest})

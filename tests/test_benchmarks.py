@@ -123,18 +123,22 @@ def test_a_new_side_and_a_new_version_are_measured(tmp_path):
     assert again.asked[0] == (64, ("nfjax", "eager"))
 
 
-def test_a_library_that_is_not_installed_is_left_out(tmp_path):
-    class NoTimm(Stub):
-        def alone(self, case, names):
-            sides = super().alone(case, names)
-            return {
-                name: {"error": "ModuleNotFoundError: no timm"} if name.startswith("timm") else side
-                for name, side in sides.items()
-            }
+@pytest.mark.parametrize("there", [True, False])
+def test_timm_is_left_out_where_it_is_not_installed(tmp_path, there):
+    class Known:
+        def ask(self, do, **_):
+            machine = {"device": "GPU", "platform": "gpu", "version": "1"}
+            return {"machine": machine, "has_timm": there, "hardest": {"matmul": 2.0, "conv": 1.0}}[do]
 
+        def close(self):
+            pass
+
+    bench = Stub({"nfjax": 64, "timm eager": 64}, ("nfjax", "timm eager"), tmp_path)
+    bench._start = lambda name: Known()
+    assert bench.peaks()["bfloat16"] == {"matmul": 2.0, "conv": 1.0}
     done = {}
-    run(NoTimm({"nfjax": 64, "timm eager": 64}, ("nfjax", "timm eager"), tmp_path), done)
-    assert {tuple(record["sides"]) for record in done.values()} == {("nfjax",)}
+    run(bench, done)
+    assert {tuple(record["sides"]) for record in done.values()} == {("nfjax", "timm eager") if there else ("nfjax",)}
 
 
 def test_losses_that_disagree_are_told():

@@ -397,16 +397,16 @@ def test_the_papers_settings_and_images_are_not_marked(tmp_path):
     pair = [dataclasses.replace(made(curve, values), data="CIFAR-10") for curve in (BASELINE, CONVSHORT)]
     write(tmp_path, *pair)
     table = claims_table(tmp_path)
-    assert table.rows[0][2:4] == ["a", "yes (1 of 3 networks measured, one seed)"]
+    assert table.rows[0][2:4] == ["1", "yes (1 of 3 networks measured, one seed)"]
     assert table.note.startswith(
-        "Runs a: CIFAR-10, 50,000 training and 10,000 test images; the settings of the paper, and where it states none "
+        "Runs 1: CIFAR-10, 50,000 training and 10,000 test images; the settings of the paper, and where it states none "
         "those of the configs. "
     )
     fewer = [dataclasses.replace(record, images=(20, 10), fingerprint="beef") for record in pair]
     write(tmp_path, *fewer)
     assert [row[2:4] for row in claims_table(tmp_path).rows[:2]] == [
-        ["a", "yes (1 of 3 networks measured, one seed)"],
-        ["b", "here: yes (1 of 3 networks measured, one seed)"],
+        ["1", "yes (1 of 3 networks measured, one seed)"],
+        ["2", "here: yes (1 of 3 networks measured, one seed)"],
     ]
 
 

@@ -84,7 +84,7 @@ def _request(arguments: argparse.Namespace, rest: list[str], out: pathlib.Path) 
     """What is asked for; ValueError for flags that mean nothing, or nothing here."""
     given = {name: getattr(arguments, name) for name in ("data", "seeds", "data_name", "runs")}
     given = {name: value for name, value in given.items() if value is not None}
-    _check_flags(rest)
+    _check_flags(rest, [f"--{name.replace('_', '-')}" for name in vars(arguments)])
     changes = parse_changes(rest)
     if arguments.epochs is not None:
         if "epochs" in changes:
@@ -107,9 +107,8 @@ def _request(arguments: argparse.Namespace, rest: list[str], out: pathlib.Path) 
     return Request(out=out, changes=changes, **given)
 
 
-def _check_flags(rest: list[str]) -> None:
-    """ValueError for a flag that looks like another one."""
-    known = ("--out", "--data", "--data-name", "--seeds", "--epochs", "--runs")
+def _check_flags(rest: list[str], known: list[str]) -> None:
+    """ValueError for an unknown flag that looks like a known one."""
     for argument in rest:
         name = f"--{argument.partition('=')[0].lstrip('-')}"
         if not name.startswith("--config.") and (alike := difflib.get_close_matches(name, known, 1, 0.75)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from scipy import stats
@@ -224,7 +223,7 @@ def _claims() -> list[Claim]:
         end = ("ConvShort comes second, behind BatchNorm", comes_second) if shallow else (reaches, reaches_baseline)
         brock = ("Brock's initialization trains at 18 layers", trains(BROCK))
         if not shallow:
-            brock = ("Brock's initialization does not train", fails(BROCK, SCHEMES_OF_BROCK))
+            brock = ("Brock's initialization does not train", fails(BROCK, SCHEMES))
         claims += [
             Claim("Every proposed scheme trains with He's fan-out", figure, depth, (CONVSHORT,), trains(SCHEMES)),
             Claim(end[0], figure, depth, (CONVSHORT,), end[1]),
@@ -240,7 +239,6 @@ def _claims() -> list[Claim]:
     return sorted(claims, key=lambda claim: (claim.figure in ("figure4", "figure5"), claim.text.startswith("Brock")))
 
 
-SCHEMES_OF_BROCK = tuple(curve.replace("Brock", "He fan-out") for curve in BROCK)
 CLAIMS = _claims()
 
 
@@ -254,9 +252,7 @@ def claims_table(out: pathlib.Path) -> Table:
         network = f"{GRIDS[claim.figure].dataset}, ResNet-{claim.depth}"
         command = f"`python -m nfjax.reproduce {claim.figure} --data=DIR`"
         rows += judged or [[claim.text, network, "", UNMEASURED, command]]
-    named = [
-        f"Runs {letter}: {description}." for letter, description in zip(string.ascii_lowercase, used, strict=False)
-    ]
+    named = [f"Runs {number}: {description}." for number, description in enumerate(used, 1)]
     return Table("The paper's claims about training", COLUMNS, rows, " ".join([*named, NOTE]))
 
 
@@ -273,9 +269,9 @@ def _row(claim: Claim, group: Sequence[Record], used: list[str]) -> list[str] | 
     description = f"{first.data}, {first.counted()}; {training.described(grid.dataset, first.settings)}"
     if description not in used:
         used.append(description)
-    letter = string.ascii_lowercase[used.index(description)]
+    number = str(used.index(description) + 1)
     held = verdict.held if runs.is_the_papers(first) else f"here: {verdict.held}"
-    return [claim.text, f"{grid.dataset}, ResNet-{claim.depth}", letter, held, verdict.numbers]
+    return [claim.text, f"{grid.dataset}, ResNet-{claim.depth}", number, held, verdict.numbers]
 
 
 def _coverage(networks: Networks, curves: Sequence[str]) -> str:

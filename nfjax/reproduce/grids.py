@@ -9,6 +9,7 @@ from typing import Any
 BASELINE = "BatchNorm, He fan-out"
 CONVSHORT = "ConvShort, He fan-out"
 SCHEMES = (CONVSHORT, "IdShort, He fan-out", "LearnScalar, He fan-out")
+# The same schemes in the same order, so that each has its control.
 BROCK = ("ConvShort, Brock", "IdShort, Brock", "LearnScalar, Brock")
 BEYOND = "ConvShort, effective fan-out"  # not in the paper
 
