@@ -1,0 +1,131 @@
+"""Files that may be cut short, damaged, or made by somebody else.
+
+They are written in full or not at all, and read with a message that says which file, where in it, what was expected,
+and the way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from absl import logging
+
+T = TypeVar("T")
+
+
+class DamagedFileError(ValueError):
+    """A file that does not hold what it should. The message names it, the place, what was expected, and a way out."""
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file that is there in full or not at all: until all of it is on the disk, the one before it stays.
+
+    Raises OSError that names the file; nothing is left beside it then.
+    """
+    part = path.with_name(f".{path.name}.part")  # one name, so that what a kill leaves is replaced by the next write
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """`write_bytes` of UTF-8; what is no character of it, as in some file names, is written as an escape."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: pathlib.Path, value: Any, indent: int | None = 1) -> None:
+    """`write_text` of a value as JSON, with a line end."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def parse_json(data: str | bytes, expected: type[T] | Any, where: str, way_out: str) -> T:
+    """The value in JSON text, checked against a type: `dict[str, float]`, a dataclass, a msgspec.Struct, any nesting of
+    them, with `Annotated[int, msgspec.Meta(ge=0)]` and the like for ranges. NaN and Infinity are numbers.
+
+    where: what it was read from, for messages. way_out: what to do about a damaged one, the end of a sentence.
+
+    Raises DamagedFileError.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        if not text.strip():
+            raise DamagedFileError(f"{where} is empty: expected {_described(expected)}; {way_out}")
+        return msgspec.convert(json.loads(text), expected)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise DamagedFileError(f"{where} is damaged at {place}: expected JSON ({error.msg}); {way_out}") from error
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(
+            f"{where} is damaged: byte {error.start} is no UTF-8 text, expected JSON; {way_out}"
+        ) from error
+    except msgspec.ValidationError as error:
+        raise DamagedFileError(f"{where} does not hold what it should: {error}; {way_out}") from error
+    except RecursionError as error:
+        raise DamagedFileError(f"{where} is damaged: JSON nested too deeply; {way_out}") from error
+    except DamagedFileError:
+        raise
+    except ValueError as error:  # a number of more digits than Python reads
+        raise DamagedFileError(f"{where} is damaged: {error}; {way_out}") from error
+
+
+def read_json(path: Any, expected: type[T] | Any, way_out: str) -> T:
+    """`parse_json` of a file, a pathlib.Path or one in a bucket.
+
+    Raises DamagedFileError, and OSError where it cannot be read, FileNotFoundError where it is not there.
+    """
+    return parse_json(path.read_bytes(), expected, str(path), way_out)
+
+
+def set_aside(path: pathlib.Path, reason: object) -> pathlib.Path:
+    """Renames a damaged file that can be done without to `<name>.damaged`, with a warning; returns its new name."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged{number}")
+    path.rename(aside)
+    logging.warning("%s; it is set aside as %s", reason, aside.name)
+    return aside
+
+
+def plain_name(name: Any, where: str) -> str:
+    """`name`, if it is that of a file inside of a folder: no separator, no "..", nothing that a terminal would obey.
+
+    where: which file gave it. Raises DamagedFileError for anything else: it would be read or written elsewhere.
+    """
+    if (
+        not isinstance(name, str)
+        or not name
+        or name in (".", "..")
+        or any(character in "/\\:" or not character.isprintable() for character in name)
+        or len(os.fsencode(name)) > 255
+    ):
+        raise DamagedFileError(f"{where} names the file {name!r}: expected a plain name, which stays inside its folder")
+    return name
+
+
+def regular_file(path: pathlib.Path) -> bool:
+    """Whether this is an ordinary file and no pipe, socket or device, which would block whoever opens it."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _described(expected: Any) -> str:
+    origin = getattr(expected, "__origin__", expected)
+    return {dict: "a JSON object", list: "a JSON list", Mapping: "a JSON object"}.get(origin, "a JSON object")
