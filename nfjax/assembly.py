@@ -9,6 +9,7 @@ import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,8 @@ def count_parts(config: ConfigDict) -> int:
         return given
     batch = config.batch_size // jax.device_count()
     side = config.data.image_size // (4 if config.model.stem == "imagenet" else 1)
-    features = config.model.width * resnet.STAGES[config.model.depth][0].expansion
+    block, _ = resnet.stages(**_shape(config))
+    features = config.model.width * block.expansion
     activation = batch * side**2 * features * jnp.dtype(DTYPES[config.model.dtype]).itemsize
     dividing = [n for n in CPU_PARTS if batch % n == 0]
     return next((n for n in dividing if activation / n <= CACHED), dividing[-1])
@@ -142,11 +144,18 @@ def count_parts(config: ConfigDict) -> int:
 
 def build_model(config: ConfigDict, num_classes: int, key: jax.Array) -> nnx.Module:
     """The network that a config describes, its parameters drawn from `key`."""
-    settings = config.model.to_dict()
+    settings = config.model.to_dict() | _shape(config)
     settings["norm"] = None if settings["norm"] == "none" else settings["norm"]
     settings["dtype"] = DTYPES[settings["dtype"]]
     rngs = nnx.Rngs(params=key)
     return resnet.PreActResNet(**settings, num_classes=num_classes, image_size=config.data.image_size, rngs=rngs)
+
+
+def _shape(config: ConfigDict) -> dict[str, Any]:
+    """The depth, or the stages that stand in its place."""
+    sizes = config.model.stage_sizes
+    depth = config.model.depth if sizes is None else None
+    return {"depth": depth, "stage_sizes": sizes, "block": config.model.block}
 
 
 def build_optimizer(

@@ -22,7 +22,10 @@ def base() -> ConfigDict:
     config.epochs = 200  # not stated by the paper
 
     config.model = ConfigDict()
-    config.model.depth = 18  # 18, 34, 50, 101 or 152; paper: 18, 50, 101
+    config.model.depth = 18  # 10, 18, 34, 50, 101 or 152; paper: 18, 50, 101
+    # Blocks in each stage, such as (2, 2, 2), with model.block; none for those of model.depth. Ours.
+    config.model.stage_sizes = config_dict.placeholder(tuple)
+    config.model.block = config_dict.placeholder(str)  # "basic" or "bottleneck"; none for that of model.depth; ours
     config.model.residual = "convshort"  # a name in nfjax.residual.RESIDUALS; paper, section 3.3
     config.model.norm = config_dict.placeholder(str)  # none or "batch"; paper, section 4
     config.model.init = "he_fan_out"  # a name in nfjax.initializers.INITIALIZERS; paper, eq. 2

@@ -1,15 +1,16 @@
-"""Residual rules: how a block joins its skip path and its residual branch.
+"""Residual rules: how a block joins its shortcut and its branch.
 
-Every rule is x_l = c (h(x_{l-1}) + f_l(x_{l-1})) (eq. 5 of the paper) and states its own c and h. Where a block changes
-resolution or width, h is a strided 1x1 convolution under every rule (the paper's footnote 2), and c multiplies these
-blocks too.
+Every rule is x_l = a h(x_{l-1}) + b f_l(x_{l-1} / beta), and states its own a, b and beta: numbers that depend on where
+the block stands in the network, or scalars that are learned. The paper's rules (eq. 5) have a = b = c and beta = 1.
+Where a block changes resolution or width, the shortcut h is a strided 1x1 convolution under every rule (the paper's
+footnote 2).
 
-The shortcut convolution reads z = ReLU(x) (with batch norm ReLU(BN(x))), as in the pre-activation ResNet of He et al.
-2016b. The paper writes W_s x, but only behind a ReLU does He's fan-out initialization give Var[dh/dx] = 1: reading x
-itself, it would be 2, and the gradient would grow by 3/2 in every block.
+The shortcut convolution reads z = ReLU(x / beta) (with batch norm ReLU(BN(x))), as in the pre-activation ResNet of He
+et al. 2016b. The paper writes W_s x, but only behind a ReLU does He's fan-out initialization give Var[dh/dx] = 1:
+reading x itself, it would be 2, and the gradient would grow by 3/2 in every block.
 
-A new rule is one subclass of `Residual` and one line in `RESIDUALS`. It may use another h (`skip`), call the branch on
-something else than x (`__call__`), and wrap or re-initialize the branch's convolutions (`branch_convolution`).
+A new rule is one function `position -> Rule` and one line in `RESIDUALS`; networks, training, closed forms and plots
+read its coefficients.
 """
 
 from __future__ import annotations
@@ -17,27 +18,34 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfjax import initializers
+from nfjax import _names
 
 ConvFactory = Callable[..., nnx.Module]
-Layer = Callable[[jax.Array], jax.Array]
+SQRT_HALF = math.sqrt(0.5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
     """Where a block stands in its network: all that a rule may depend on.
 
-    index: 0 for the first block of `num_blocks`. stage, index_in_stage: from 0. num_convolutions: of the branch.
-    in_features, out_features, stride: of the block. spatial_size: height and width of its input in pixels.
+    Attributes:
+        stage_sizes: Blocks in each stage of the network.
+        stage: Of the block, counted from 0.
+        index_in_stage: Of the block, counted from 0.
+        num_convolutions: Of its branch.
+        in_features: Channels of its input.
+        out_features: Channels of its output.
+        stride: Of the block.
+        spatial_size: Height and width of its input in pixels.
     """
 
-    index: int
-    num_blocks: int
+    stage_sizes: tuple[int, ...]
     stage: int
     index_in_stage: int
     num_convolutions: int
@@ -47,90 +55,135 @@ class Position:
     spatial_size: tuple[int, int]
 
     @property
+    def index(self) -> int:
+        """The number of the block in the network, counted from 0."""
+        return sum(self.stage_sizes[: self.stage]) + self.index_in_stage
+
+    @property
+    def num_blocks(self) -> int:
+        """L, the residual blocks of the network."""
+        return sum(self.stage_sizes)
+
+    @property
     def transition(self) -> bool:
         """Whether the block changes resolution or width."""
         return self.stride != 1 or self.in_features != self.out_features
 
 
-class Residual(nnx.Module):
-    """The classical rule x + f(x) (eq. 4), and the base of the others."""
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A coefficient that is learned: `factor` times a scalar parameter of this name, which starts at `start`."""
 
-    c: float = 1.0
-    convolutional_skip: bool = False  # in every block; a transition always has it
-
-    def __init__(self, position: Position, conv: ConvFactory, rngs: nnx.Rngs):
-        """conv: `(in_features, out_features, kernel_size, stride, spatial_size, rngs=) -> layer`, set up by the
-        network.
-        """
-        self.shortcut = (
-            conv(position.in_features, position.out_features, 1, position.stride, position.spatial_size, rngs=rngs)
-            if position.transition or self.convolutional_skip
-            else None
-        )
-
-    def skip(self, x: jax.Array, z: jax.Array) -> jax.Array:
-        """h: of the block's input x [B, H, W, C] and its activation z = ReLU(x)."""
-        return x if self.shortcut is None else self.shortcut(z)
-
-    def branch_convolution(self, index: int, layer: nnx.Module) -> nnx.Module:
-        """What stands in the branch for its convolution number `index`, counted from 0; the convolution itself by
-        default.
-        """
-        del index
-        return layer
-
-    def __call__(self, x: jax.Array, activate: Layer, branch: Layer) -> jax.Array:
-        """x_l from x_{l-1}, the block's first (norm and) ReLU, and the branch that continues from it."""
-        z = activate(x)
-        total = self.skip(x, z) + branch(z)
-        return total if self.c == 1.0 else self.c * total
+    name: str
+    start: float
+    factor: float = 1.0
 
 
-class IdShort(Residual):
+Coefficient = float | Learned
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """x_l = a h(x_{l-1}) + b f(x_{l-1} / beta), for one block.
+
+    Attributes:
+        a: Of the shortcut, a number or `Learned`.
+        b: Of the branch, likewise.
+        beta: By which the branch's input is divided, likewise; that of a shortcut convolution, too.
+        convolution: Whether the shortcut is a 1x1 convolution where the block changes nothing; a transition always has
+            one.
+        branch_scales: By which the initializer's kernels in the branch are multiplied, from the first to the last; 1
+            for all of them if it is left out.
+    """
+
+    a: Coefficient = 1.0
+    b: Coefficient = 1.0
+    beta: Coefficient = 1.0
+    convolution: bool = False
+    branch_scales: tuple[float, ...] | None = None
+
+
+RuleFunction = Callable[[Position], Rule]
+
+
+def identity(position: Position) -> Rule:
+    """x + f(x): the classical rule (eq. 4)."""
+    del position
+    return Rule()
+
+
+def idshort(position: Position) -> Rule:
     """sqrt(1/2) (x + f(x)): scaled identity shortcut (section 3.3)."""
+    del position
+    return Rule(SQRT_HALF, SQRT_HALF)
 
-    c = math.sqrt(0.5)
 
-
-class LearnScalar(Residual):
+def learnscalar(position: Position) -> Rule:
     """sqrt(1/2) (alpha x + f(x)), alpha a learned scalar per block that starts at 1 (section 3.3)."""
-
-    c = math.sqrt(0.5)
-
-    def __init__(self, position: Position, conv: ConvFactory, rngs: nnx.Rngs):
-        super().__init__(position, conv, rngs)
-        self.alpha = nnx.Param(jnp.ones((), jnp.float32)) if self.shortcut is None else None
-
-    def skip(self, x: jax.Array, z: jax.Array) -> jax.Array:
-        return super().skip(x, z) if self.alpha is None else self.alpha[...].astype(x.dtype) * x
+    return Rule(SQRT_HALF if position.transition else Learned("alpha", 1.0, SQRT_HALF), SQRT_HALF)
 
 
-class ConvShort(Residual):
+def convshort(position: Position) -> Rule:
     """sqrt(1/2) (W_s ReLU(x) + f(x)), a 1x1 convolution in every block (section 3.3)."""
+    del position
+    return Rule(SQRT_HALF, SQRT_HALF, convolution=True)
 
-    c = math.sqrt(0.5)
-    convolutional_skip = True
 
-
-class Conv(Residual):
+def conv(position: Position) -> Rule:
     """W_s ReLU(x) + f(x): the classical sum with a convolution in every block, as the BatchNorm rows of the paper's
     tables count it.
     """
+    del position
+    return Rule(convolution=True)
 
-    convolutional_skip = True
 
-
-RESIDUALS: dict[str, type[Residual]] = {
-    "identity": Residual,
-    "idshort": IdShort,
-    "learnscalar": LearnScalar,
-    "convshort": ConvShort,
-    "conv": Conv,
+RESIDUALS: dict[str, RuleFunction] = {
+    "identity": identity,
+    "idshort": idshort,
+    "learnscalar": learnscalar,
+    "convshort": convshort,
+    "conv": conv,
 }
 
 
-def get(residual: str | Callable[..., Residual]) -> Callable[..., Residual]:
-    """The rule of that name in `RESIDUALS`, or `residual` itself if it is a class or callable `(position, conv, rngs)
-    -> Residual`.
+def get(residual: str | RuleFunction) -> RuleFunction:
+    """The rule of that name in `RESIDUALS`, or `residual` itself if it is a function `position -> Rule`.
+
+    Raises:
+        ValueError: It is neither.
     """
-    return initializers.lookup("residual", residual, RESIDUALS)
+    return _names.lookup("residual", residual, RESIDUALS)
+
+
+class Residual(nnx.Module):
+    """What a rule adds to a block: the shortcut convolution, if there is one, and the scalars that are learned."""
+
+    def __init__(self, rule: Rule, position: Position, conv: ConvFactory, rngs: nnx.Rngs):
+        """Builds it.
+
+        Args:
+            rule: Of this block.
+            position: Where the block stands.
+            conv: `(in_features, out_features, kernel_size, stride, spatial_size, rngs=) -> layer`, set up by the
+                network.
+            rngs: Of the kernel.
+        """
+        self.rule = rule
+        self.shortcut = (
+            conv(position.in_features, position.out_features, 1, position.stride, position.spatial_size, rngs=rngs)
+            if position.transition or rule.convolution
+            else None
+        )
+        for coefficient in (rule.a, rule.b, rule.beta):
+            if isinstance(coefficient, Learned):
+                setattr(self, coefficient.name, nnx.Param(jnp.full((), coefficient.start, jnp.float32)))
+
+    def coefficients(self, dtype: Any = jnp.float32) -> tuple[Any, Any, Any]:
+        """(a, b, beta) as they are now: Python numbers, and arrays [] of this dtype where they are learned."""
+
+        def now(coefficient: Coefficient) -> float | jax.Array:
+            if not isinstance(coefficient, Learned):
+                return coefficient
+            return (coefficient.factor * getattr(self, coefficient.name)[...]).astype(dtype)
+
+        return now(self.rule.a), now(self.rule.b), now(self.rule.beta)

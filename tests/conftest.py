@@ -14,12 +14,11 @@ import jax
 import pytest
 
 from nfjax import config as configs
-from nfjax import resnet
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-TINY = 10  # depth of a network with one basic block per stage, for tests only
+TINY = 10  # the depth of the smallest network, one basic block per stage
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,7 +38,6 @@ def _compile_once(tmp_path_factory):
 @pytest.fixture
 def tiny_config(monkeypatch):
     """Two epochs of 16 steps on made-up images, with a network that compiles in a few seconds."""
-    monkeypatch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
     config = configs.base()
     config.batch_size = 64
     config.epochs = 2

@@ -85,7 +85,8 @@ def configs(tmp_path_factory):
     for name, norm, streamed in kinds:
         config = base.base()
         config.epochs, config.batch_size, config.log.every_steps = 1, 16, 1
-        config.model.depth, config.model.width, config.model.norm = 6, 4, norm
+        # Two blocks, the second with a stride: quickly compiled.
+        config.model.stage_sizes, config.model.block, config.model.width, config.model.norm = (1, 1), "basic", 4, norm
         config.data.source, config.data.dir, config.data.image_size = "folder", str(images), 8
         config.augment.crop_padding, config.augment.rand_operations = 1, int(name == "memory")
         config.train.accumulate_steps = 2 if name == "parts" else 1
@@ -130,8 +131,9 @@ import math, re, jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
 from nfjax import mesh, resnet, steps
 
-resnet.STAGES[6] = (resnet.BasicBlock, (1, 1))
-model = resnet.PreActResNet(6, "convshort", width=4, num_classes=3, rngs=nnx.Rngs(0))
+model = resnet.PreActResNet(
+    residual="convshort", stage_sizes=(1, 1), block="basic", width=4, num_classes=3, rngs=nnx.Rngs(0)
+)
 network, params, batch_stats = steps.as_functions(model)
 devices = mesh.make()
 preprocess = lambda key, images: images.astype(jnp.float32)

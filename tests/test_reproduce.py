@@ -4,7 +4,6 @@ import sys
 import numpy as np
 import pytest
 
-from nfjax import resnet
 from nfjax.reproduce import __main__ as command
 from nfjax.reproduce import cost_table, propagation_figure
 from nfjax.reproduce.signal import CURVES
@@ -44,7 +43,6 @@ def test_unknown_name_lists_the_right_ones(monkeypatch, capsys):
 
 
 def test_a_propagation_figure_is_measured_and_written(monkeypatch, tmp_path):
-    monkeypatch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
     curves = {name: CURVES[name] for name in ("IdShort, He fan-out", "ConvShort, effective fan-out")}
     figure = propagation_figure("Figure", (TINY,), curves=curves, seeds=2, batch=4, image_size=8, width=4)
     written = figure.write(tmp_path / "figure")

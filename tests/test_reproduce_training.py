@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from nfjax import data, reproduce, resnet, train
+from nfjax import data, reproduce, train
 from nfjax.data.contents import contents
 from nfjax.reproduce import __main__ as command
 from nfjax.reproduce import claims, grids, records, runs, training
@@ -432,7 +432,6 @@ def test_imagenet_is_held_against_torchvision(tmp_path):
 @pytest.fixture
 def tiny_grid(monkeypatch):
     """A figure of two networks that are the same program, on made-up images."""
-    monkeypatch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
     cells = tuple(Cell(TINY, curve, curve) for curve in (CONVSHORT, BROCK[0]))
     monkeypatch.setitem(reproduce.TRAINED, "figure7", lambda request: Grid("Tiny", "CIFAR-10", cells))
 

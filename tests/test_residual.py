@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -6,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nfjax import initializers, resnet
+from nfjax import initializers, layers, resnet
 from nfjax import residual as rules
-from nfjax.residual import RESIDUALS, Position, Residual
+from nfjax.residual import RESIDUALS, Learned, Position, Rule
 
 HALF = math.sqrt(0.5)
 SCALES = {"identity": 1.0, "idshort": HALF, "learnscalar": HALF, "convshort": HALF, "conv": 1.0}
@@ -16,16 +17,14 @@ CONVOLUTIONAL = ("convshort", "conv")
 
 
 def position(c_in=8, c_out=8, stride=1):
-    return Position(0, 4, 0, 0, 2, c_in, c_out, stride, (8, 8))
+    return Position((2, 2), 0, 0, 2, c_in, c_out, stride, (8, 8))
 
 
 def make_block(residual, norm=None, **where):
-    def conv(c_in, c_out, k, stride, size, rngs):
-        init = initializers.INITIALIZERS["he_fan_out"]
-        return resnet.convolution(c_in, c_out, k, stride, size, init=init, dtype=jnp.float32, rngs=rngs)
-
-    norm = resnet.NORMS[norm] if norm else None
-    return resnet.BasicBlock(position(**where), rules.get(residual), norm, conv, rngs=nnx.Rngs(0))
+    init = initializers.INITIALIZERS["he_fan_out"]
+    conv = functools.partial(layers.convolution, init=init, dtype=jnp.float32)
+    activation = functools.partial(layers.Activation, norm=layers.NORMS[norm] if norm else None)
+    return resnet.BasicBlock(position(**where), rules.get(residual), activation, conv, rngs=nnx.Rngs(0))
 
 
 def conv2d(x, kernel, stride=1):
@@ -65,7 +64,7 @@ def test_learnscalar_multiplies_the_skip_path_only():
 
 def test_learnscalar_transition_has_a_convolution_and_no_alpha():
     block = make_block("learnscalar", c_out=16, stride=2)
-    assert block.residual.alpha is None
+    assert not hasattr(block.residual, "alpha")
     assert block.residual.shortcut.kernel.shape == (1, 1, 8, 16)
 
 
@@ -83,55 +82,59 @@ def test_norm_stands_before_every_relu():
     np.testing.assert_allclose(block(x), expected, rtol=1e-3, atol=1e-3)
 
 
-# ---- room for the related rules (SkipInit, Fixup, NF-ResNet): each one small class, as a callable or a table line
+def test_positions_count_the_blocks_before_them():
+    places = [(stage, i) for stage, size in enumerate((2, 3)) for i in range(size)]
+    positions = [Position((2, 3), stage, i, 2, 8, 8, 1, (8, 8)) for stage, i in places]
+    assert [p.index for p in positions] == [0, 1, 2, 3, 4]
+    assert {p.num_blocks for p in positions} == {5}
 
 
-class SkipInit(Residual):
+# ---- room for the related rules (SkipInit, Fixup, NF-ResNet): each one small function, as a callable or a table line
+
+
+def skipinit(position):
     """x + alpha f(x), alpha learned, from 0 (De and Smith 2020)."""
-
-    def __init__(self, position, conv, rngs):
-        super().__init__(position, conv, rngs)
-        self.alpha = nnx.Param(jnp.zeros((), jnp.float32))
-
-    def __call__(self, x, activate, branch):
-        z = activate(x)
-        return self.skip(x, z) + self.alpha[...] * branch(z)
+    return Rule(b=Learned("alpha", 0.0))
 
 
-class ZeroLast(Residual):
+def zero_last(position):
     """Fixup's branch: the last convolution starts at 0, the others scaled by L^(-1/(2m-2)) (Zhang et al. 2019)."""
-
-    def __init__(self, position, conv, rngs):
-        super().__init__(position, conv, rngs)
-        self.last, self.scale = (
-            position.num_convolutions - 1,
-            position.num_blocks ** (-1 / (2 * position.num_convolutions - 2)),
-        )
-
-    def branch_convolution(self, index, layer):
-        layer.kernel[...] = layer.kernel[...] * (0.0 if index == self.last else self.scale)
-        return layer
+    scale = position.num_blocks ** (-1 / (2 * position.num_convolutions - 2))
+    return Rule(branch_scales=(scale,) * (position.num_convolutions - 1) + (0.0,))
 
 
-class Normalized(Residual):
+def normalized(position):
     """x + 0.2 f(x / beta), beta = sqrt(1 + 0.2^2 l) within a stage (Brock et al. 2020)."""
-
-    def __init__(self, position, conv, rngs):
-        super().__init__(position, conv, rngs)
-        self.beta = math.sqrt(1 + 0.04 * position.index_in_stage)
-
-    def __call__(self, x, activate, branch):
-        z = activate(x / self.beta)
-        return self.skip(x, z) + 0.2 * branch(z)
+    return Rule(b=0.2, beta=math.sqrt(1 + 0.04 * position.index_in_stage))
 
 
-@pytest.mark.parametrize("rule", [SkipInit, ZeroLast])
+def test_branch_scales_multiply_the_kernels():
+    plain, scaled = make_block("identity"), make_block(zero_last)
+    ours, theirs = ([conv.kernel[...] for conv in block.branch.convolutions] for block in (scaled, plain))
+    np.testing.assert_allclose(ours[0], theirs[0] * 4 ** (-1 / 2), rtol=1e-6)  # 4 blocks, 2 convolutions
+    np.testing.assert_array_equal(ours[1], 0.0)
+
+
+def test_beta_divides_what_the_branch_and_a_shortcut_convolution_read():
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 8))
+
+    def rule(beta, convolution):
+        return lambda position: Rule(b=0.2, beta=beta, convolution=convolution)
+
+    for convolution in (False, True):
+        block, divided = make_block(rule(1.0, convolution)), make_block(rule(4.0, convolution))
+        h = x / 4 if convolution else x
+        expected = (0.0 if convolution else x) + (block(x / 4) - (0.0 if convolution else h / 4))
+        np.testing.assert_allclose(divided(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [skipinit, zero_last])
 def test_a_rule_of_ones_own_starts_as_the_identity(rule):
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 8))
     np.testing.assert_allclose(make_block(rule)(x), x)
 
 
-@pytest.mark.parametrize("rule", [SkipInit, ZeroLast, Normalized])
+@pytest.mark.parametrize("rule", [skipinit, zero_last, normalized])
 def test_a_rule_of_ones_own_makes_a_network(rule, monkeypatch):
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     given = resnet.PreActResNet(18, rule, width=4, rngs=nnx.Rngs(0))(images)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nfjax import initializers, resnet
-from nfjax.residual import RESIDUALS
+from nfjax import initializers, layers, resnet
+from nfjax.residual import RESIDUALS, Rule
 from nfjax.resnet import PreActResNet
 
 
@@ -21,7 +21,14 @@ def parameters(model):
 
 def counted_by_hand(depth, skip_everywhere):
     """(parameters without norm, batch norm's own, blocks with an identity shortcut): CIFAR, width 64, 10 classes."""
-    stages = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+    stages = {
+        10: (1, 1, 1, 1),
+        18: (2, 2, 2, 2),
+        34: (3, 4, 6, 3),
+        50: (3, 4, 6, 3),
+        101: (3, 4, 23, 3),
+        152: (3, 8, 36, 3),
+    }
     blocks, expansion = stages[depth], 1 if depth < 50 else 4
     total, norm, plain_skips, c_in = 9 * 3 * 64, 0, 0, 64
     for stage, count in enumerate(blocks):
@@ -131,7 +138,7 @@ def test_pooling_takes_the_largest_of_its_window_and_sends_the_gradient_there(si
     # No two values are equal, so that the gradient has one place to go.
     values = np.random.default_rng(0).permutation(3 * size[0] * size[1]).reshape(1, *size, 3) - 100.0
     x, window = jnp.asarray(values / 128, dtype), ((3, 3), (2, 2), ((1, 1), (1, 1)))
-    y, gradient = jax.vjp(resnet.max_pool, x)
+    y, gradient = jax.vjp(layers.max_pool, x)
     expected, expected_gradient = jax.vjp(lambda x: nnx.max_pool(x, *window), x)
     np.testing.assert_array_equal(y, expected)
     cotangent = jnp.asarray(np.random.default_rng(1).integers(-8, 8, y.shape), dtype)
@@ -208,7 +215,14 @@ def test_seeds_and_callables():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"depth": 20}, "unknown depth 20: expected one of 18, 34, 50, 101, 152"),
+        ({"depth": 20}, "unknown depth 20: expected one of 10, 18, 34, 50, 101, 152"),
+        ({"depth": None}, "depth=None, stage_sizes=None: expected one of the two"),
+        ({"stage_sizes": (1,)}, r"depth=18, stage_sizes=\(1,\): expected one of the two"),
+        ({"depth": None, "stage_sizes": (1, 0), "block": "basic"}, r"stage_sizes=\(1, 0\): expected a positive number"),
+        ({"depth": None, "stage_sizes": ()}, r"stage_sizes=\(\): expected a positive number"),
+        ({"depth": None, "stage_sizes": (1,)}, r"needs a block: expected one of basic, bottleneck"),
+        ({"block": "base"}, "unknown block 'base'.*basic, bottleneck"),
+        ({"activation": "rlu"}, "unknown activation 'rlu'.*relu"),
         ({"residual": "convshot"}, "unknown residual 'convshot'.*convshort"),
         ({"norm": "layer"}, "unknown norm 'layer'.*batch"),
         ({"init": "he"}, "unknown init 'he'.*he_fan_out"),
@@ -241,7 +255,7 @@ def test_building_is_quick(residual):
     code = """
 import sys, time, jax
 from flax import nnx
-from nfjax.residual import RESIDUALS
+from nfjax.residual import RESIDUALS, Rule
 from nfjax.resnet import PreActResNet
 for _ in range(2):
     start = time.perf_counter()
@@ -254,3 +268,50 @@ for _ in range(2):
     out = subprocess.run(command, env=cold, capture_output=True, text=True, check=True).stdout.split()
     assert float(out[0]) < 10
     assert float(out[1]) < 4
+
+
+def test_the_beta_of_a_block_knows_the_stages_before_it():
+    seen = []
+
+    def rule(position):
+        seen.append((position.index, position.num_blocks, position.stage_sizes, position.transition))
+        return Rule()
+
+    PreActResNet(stage_sizes=(2, 1), block="basic", residual=rule, width=4, rngs=nnx.Rngs(0))
+    assert seen == [(0, 3, (2, 1), False), (1, 3, (2, 1), False), (2, 3, (2, 1), True)]
+
+
+def test_parts_of_ones_own():
+    """Stages, block, activation, convolution and the head's initializer, each an argument."""
+
+    class Small(resnet.BasicBlock):
+        """One convolution."""
+
+        num_convolutions = 1
+
+        @classmethod
+        def layout(cls, position):
+            return [(position.in_features, position.out_features, 3, position.stride)]
+
+    def biased(c_in, c_out, k, stride, size, *, init, dtype, rngs):
+        return nnx.Conv(c_in, c_out, (k, k), stride, kernel_init=init, dtype=dtype, rngs=rngs)
+
+    model = PreActResNet(
+        stage_sizes=(2, 1), block=Small, activation="tanh", conv=biased, head_init=jax.nn.initializers.zeros, width=4,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    assert [len(block.branch.convolutions) for block in model.blocks] == [1, 1, 1]
+    assert model.blocks[0].branch.convolutions[0].bias is not None
+    assert not model.classifier.kernel[...].any()
+    x = jnp.full((1, 8, 8, 3), 2.0)
+    np.testing.assert_allclose(model.blocks[0].activation(x), jnp.tanh(x))
+    assert model.activation(model.blocks[-1](jnp.ones((1, 8, 8, 4)))).shape == (1, 4, 4, 8)
+    np.testing.assert_array_equal(model(x), 0.0)
+
+
+def test_names_of_depths():
+    model = nnx.eval_shape(lambda: resnet.resnet101(residual="convshort", width=8, rngs=nnx.Rngs(0)))
+    assert len(model.blocks) == 33
+    assert isinstance(nnx.eval_shape(lambda: resnet.resnet18(width=8, rngs=nnx.Rngs(0))).blocks[0], resnet.BasicBlock)
+    with pytest.raises(TypeError):
+        resnet.STAGES[6] = (resnet.BasicBlock, (1, 1))

@@ -27,7 +27,6 @@ def var(x):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
 
     def make(seed=0, residual="idshort", norm=None, init="he_fan_out", **settings):
         settings = {"width": 4, "image_size": 8} | settings

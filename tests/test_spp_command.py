@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax import resnet
 from nfjax.spp import __main__ as command
 from tests.conftest import TINY
 
@@ -46,7 +45,6 @@ CONSTANT = 3
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_models.py").write_text(MODULE)
     monkeypatch.setattr(sys, "path", list(sys.path))

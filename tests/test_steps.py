@@ -19,9 +19,7 @@ from nfjax import mesh as meshes
 
 
 def small_model(norm=None):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.STAGES, TINY, (resnet.BasicBlock, (1, 1, 1, 1)))
-        return resnet.PreActResNet(TINY, "learnscalar", norm, width=4, num_classes=3, rngs=nnx.Rngs(0))
+    return resnet.PreActResNet(TINY, "learnscalar", norm, width=4, num_classes=3, rngs=nnx.Rngs(0))
 
 
 def images(count, size=8):

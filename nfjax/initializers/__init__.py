@@ -11,6 +11,7 @@ Every initializer is called like those of `jax.nn.initializers`, `init(key, shap
 
 from __future__ import annotations
 
+from nfjax import _names
 from nfjax.initializers.gains import ACTIVATIONS, Gain, gain
 from nfjax.initializers.kernels import (
     Initializer,
@@ -20,7 +21,6 @@ from nfjax.initializers.kernels import (
     he_normal,
     standardize,
 )
-from nfjax.initializers.names import lookup
 from nfjax.initializers.taps import effective_taps
 
 INITIALIZERS: dict[str, Initializer] = {
@@ -33,10 +33,10 @@ INITIALIZERS: dict[str, Initializer] = {
 
 def get(init: str | Initializer) -> Initializer:
     """The initializer of that name in `INITIALIZERS`, or `init` itself if it is a callable."""
-    return lookup("init", init, INITIALIZERS)
+    return _names.lookup("init", init, INITIALIZERS)
 
 
 __all__ = [
     "ACTIVATIONS", "INITIALIZERS", "Gain", "Initializer", "at_layer", "brock_normal", "effective_taps", "gain", "get",
-    "he_effective_fan_out", "he_normal", "lookup", "standardize",
+    "he_effective_fan_out", "he_normal", "standardize",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfjax.initializers.names import lookup
+from nfjax import _names
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda x: x,
@@ -46,7 +46,7 @@ def gain(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Gain:
 
     activation: a name in `ACTIVATIONS` or an elementwise JAX function, kinks (if any) at 0.
     """
-    return _gain(lookup("activation", activation, ACTIVATIONS))
+    return _gain(_names.lookup("activation", activation, ACTIVATIONS))
 
 
 @functools.cache

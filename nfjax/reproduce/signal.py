@@ -44,7 +44,7 @@ class PropagationFigure:
 
     title: str
     profiles: Mapping[int, Mapping[str, spp.Profile]]
-    predictions: Mapping[int, Mapping[str, spp.Prediction]]
+    predictions: Mapping[int, Mapping[str, spp.Prediction | None]]
     note: str
 
     def table(self) -> Table:
@@ -55,8 +55,8 @@ class PropagationFigure:
                 transitions = float(np.prod(diagnosis.backward.transitions))
                 rows.append([
                     f"ResNet-{depth} {name}",
-                    *_first_over_last(profile.samples["forward_var"], prediction.forward_var),
-                    *_first_over_last(profile.samples["backward_var"], prediction.backward_var),
+                    *_first_over_last(profile.samples["forward_var"], prediction and prediction.forward_var),
+                    *_first_over_last(profile.samples["backward_var"], prediction and prediction.backward_var),
                     f"{diagnosis.backward.total / transitions:.3g}",
                     f"{transitions:.3g}",
                     diagnosis.forward.verdict,
@@ -100,7 +100,7 @@ def propagation_figure(
     """Measures every curve at every depth; the same seeds draw the same noise for each."""
     shape = (batch, image_size, image_size, 3)
     profiles: dict[int, dict[str, spp.Profile]] = {depth: {} for depth in depths}
-    predictions: dict[int, dict[str, spp.Prediction]] = {depth: {} for depth in depths}
+    predictions: dict[int, dict[str, spp.Prediction | None]] = {depth: {} for depth in depths}
     total, start = len(depths) * len(curves), time.perf_counter()
     for number, (depth, name) in enumerate((depth, name) for depth in depths for name in curves):
         rule, norm, init = curves[name]
@@ -120,9 +120,9 @@ def propagation_figure(
     return PropagationFigure(title, profiles, predictions, NOTE.format(seeds=seeds, batch=batch, size=image_size))
 
 
-def _first_over_last(samples: np.ndarray, predicted: np.ndarray) -> tuple[str, str]:
+def _first_over_last(samples: np.ndarray, predicted: np.ndarray | None) -> tuple[str, str]:
     ratios = samples[:, 0] / samples[:, -1]
     return (
         f"{np.median(ratios):.3g} [{ratios.min():.3g}, {ratios.max():.3g}]",
-        f"{predicted[0] / predicted[-1]:.3g}",
+        "none" if predicted is None else f"{predicted[0] / predicted[-1]:.3g}",
     )

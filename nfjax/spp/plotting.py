@@ -43,7 +43,7 @@ def styles(names: list[str]) -> dict[str, Style]:
 
 def plot(
     profiles: Profile | Mapping[str, Profile],
-    predictions: Prediction | Mapping[str, Prediction] | None = None,
+    predictions: Prediction | Mapping[str, Prediction | None] | None = None,
     *,
     relative: bool = True,
     band: tuple[float, float] = (0.0, 1.0),
@@ -69,7 +69,8 @@ def plot(
         predictions = dict.fromkeys(profiles, predictions)
     if not profiles:
         raise ValueError("there is no profile to plot")
-    if unknown := set(predictions or ()) - set(profiles):
+    predictions = {name: one for name, one in (predictions or {}).items() if one is not None}
+    if unknown := set(predictions) - set(profiles):
         raise ValueError(f"predictions for {', '.join(sorted(unknown))}, of which there is no profile")
     style = styles(list(profiles)) | dict(style or {})
     rows = -(-len(profiles) // 4) if any(profiles) else 0
@@ -87,7 +88,7 @@ def plot(
             unit = median[-1] if divide else 1.0
             blocks = np.arange(1, len(profile) + 1)
             colour, look = style[key].color, style[key]
-            if predictions and key in predictions:
+            if key in predictions:
                 axes.plot(
                     blocks, _shown(getattr(predictions[key], name)), color=colour, linewidth=0.8, alpha=0.6, zorder=1
                 )

@@ -5,7 +5,8 @@ A convolution with zero-mean weights of variance v multiplies, rule by rule:
 - forward (rule 1, eq. 1): E[y^2] = v n_in E[z^2], and E[z^2] = E[x^2] / 2 behind a ReLU. Where each output channel's
   weights sum to zero (eq. 3), the mean of z drops out: E[y^2] = v n_in Var[z], Var[z] = E[x^2] (1 - 1/pi) / 2.
 - backward (rule 2, eq. 2): Var[dL/dz] = v n_out Var[dL/dy], and half of it passes the ReLU.
-- sum (rule 3, eq. 5): independent terms add, c^2 in front, both ways.
+- sum (rule 3, eq. 5): independent terms add, a^2 in front of the shortcut's and b^2 in front of the branch's, both
+  ways; beta^2 divides what the branch reads, and what flows back through it.
 
 n_in = taps c_in and n_out = taps c_out, with the taps that strides and zero padding leave, counted exactly. A
 transition is thereby a block like any other: its stride leaves a quarter of the taps to the way back. v is the kernels'
@@ -30,12 +31,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
-from nfjax import resnet
+from nfjax import layers, resnet
 from nfjax.initializers import effective_taps
-from nfjax.residual import Residual
 
 # Behind a ReLU, of x ~ N(0, q): E[z^2] / q, and (E z)^2 / E[z^2].
 _HALF = 0.5
@@ -64,12 +65,32 @@ class _Signal:
     size: tuple[int, int]
 
 
-def predict(model: nnx.Module, input_shape: Sequence[int]) -> Prediction:
+class NoClosedFormError(Exception):
+    """Of this layer, or block."""
+
+
+def predict(model: nnx.Module, input_shape: Sequence[int]) -> Prediction | None:
     """The paper's variances for one of our networks, from the variances of its kernels.
 
-    model: a `resnet.PreActResNet`. input_shape: [B, H, W, 3] or [H, W, 3]. Raises TypeError for another model, and
-    NotImplementedError for a residual rule or a norm without a closed form.
+    Args:
+        model: A `resnet.PreActResNet`.
+        input_shape: [B, H, W, 3] or [H, W, 3].
+
+    Returns:
+        The prediction; None where a part of the network has no closed form: a block that is no sum with coefficients,
+        a norm other than batch norm, an activation other than ReLU, a stem of one's own.
+
+    Raises:
+        TypeError: It is another model.
+        ValueError: The shape is none of images.
     """
+    try:
+        return _predict(model, input_shape)
+    except NoClosedFormError:
+        return None
+
+
+def _predict(model: nnx.Module, input_shape: Sequence[int]) -> Prediction:
     if not isinstance(model, resnet.PreActResNet):
         raise TypeError(f"spp.predict knows the networks of nfjax.resnet only, not {type(model).__name__}")
     if len(input_shape) not in (3, 4) or input_shape[-1] != 3:
@@ -80,7 +101,7 @@ def predict(model: nnx.Module, input_shape: Sequence[int]) -> Prediction:
     elif isinstance(model.stem, resnet.ImageNetStem):
         signal = _Signal(math.nan, 0.0, model.stem.spatial_size)
     else:
-        raise NotImplementedError(f"no closed form for the stem {type(model.stem).__name__}")
+        raise NoClosedFormError(model.stem)
     forward, gains = [], []
     for block in model.blocks:
         signal, gain = _block(block, signal)
@@ -93,10 +114,11 @@ def predict(model: nnx.Module, input_shape: Sequence[int]) -> Prediction:
 
 def _block(block: resnet.Block, x: _Signal) -> tuple[_Signal, float]:
     """The signal behind a block, and what the block multiplies the gradient's variance by."""
-    rule = block.residual
-    if type(rule).__call__ is not Residual.__call__:
-        raise NotImplementedError(f"no closed form for the residual rule {type(rule).__name__}")
-    z, through_activation = _activate(block.activation, x)
+    if type(block).__call__ is not resnet.Block.__call__ or type(block.branch).__call__ is not resnet.Branch.__call__:
+        raise NoClosedFormError(block)
+    a, b, beta = (float(coefficient) ** 2 for coefficient in block.residual.coefficients())
+    z, through_activation = _activate(block.activation, dataclasses.replace(x, moment=x.moment / beta))
+    through_activation /= beta
     branch, branch_gain = z, through_activation
     for i, convolution in enumerate(block.branch.convolutions):
         if i > 0:
@@ -104,31 +126,31 @@ def _block(block: resnet.Block, x: _Signal) -> tuple[_Signal, float]:
             branch_gain *= gain
         branch, gain = _convolve(convolution, branch)
         branch_gain *= gain
-    if rule.shortcut is not None:
-        skip, skip_gain = _convolve(rule.shortcut, z)
-        skip_gain *= through_activation
-    else:
-        alpha = getattr(rule, "alpha", None)
-        scale = 1.0 if alpha is None else float(alpha[...]) ** 2
-        skip, skip_gain = dataclasses.replace(x, moment=scale * x.moment), scale
-    moment = skip.moment + branch.moment
-    mean_share = (skip.moment * skip.mean_share + branch.moment * branch.mean_share) / moment if moment else 0.0
-    return _Signal(rule.c**2 * moment, mean_share, branch.size), rule.c**2 * (skip_gain + branch_gain)
+    shortcut, shortcut_gain = x, 1.0
+    if block.residual.shortcut is not None:
+        shortcut, shortcut_gain = _convolve(block.residual.shortcut, z)
+        shortcut_gain *= through_activation
+    parts = a * shortcut.moment, b * branch.moment
+    moment = sum(parts)
+    mean_share = (parts[0] * shortcut.mean_share + parts[1] * branch.mean_share) / moment if moment else 0.0
+    return _Signal(moment, mean_share, branch.size), a * shortcut_gain + b * branch_gain
 
 
-def _activate(activation: resnet.Activation, x: _Signal) -> tuple[_Signal, float]:
+def _activate(activation: layers.Activation, x: _Signal) -> tuple[_Signal, float]:
     """(Norm and) ReLU: half of the second moment and half of the gradient pass."""
+    if type(activation) is not layers.Activation or activation.function is not jax.nn.relu:
+        raise NoClosedFormError(activation)
     if activation.norm is None:
         return _Signal(_HALF * x.moment, _MEAN_SHARE, x.size), _HALF
     if not isinstance(activation.norm, nnx.BatchNorm):
-        raise NotImplementedError(f"no closed form for the norm {type(activation.norm).__name__}")
+        raise NoClosedFormError(activation.norm)
     within_channels = x.moment * (1 - x.mean_share)
     return _Signal(_HALF, _MEAN_SHARE, x.size), _HALF / within_channels
 
 
 def _convolve(convolution: Any, z: _Signal) -> tuple[_Signal, float]:
     if not isinstance(convolution, nnx.Conv):
-        raise NotImplementedError(f"no closed form for {type(convolution).__name__} in a block")
+        raise NoClosedFormError(convolution)
     kernel = np.asarray(convolution.kernel[...], np.float64)
     variance = float(np.mean(kernel**2))
     sums = kernel.sum(axis=(0, 1, 2)) / math.prod(kernel.shape[:-1])
