@@ -11,13 +11,15 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from absl import logging
 
 T = TypeVar("T")
+
+LARGEST = 1 << 28  # bytes of a JSON file that is read: the longest list of names that anyone has takes a tenth of it
 
 
 class DamagedFileError(ValueError):
@@ -29,17 +31,31 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
     Raises OSError that names the file; nothing is left beside it then.
     """
-    part = path.with_name(f".{path.name}.part")  # one name, so that what a kill leaves is replaced by the next write
     try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
+        with replacing(path) as part:
+            part.write_bytes(data)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path beside `path`, for whoever writes a file piece by piece: it takes the place of `path` when the
+    block has ended and all of it is on the disk. Where the block fails, nothing is left of it.
+
+    One process at a time may do this to one path.
+    """
+    part = path.with_name(f".{path.name}.part")  # one name, so that what a kill leaves is replaced by the next write
+    part.unlink(missing_ok=True)  # and a link that somebody put there is not followed
+    try:
+        yield part
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
+        raise
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -85,9 +101,24 @@ def parse_json(data: str | bytes, expected: type[T] | Any, where: str, way_out: 
 def read_json(path: Any, expected: type[T] | Any, way_out: str) -> T:
     """`parse_json` of a file, a pathlib.Path or one in a bucket.
 
-    Raises DamagedFileError, and OSError where it cannot be read, FileNotFoundError where it is not there.
+    Raises DamagedFileError, also for what is no ordinary file or has more than `LARGEST` bytes, and OSError where it
+    cannot be read, FileNotFoundError where it is not there.
     """
-    return parse_json(path.read_bytes(), expected, str(path), way_out)
+    return parse_json(read_bytes(path, way_out), expected, str(path), way_out)
+
+
+def read_bytes(path: Any, way_out: str) -> bytes:
+    """The bytes of a small file, a pathlib.Path or one in a bucket. Raises as `read_json` does."""
+    status = path.stat()
+    if isinstance(status, os.stat_result):
+        mode, size = status.st_mode, status.st_size
+    else:  # etils's, whose mode a bucket leaves out
+        mode, size = status.mode or 0, status.length
+    if any(kind(mode) for kind in (stat.S_ISFIFO, stat.S_ISSOCK, stat.S_ISCHR, stat.S_ISBLK)):
+        raise DamagedFileError(f"{path} is a pipe or a device, which may never end: expected a file; {way_out}")
+    if size > LARGEST:
+        raise DamagedFileError(f"{path} has {size:,} bytes: expected at most {LARGEST:,}; {way_out}")
+    return path.read_bytes()
 
 
 def set_aside(path: pathlib.Path, reason: object) -> pathlib.Path:
