@@ -134,9 +134,14 @@ def test_a_file_written_in_pieces_is_there_when_it_is_whole(tmp_path):
     path.write_text("before")
     victim.write_text("mine")
     (tmp_path / ".x.part").symlink_to(victim)  # somebody hopes that it is followed
-    with pytest.raises(RuntimeError), storage.replacing(path) as part:
-        part.write_text("half of")
-        raise RuntimeError
+
+    def interrupted():
+        with storage.replacing(path) as part:
+            part.write_text("half of")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert path.read_text() == "before"
     (tmp_path / ".x.part").symlink_to(victim)
     with storage.replacing(path) as part:
