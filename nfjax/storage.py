@@ -39,13 +39,14 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(path: pathlib.Path, writer: str = "") -> Iterator[pathlib.Path]:
     """A temporary path beside `path`, for whoever writes a file piece by piece: it takes the place of `path` when the
     block has ended and all of it is on the disk. Where the block fails, nothing is left of it.
 
-    One process at a time may do this to one path.
+    writer: tells processes apart that may do this to one path at the same time. What a kill leaves of them stays; where
+    there is one at a time, the next write replaces it.
     """
-    part = path.with_name(f".{path.name}.part")  # one name, so that what a kill leaves is replaced by the next write
+    part = path.with_name(f".{path.name}{writer and '.'}{writer}.part")
     part.unlink(missing_ok=True)  # and a link that somebody put there is not followed
     try:
         yield part
