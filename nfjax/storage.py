@@ -7,15 +7,20 @@ and the way out.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from absl import logging
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
@@ -67,6 +72,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_json(path: pathlib.Path, value: Any, indent: int | None = 1) -> None:
     """`write_text` of a value as JSON, with a line end."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: pathlib.Path, rows: Iterable[Iterable[Any]]) -> None:
+    """`write_text` of rows of text and numbers, separated by commas."""
+    stream = io.StringIO(newline="")
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    write_text(path, stream.getvalue())
+
+
+def write_figure(path: pathlib.Path, figure: Figure, dpi: int) -> None:
+    """`write_bytes` of a picture, in the format that the name says."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format=path.suffix[1:], dpi=dpi)
+    write_bytes(path, stream.getvalue())
 
 
 def parse_json(data: str | bytes, expected: type[T] | Any, where: str, way_out: str) -> T:
