@@ -1,5 +1,8 @@
 import dataclasses
+import io
+import os
 import pathlib
+import pickle
 
 import numpy as np
 import pytest
@@ -133,6 +136,51 @@ def test_damaged_cache_is_made_again(tmp_path):
     (cached,) = pathlib.Path(tmp_path / "cache").iterdir()
     cached.write_bytes(cached.read_bytes()[:100])
     assert len(in_memory(tmp_path / "set").train) == 8
+
+
+def test_a_cache_of_something_else_is_made_again(tmp_path, monkeypatch):
+    make_folder(tmp_path / "set")
+    whole = in_memory(tmp_path / "set")
+    (cached,) = pathlib.Path(tmp_path / "cache").iterdir()
+    content = cached.read_bytes()
+    with np.load(cached) as stored:
+        arrays = dict(stored)
+
+    def npz(**changes):
+        stream = io.BytesIO()
+        np.savez(stream, **arrays | changes)
+        return stream.getvalue()
+
+    stream = io.BytesIO()
+    np.save(stream, arrays["train_images"])
+    rng = np.random.default_rng(0)
+    damaged = [bytearray(content) for _ in range(20)]
+    for flipped in damaged:
+        flipped[int(rng.integers(len(flipped)))] ^= 1 << int(rng.integers(8))
+    lies = [b"", b"\x00\xff", b"[]", b"{}", b"5", stream.getvalue(), pickle.dumps({}), content[:-30], *damaged]
+    lies += [npz(skipped=np.array(text)) for text in ("", "[]", "{}", "5", '{"train": [], "test": {}}', '{"train": {')]
+    lies += [npz(train_labels=np.zeros(3, np.int32)), npz(train_images=arrays["train_images"].astype(float))]
+    lies += [npz(train_images=np.array([{}], object))]
+    warnings = []
+    monkeypatch.setattr(memory.logging, "warning", lambda text, *args: warnings.append(text % args))
+    for lie in lies:
+        cached.write_bytes(lie)
+        again = in_memory(tmp_path / "set")
+        np.testing.assert_array_equal(again.train.images, whole.train.images)
+        np.testing.assert_array_equal(again.test.labels, whole.test.labels)
+    assert len(lies) - 5 <= len(warnings) <= len(lies)  # a bit of the date of a file costs nothing
+    assert all(str(cached) in warning and warning.endswith("and is made again") for warning in warnings)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [cached.name]
+
+
+def test_a_full_disk_leaves_no_half_of_a_cache(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    make_folder(tmp_path / "set")
+    monkeypatch.setattr(os, "fsync", full)
+    assert len(in_memory(tmp_path / "set").train) == 8
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_unwritable_cache_is_no_obstacle(tmp_path, monkeypatch):

@@ -7,17 +7,17 @@ pixels.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
-import zipfile
+import platform
 
 import numpy as np
 import tqdm
 from absl import logging
 
+from nfjax import storage
 from nfjax.data import skips
 from nfjax.data.crops import CentreCrop
 from nfjax.data.remote import cache_directory
@@ -116,24 +116,25 @@ Stored = tuple[dict[str, np.ndarray], dict[str, dict[str, str]]]
 def _read(cache: pathlib.Path) -> Stored | None:
     try:
         with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in _ARRAYS}, json.loads(str(stored["skipped"]))
+            arrays, skipped = {name: stored[name] for name in _ARRAYS}, str(stored["skipped"])
+        skipped = storage.parse_json(skipped, dict[str, dict[str, str]], f"{cache}, skipped", "it is made again")
+        for split in ("train", "test"):
+            Images(arrays[f"{split}_images"], arrays[f"{split}_labels"])
+            skipped[split]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of zip files, arrays or JSON, whatever is wrong with them
         logging.warning("the cache %s cannot be read (%s) and is made again", cache, error)
         return None
+    return arrays, skipped
 
 
 def _write(cache: pathlib.Path, arrays: dict[str, np.ndarray], skipped: dict[str, dict[str, str]]) -> None:
-    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with storage.replacing(cache, f"{platform.node()}-{os.getpid()}") as part, open(part, "wb") as file:
             np.savez(file, **arrays, skipped=np.array(json.dumps(skipped)))
-        os.replace(temporary, cache)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         logging.warning(
             "the decoded images cannot be cached in %s (%s); the next run decodes them again", cache.parent, error
         )
