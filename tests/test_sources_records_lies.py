@@ -108,8 +108,33 @@ def test_what_is_no_file_is_not_opened(tmp_path, put):
     packed(tmp_path)
     (tmp_path / FIRST).unlink()
     put(tmp_path / FIRST)
-    with pytest.raises(ValueError, match=f"{FIRST} is a folder, a pipe or a device: expected a shard; copy it again"):
-        records.load(str(tmp_path))
+    for read in (records.load, pack.verify):
+        with pytest.raises(ValueError, match=f"{FIRST} is a folder, a pipe or a device: expected a shard; copy it ag"):
+            read(str(tmp_path))
+    (tmp_path / FIRST).rename(tmp_path / "elsewhere")
+    for read in (records.load, pack.verify):
+        with pytest.raises(FileNotFoundError, match=f"lacks the shard {FIRST} that its manifest.json lists: copy it"):
+            read(str(tmp_path))
+
+
+def test_names_of_classes_cannot_speak_to_the_terminal(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(records.logging, "warning", lambda text, *args: warnings.append(text % args))
+    fields, write = packed(tmp_path)
+    labels = [3, 2, 0, 0, 0]
+    names = ["ant", "bee", "\x1b[2J", "ä", "\udcff"]
+    write(fields | {"class_names": names, "labels": {"train": labels, "test": labels}})
+    assert records.load(str(tmp_path)).class_names == tuple(names)
+    assert warnings == [
+        rf"{tmp_path} {split} has no example of 3 classes: '\x1b[2J', ä, '\udcff'" for split in ("train", "test")
+    ]
+
+
+@pytest.mark.parametrize("label", [True, 1.0, None, "1", -1, 2])
+def test_a_label_is_a_number_of_a_class(label):
+    records.check_label(1, 2, lambda: "record 0")
+    with pytest.raises(ValueError, match=r"record 0 has the label .*: expected 0 to 1"):
+        records.check_label(label, 2, lambda: "record 0")
 
 
 # ---------------------------------------------------------------- numbers

@@ -148,3 +148,14 @@ def test_a_file_written_in_pieces_is_there_when_it_is_whole(tmp_path):
         part.write_text("whole")
         assert path.read_text() == "before"
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"x": "whole", "victim": "mine"}
+
+
+def test_tables_and_pictures(tmp_path):
+    from matplotlib.figure import Figure
+
+    storage.write_csv(tmp_path / "x.csv", [["a", "b, c"], [1, 0.5], ["ä", 'say "x"']])
+    assert (tmp_path / "x.csv").read_bytes() == 'a,"b, c"\n1,0.5\nä,"say ""x"""\n'.encode()
+    for name, start in (("x.png", b"\x89PNG"), ("x.pdf", b"%PDF")):
+        storage.write_figure(tmp_path / name, Figure(figsize=(1, 1)), dpi=10)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    assert sorted(os.listdir(tmp_path)) == ["x.csv", "x.pdf", "x.png"]

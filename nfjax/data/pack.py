@@ -90,9 +90,12 @@ def pack(
 def verify(directory: str) -> int:
     """Reads every byte and every record of a packed directory, and returns the number of records.
 
-    Raises ValueError that names the first shard or record that is not as it was written.
+    Raises ValueError, FileNotFoundError that name the first shard or record that is not as it was written.
     """
     manifest, _ = records.read_manifest(directory)
+    records.check_sizes(
+        directory, {shard.file: shard.bytes for split in records.SPLITS for shard in manifest.shards[split]}
+    )
     total = sum(shard.count for split in records.SPLITS for shard in manifest.shards[split])
     with tqdm.tqdm(total=total, desc=f"verifying {directory}", unit=" images", mininterval=1) as bar:
         for split in records.SPLITS:

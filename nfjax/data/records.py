@@ -201,7 +201,7 @@ def load(directory: str) -> Dataset:
         where = remote.mirror(directory, sizes, version, checksums)
     else:
         where = directory
-        _check_sizes(directory, sizes)
+        check_sizes(directory, sizes)
     if not remote.is_remote(where):
         check_counts(
             (os.path.join(where, shard.file), shard.count) for split in SPLITS for shard in manifest.shards[split]
@@ -259,6 +259,18 @@ def check_label(label: Any, num_classes: int, name: Any) -> None:
         raise ValueError(f"{name()} has the label {label!r}: expected 0 to {num_classes - 1}")
 
 
+def check_sizes(directory: str, sizes: dict[str, int]) -> None:
+    """Raises FileNotFoundError, ValueError unless the shards {name: bytes} lie in a local directory."""
+    for name, size in sizes.items():
+        file = pathlib.Path(directory, name)
+        if not file.exists():
+            raise FileNotFoundError(f"{directory} lacks the shard {name} that its {MANIFEST} lists: {AGAIN}")
+        if not storage.regular_file(file):
+            raise storage.DamagedFileError(f"{file} is a folder, a pipe or a device: expected a shard; {AGAIN}")
+        if (found := file.stat().st_size) != size:
+            raise storage.DamagedFileError(f"{file} has {found} bytes where {MANIFEST} says {size}: {AGAIN}")
+
+
 def check_counts(shards: Iterable[tuple[str, int]]) -> None:
     """Raises ValueError where a shard, (path, number of records), holds another number.
 
@@ -303,14 +315,3 @@ def _open(directory: str, files: tuple[str, ...], counts: tuple[int, ...]) -> An
     # With the range of records in the path, the files are opened when they are needed, and not all at once here.
     paths = [f"{directory.rstrip('/')}/{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
     return array_record_data_source.ArrayRecordDataSource(paths)
-
-
-def _check_sizes(directory: str, sizes: dict[str, int]) -> None:
-    for name, size in sizes.items():
-        file = pathlib.Path(directory, name)
-        if not file.exists():
-            raise FileNotFoundError(f"{directory} lacks the shard {name} that its {MANIFEST} lists: {AGAIN}")
-        if not storage.regular_file(file):
-            raise storage.DamagedFileError(f"{file} is a folder, a pipe or a device: expected a shard; {AGAIN}")
-        if (found := file.stat().st_size) != size:
-            raise storage.DamagedFileError(f"{file} has {found} bytes where {MANIFEST} says {size}: {AGAIN}")
