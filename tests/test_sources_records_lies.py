@@ -315,7 +315,7 @@ def test_a_note_with_wrong_labels_is_not_believed(unfinished, change):
     assert len(warnings) == 1
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DAMAGED if kind not in ("nothing", "no numbers of ours")])
+@pytest.mark.parametrize("kind", DAMAGED)
 def test_an_unfinished_pack_whose_settings_are_damaged_begins_anew(unfinished, kind):
     out, written, warnings = unfinished
     (out / pack.STATE).write_bytes(DAMAGED[kind][0])
@@ -323,6 +323,17 @@ def test_an_unfinished_pack_whose_settings_are_damaged_begins_anew(unfinished, k
     assert len(written) == 4
     assert warnings[0].startswith(f"{out / pack.STATE} ")
     assert warnings[0].endswith("; packing begins anew")
+
+
+def test_a_folder_with_something_else_is_not_packed_over(tmp_path):
+    for name, content in ((pack.STATE, "[]"), (FIRST, "of somebody else"), ("thesis.tex", "")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(
+        FileExistsError, match=r"holds 'thesis\.tex' and a packing\.json that is none of a pack: choose"
+    ):
+        pack.pack(made(), str(tmp_path))
+    assert (tmp_path / FIRST).read_text() == "of somebody else"
+    assert (tmp_path / pack.STATE).read_text() == "[]"
 
 
 def test_a_pack_that_was_killed_before_it_wrote_its_settings_goes_on(tmp_path):

@@ -15,8 +15,9 @@ import functools
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, TextIO, TypedDict
 
 import numpy as np
 import tqdm
@@ -30,9 +31,22 @@ from nfjax.data.stream import default_workers
 
 STATE = "packing.json"  # the settings of a pack that is not finished
 LOCK = ".packing"  # held by the process that packs
+# What an unfinished pack consists of; `.part` is what a kill has left of a file.
+_SHARD = re.compile(rf"({'|'.join(records.SPLITS)})-\d{{5,}}-of-\d{{5,}}\.array_record(\.json)?")
+_OURS = re.compile(rf"{_SHARD.pattern}|{re.escape(STATE)}|{re.escape(LOCK)}|.*\.part")
 PER_SHARD = 4096
 MAX_SKIPPED = 0.01
 AHEAD = 4  # images a thread may be ahead of the writer
+
+
+class _Settings(TypedDict):
+    """What shards are packed with."""
+
+    source: str
+    short_side: int | None
+    quality: int | None
+    per_shard: int
+    fingerprint: str
 
 
 def pack(
@@ -168,8 +182,12 @@ def _begin(local: pathlib.Path, settings: dict[str, Any]) -> records.Manifest | 
         found = manifest.settings
     elif (local / STATE).exists():
         try:
-            found = storage.read_json(local / STATE, dict[str, Any], "packing begins anew")
+            found = storage.read_json(local / STATE, _Settings, "packing begins anew")
         except storage.DamagedFileError as error:
+            if others := [file.name for file in local.iterdir() if not _OURS.fullmatch(file.name)]:
+                raise FileExistsError(
+                    f"{local} holds {others[0]!r} and a {STATE} that is none of a pack: choose another directory"
+                ) from error
             logging.warning("%s", error)
     if found is None:
         _begin_anew(local, settings)
@@ -194,8 +212,9 @@ def _begin(local: pathlib.Path, settings: dict[str, Any]) -> records.Manifest | 
 
 def _begin_anew(local: pathlib.Path, settings: dict[str, Any]) -> None:
     """Removes shards of which nobody knows with what settings they were packed."""
-    for file in local.glob("*.array_record*"):
-        file.unlink()
+    for file in local.iterdir():
+        if _SHARD.fullmatch(file.name):
+            file.unlink()
     storage.write_json(local / STATE, settings)
 
 
