@@ -147,10 +147,12 @@ def test_bad_files_are_left_out_and_named_with_the_cause(tmp_path):
     ant = tmp_path / "set" / "train" / "ant"
     (ant / "000.png").write_text("no image")
     (ant / "001.png").write_bytes((ant / "002.png").read_bytes()[:40])
+    (ant / "zero.png").write_text("")
     (ant / "notes.txt").write_text("")
     dataset = in_memory(tmp_path / "set")
-    assert set(dataset.skipped) == {"train/ant/000.png", "train/ant/001.png", "train/ant/notes.txt"}
-    assert dataset.skipped["train/ant/notes.txt"] == "empty file"
+    assert set(dataset.skipped) == {"train/ant/000.png", "train/ant/001.png", "train/ant/zero.png"}
+    assert dataset.left_aside == {".txt": 1}
+    assert dataset.skipped["train/ant/zero.png"] == "empty file"
     assert dataset.skipped["train/ant/000.png"] == "no image"
     assert len(dataset.train) == len(dataset.train.labels) == 298
     assert dataset.train.images[0, 0, 0].tolist() == [0, 0, 2]  # nothing took the place of another

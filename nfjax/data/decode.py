@@ -212,6 +212,18 @@ def _orientation(data: bytes) -> int:
     return noted if noted in _TURNS else 1
 
 
+def with_orientation(data: bytes, orientation: int) -> bytes:
+    """A JPEG that has no EXIF data with this orientation noted in it; as it is for 1."""
+    if orientation == 1:
+        return data
+    from PIL import ExifTags, Image
+
+    noted = Image.Exif()
+    noted[ExifTags.Base.Orientation] = orientation
+    segment = noted.tobytes()
+    return data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2) + segment + data[2:]
+
+
 def _opened(data: bytes):
     from PIL import Image
 
