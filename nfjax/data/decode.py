@@ -134,6 +134,8 @@ def region(
             raise BadImageError("too many scans", f"more than {markers.MAX_SCANS}")
     decoder = _region_decoder() or _WHOLE
     try:
+        if not markers.frame(data).common:
+            raise jpeg.UnknownFormError("lossless, or of more than 8 bits")
         return _mended(data, lambda data: decoder(data, top, left, height, width, factor, checked))
     except jpeg.UnknownFormError as error:
         whole = _with_pillow_from_jpeg(data, decoder, checked, error)
@@ -177,7 +179,7 @@ def _with_pillow_from_jpeg(
     data: bytes, decoder: jpeg.RegionDecoder | jpeg.WholeDecoder, checked: bool, reason: Exception
 ) -> np.ndarray:
     """Pillow's pixels of a JPEG that is not decoded otherwise, because of `reason`; Pillow passes over damage."""
-    if not checked:
+    if not checked and markers.frame(data).common:
         with contextlib.suppress(jpeg.UnknownFormError):  # of these nobody says whether they are whole
             _mended(data, decoder.check)
     try:

@@ -43,6 +43,7 @@ def end(data: bytes, units: int, blocks: list[Tables]) -> int | None:
 
     Certain means: all of them are there, and the last byte is filled with ones, as the standard has it; and what
     follows is not itself units to its end, as it would be if some before had been garbled and the last were left over.
+    Damage in the last few dozen bytes may be taken for certain: a decoder needs some to fall into step.
     """
     place, done = 0, 0
     padded = data + bytes(8)

@@ -8,10 +8,12 @@ more time.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import functools
 import importlib.metadata
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -86,19 +88,15 @@ class UnknownFormError(ValueError):
 class RegionDecoder:
     """Decodes regions of JPEG images; for one thread at a time. Raises RuntimeError where there is no `library`.
 
-    A handle of the library that has failed is not used again: it would go on in the middle of the data that it failed
-    at, whatever it is given.
+    Each image gets a handle of the library of its own, which takes some microseconds: one that was used before goes on
+    in the middle of the data that it failed at, and lends its tables to a file that lacks them.
     """
 
     def __init__(self) -> None:
         self._library = library()
         if self._library is None:
             raise RuntimeError('no libturbojpeg of version 3 was found; pip install "nfjax[turbo]" brings one')
-        self._handle: int | None = None
         self._buffer = np.empty(1 << 20, np.uint8)
-
-    def __del__(self) -> None:
-        self._close()
 
     def __call__(
         self, data: bytes, top: int, left: int, height: int, width: int, factor: int, checked: bool
@@ -109,62 +107,59 @@ class RegionDecoder:
         region is then not read. Raises DamagedError, and UnknownFormError for what is to be read otherwise: CMYK,
         unusual chroma subsampling, what the library does not decode.
         """
-        library, handle = self._library, self._opened(data)
-        block = _BLOCK_WIDTHS.get(library.tj3Get(handle, _SUBSAMPLING))
-        colors = library.tj3Get(handle, _COLORSPACE)
-        if block is None or colors not in (_YCBCR, _GRAY):
-            raise UnknownFormError("of colours or a chroma subsampling that are not decoded by parts")
-        full_width, full_height = library.tj3Get(handle, _WIDTH), library.tj3Get(handle, _HEIGHT)
-        # A region begins with a block; one more pixel on either side keeps the chroma between two pixels as it is.
-        block = max(1, block // factor)
-        start = max(left - 1, 0) // block * block
-        span = min(left + width + 1, -(-full_width // factor)) - start
-        # Damage garbles the rows behind it, but is noticed only where the data ends, too early or too late.
-        rows = height if checked else -(-full_height // factor) - top
-        self._decompress(data, factor, _Region(start, top, span, rows), rows * span * 3, _RGB)
-        size = rows * span * 3
-        return self._buffer[:size].reshape(rows, span, 3)[:height, left - start : left - start + width]
+        with self._opened(data) as handle:
+            value = functools.partial(self._library.tj3Get, handle)
+            block = _BLOCK_WIDTHS.get(value(_SUBSAMPLING))
+            if block is None or value(_COLORSPACE) not in (_YCBCR, _GRAY):
+                raise UnknownFormError("of colours or a chroma subsampling that are not decoded by parts")
+            # A region begins with a block; one more pixel on either side keeps the chroma between two pixels as it is.
+            block = max(1, block // factor)
+            start = max(left - 1, 0) // block * block
+            span = min(left + width + 1, -(-value(_WIDTH) // factor)) - start
+            # Damage garbles the rows behind it, but is noticed only where the data ends, too early or too late.
+            rows = height if checked else -(-value(_HEIGHT) // factor) - top
+            self._decompress(handle, data, factor, _Region(start, top, span, rows), rows * span * 3, _RGB)
+        pixels = self._buffer[: rows * span * 3].reshape(rows, span, 3)
+        return pixels[:height, left - start : left - start + width]
 
     def check(self, data: bytes) -> None:
         """Decodes all of an image of any form to nothing. Raises DamagedError and UnknownFormError as above."""
-        library, handle = self._library, self._opened(data)
-        height, width = (-(-library.tj3Get(handle, side) // 8) for side in (_HEIGHT, _WIDTH))
-        pixels = _CMYK if library.tj3Get(handle, _COLORSPACE) in (_CMYK_COLORS, _YCCK) else _RGB
-        self._decompress(data, 8, _Region(0, 0, 0, 0), height * width * 4, pixels)
+        with self._opened(data) as handle:
+            height, width = (-(-self._library.tj3Get(handle, side) // 8) for side in (_HEIGHT, _WIDTH))
+            colors = _CMYK if self._library.tj3Get(handle, _COLORSPACE) in (_CMYK_COLORS, _YCCK) else _RGB
+            self._decompress(handle, data, 8, _Region(0, 0, 0, 0), height * width * 4, colors)
 
-    def _opened(self, data: bytes) -> int:
+    @contextlib.contextmanager
+    def _opened(self, data: bytes) -> Iterator[int]:
         """A handle that has read the header of these data."""
-        if self._handle is None:
-            self._handle = self._library.tj3Init(_DECOMPRESS)
-            self._library.tj3Set(self._handle, _STOP_ON_WARNING, 1)
-            self._library.tj3Set(self._handle, _SCAN_LIMIT, MAX_SCANS)
-        if self._library.tj3DecompressHeader(self._handle, data, len(data)):
-            self._fail()
-        if self._library.tj3Get(self._handle, _LOSSLESS) or self._library.tj3Get(self._handle, _PRECISION) != 8:
-            raise UnknownFormError("lossless, or of more than 8 bits")  # not to be scaled: it would not fit the buffer
-        return self._handle
+        library = self._library
+        handle = library.tj3Init(_DECOMPRESS)
+        try:
+            library.tj3Set(handle, _STOP_ON_WARNING, 1)
+            library.tj3Set(handle, _SCAN_LIMIT, MAX_SCANS)
+            if library.tj3DecompressHeader(handle, data, len(data)):
+                self._fail(handle)
+            if library.tj3Get(handle, _LOSSLESS) or library.tj3Get(handle, _PRECISION) != 8:
+                raise UnknownFormError("lossless, or of more than 8 bits")  # not to be scaled: too large for the buffer
+            yield handle
+        finally:
+            library.tj3Destroy(handle)
 
-    def _decompress(self, data: bytes, factor: int, region: _Region, size: int, pixels: int) -> None:
-        library, handle = self._library, self._handle
+    def _decompress(self, handle: int, data: bytes, factor: int, region: _Region, size: int, colors: int) -> None:
+        library = self._library
         if self._buffer.size < size:
             self._buffer = np.empty(2 * size, np.uint8)
         if (
             library.tj3SetScalingFactor(handle, _Factor(1, factor))
             or library.tj3SetCroppingRegion(handle, region)
-            or library.tj3Decompress8(handle, data, len(data), self._buffer.ctypes.data, 0, pixels)
+            or library.tj3Decompress8(handle, data, len(data), self._buffer.ctypes.data, 0, colors)
         ):
-            self._fail()
+            self._fail(handle)
 
-    def _fail(self) -> None:
-        warned = self._library.tj3GetErrorCode(self._handle) == _WARNING
-        message = self._library.tj3GetErrorStr(self._handle).decode(errors="replace")
-        self._close()
+    def _fail(self, handle: int) -> None:
+        warned = self._library.tj3GetErrorCode(handle) == _WARNING
+        message = self._library.tj3GetErrorStr(handle).decode(errors="replace")
         raise DamagedError(message) if warned else UnknownFormError(message)
-
-    def _close(self) -> None:
-        if getattr(self, "_handle", None) is not None:
-            self._library.tj3Destroy(self._handle)
-            self._handle = None
 
 
 class WholeDecoder:

@@ -38,14 +38,16 @@ class Frame:
     sampling: dict[int, tuple[int, int]]
 
     @property
+    def common(self) -> bool:
+        """Whether decoders of 8-bit images know it: neither lossless nor of 12 bits."""
+        return self.marker in (*_SEQUENTIAL, _PROGRESSIVE, 0xC9, 0xCA) and self.precision == 8
+
+    @property
     def usual(self) -> bool:
-        """Whether it is of 8 bits, baseline or progressive, grey or of three colours with unsubsampled brightness: the
-        form in which nearly all files are.
-        """
+        """Whether it is common, and grey or of three colours with unsubsampled brightness, as nearly all files are."""
         first, *others = self.sampling.values()
         return (
-            self.marker in (*_SEQUENTIAL, _PROGRESSIVE)
-            and self.precision == 8
+            self.common
             and len(others) in (0, 2)
             and len(set(others)) <= 1
             and all(first[i] % other[i] == 0 for other in others for i in (0, 1))
