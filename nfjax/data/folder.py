@@ -114,7 +114,9 @@ def load(directory: str) -> Dataset:
         _check_known(root, test_name, test_classes, class_names)
         test = Files(directory, _images(root, _listed(root, test_name, class_names, test_classes), aside))
     else:
-        below = ((os.fsencode(test_name) + b"/" + path, 0) for path in _walk(os.fsencode(root / test_name), b""))
+        names = {os.fsencode(name) for name in labels.file_names(test_name)}
+        below = (path for path in _walk(os.fsencode(root / test_name), b"") if path not in names)
+        below = ((os.fsencode(test_name) + b"/" + path, 0) for path in below)
         flat = [os.path.basename(path) for path, _ in _images(root, below, aside)]
         if not flat:
             raise FileNotFoundError(f"{root / test_name} has no class folders and no files; {expected}{_left(aside)}")
