@@ -2,11 +2,12 @@ import dataclasses
 import os
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax import assembly, data
+from nfjax import assembly, data, report, workdir
 from nfjax import config as configs
 from nfjax.data import crops, decode, memory, skips
 
@@ -321,3 +322,15 @@ def test_one_class_is_refused_whatever_the_source(monkeypatch):
     monkeypatch.setitem(data.DATASETS, "one", lambda directory, size: one)
     with pytest.raises(ValueError, match=r"the classes of one .*: 0; expected at least two"):
         data.load("one", "", 8)
+
+
+def test_what_was_left_aside_stands_in_the_header_and_in_the_workdir(tmp_path, tiny_config):
+    make_folder(tmp_path / "set", per_class=3)
+    (tmp_path / "set" / "test" / "bee" / "Thumbs.db").write_text("no image")
+    dataset = in_memory(tmp_path / "set")
+    model = assembly.build_model(tiny_config, 2, jax.random.key(0))
+    header = report.header(tiny_config, tmp_path, dataset, model)
+    assert "6 test images of 8x8, 2 classes; 1 file that is no image is left aside (1 .db)" in header
+    (tmp_path / "run").mkdir()
+    workdir.start(tmp_path / "run", tiny_config, dataset)
+    assert workdir.read_data(tmp_path / "run")["left_aside"] == {".db": 1}
