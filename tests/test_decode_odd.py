@@ -183,3 +183,11 @@ def test_huffman_codes_are_those_of_the_standard():
             huffman.tables(broken)
     assert adobe(1)[:4] == b"\xff\xee\x00\x0e"
     assert len(NOISE) == 700
+
+
+def test_zeros_behind_a_whole_image_are_padding_however_many():
+    """Some numbers of zeros read as whole units of nothing."""
+    for count in range(1, 400, 7):
+        np.testing.assert_array_equal(
+            decode.decode(GOOD[:-2] + bytes(count) + GOOD[-2:])[::40, ::40], WHOLE[::40, ::40]
+        )

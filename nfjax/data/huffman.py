@@ -55,6 +55,8 @@ def end(data: bytes, units: int, blocks: list[Tables]) -> int | None:
     if not _filled_with_ones(data, place):
         return None
     whole, more = -(-place // 8), place
+    if not data[whole:].strip(b"\0"):  # padding, which no units are
+        return whole
     while 8 * len(data) - more >= 8:
         more = _unit(padded, more, blocks)
         if more is None or more > 8 * len(data):
