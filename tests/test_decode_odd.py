@@ -28,8 +28,8 @@ def test_what_costs_no_pixel_is_no_damage(data):
 
 @pytest.mark.parametrize("data", (HARMLESS | DAMAGED).values(), ids=HARMLESS | DAMAGED)
 def test_a_good_file_after_each(data):
-    """The decoder of this thread is the same for all; three times, for a state might show later only."""
-    for _ in range(3):
+    """The decoder of this thread is the same for all; twice, for a state might show later only."""
+    for _ in range(2):
         try:
             decode.decode(data)
         except decode.BadImageError:
@@ -65,7 +65,7 @@ def test_bytes_left_behind_are_told_from_an_end_that_was_garbled():
     """Both make libjpeg warn of extraneous bytes. Every file that it warns of is refused, unless the bytes are ours."""
     rng, small = np.random.default_rng(0), encoded(PHOTO[:120, :160], quality=85)
     found = 0
-    for _ in range(90):
+    for _ in range(50):
         at = int(rng.integers(small.index(b"\xff\xda") + 20, len(small) - 200))
         damaged = replaced(small, at, rng.integers(0, 255, 16, dtype=np.uint8).tobytes())
         try:
@@ -74,7 +74,7 @@ def test_bytes_left_behind_are_told_from_an_end_that_was_garbled():
             found += "extraneous" in str(warning)
             with pytest.raises(decode.BadImageError, match="damaged JPEG"):
                 decode.decode(damaged)
-    assert found > 10
+    assert found >= 5
     for length in (1, 2, 3, 8, 20, 50, 150, 400):
         left = rng.integers(0, 255, length, dtype=np.uint8).tobytes().replace(b"\xff", b"")
         np.testing.assert_array_equal(decode.decode(small[:-2] + left + small[-2:]), pillow(small))
@@ -187,7 +187,6 @@ def test_huffman_codes_are_those_of_the_standard():
 
 def test_zeros_behind_a_whole_image_are_padding_however_many():
     """Some numbers of zeros read as whole units of nothing."""
-    for count in range(1, 400, 7):
-        np.testing.assert_array_equal(
-            decode.decode(GOOD[:-2] + bytes(count) + GOOD[-2:])[::40, ::40], WHOLE[::40, ::40]
-        )
+    small = encoded(PHOTO[:24, :32], quality=85)
+    for count in range(1, 400, 3):
+        np.testing.assert_array_equal(decode.decode(small[:-2] + bytes(count) + small[-2:]), pillow(small))
