@@ -18,7 +18,7 @@ import tqdm
 from absl import logging
 
 from nfjax import storage
-from nfjax.data import skips
+from nfjax.data import decode, skips
 from nfjax.data.crops import CentreCrop
 from nfjax.data.remote import cache_directory
 from nfjax.data.splits import Dataset, Encoded, Images
@@ -59,7 +59,7 @@ def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: 
             skips.check(name, skipped[name], len(split), max_skipped)
     images = {name: Images(arrays[f"{name}_images"], arrays[f"{name}_labels"]) for name in splits}
     named = dataset.skipped | skipped["train"] | skipped["test"]
-    return Dataset(images["train"], images["test"], dataset.class_names, named)
+    return Dataset(images["train"], images["test"], dataset.class_names, named, left_aside=dataset.left_aside)
 
 
 def _check_memory(splits: list[tuple[int, int]]) -> None:
@@ -75,7 +75,7 @@ def _check_memory(splits: list[tuple[int, int]]) -> None:
 
 def _key(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> str:
     fingerprint = dataset.fingerprint() if dataset.fingerprint else ""
-    return hashlib.sha256(f"3 {fingerprint} {train} {test}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"4 {decode.RULE} {fingerprint} {train} {test}".encode()).hexdigest()[:16]
 
 
 def _decode(split: Encoded, crop: CentreCrop, name: str) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:

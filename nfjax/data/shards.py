@@ -53,7 +53,9 @@ def example(examples: Images | Encoded, convert: Callable[[bytes], bytes], num_c
 
 
 def converted(data: bytes, short_side: int | None, quality: int) -> bytes:
-    """The image, decoded to see that it can be; reduced and encoded as JPEG where it is larger than `short_side`."""
+    """The image, decoded to see that it can be; reduced and encoded as JPEG where it is larger than `short_side`.
+    What EXIF says of its orientation is kept, for those who ask for it.
+    """
     pixels = decode.decode(data)
     short = min(pixels.shape[:2])
     if short_side is None or short <= short_side:
@@ -63,7 +65,8 @@ def converted(data: bytes, short_side: int | None, quality: int) -> bytes:
 
     height, width = (int(short_side * n / short) for n in pixels.shape[:2])  # as torchvision and `crops` round
     reduced = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-    return simplejpeg.encode_jpeg(reduced, quality=quality, colorspace="RGB", colorsubsampling="420")
+    packed = simplejpeg.encode_jpeg(reduced, quality=quality, colorspace="RGB", colorsubsampling="420")
+    return decode.with_orientation(packed, decode.header(data, upright=True).orientation)
 
 
 def in_order(pool: Any, function: Callable[[int], Any], indices: range, ahead: int) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from absl import logging
 
 from nfjax import storage
 from nfjax.data import records, remote
-from nfjax.data.splits import Dataset
+from nfjax.data.splits import Dataset, check_classes
 
 TEST_NAMES = ("test", "validation")
 FORMAT = "array_record"
@@ -83,6 +83,7 @@ def load(name: str, directory: str) -> Dataset:
         builder_dir = _mirror(builder_dir)
     info = _builder(builder_dir, FORMAT).info
     class_names = _class_names(builder_dir, info.features["label"])
+    check_classes(class_names, f"the classes of tfds:{name}")
 
     def split(of: str) -> records.Records:
         _check_shards(name, builder_dir, info.splits[of])
@@ -299,5 +300,8 @@ def _fingerprint(builder_dir: str) -> str:
     for file in sorted(root.iterdir()):
         if FORMAT in file.name:
             status = file.stat()
-            digest.update(f"{file.name} {status.length} {status.mtime}\n".encode())
+            digest.update(f"{file.name} {status.length} {status.mtime}".encode())
+            if not remote.is_remote(builder_dir):  # mtime is in whole seconds, and whatever a program sets it to
+                digest.update(f" {(local := os.stat(file)).st_mtime_ns} {local.st_ctime_ns}".encode())
+            digest.update(b"\n")
     return digest.hexdigest()[:16]
