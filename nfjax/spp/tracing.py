@@ -17,8 +17,9 @@ import numpy as np
 from flax import linen
 from jax.ad_checkpoint import checkpoint_name
 
-from nfjax._flax import Runnable, class_name, explained
-from nfjax._flax import recorder as _recorder
+from nfjax._calls import class_name, within
+from nfjax._calls import recorder as _recorder
+from nfjax._flax import Runnable, attempt, explained
 from nfjax._flax import runnable as runnable
 
 _TAG = "nfjax.spp/"
@@ -47,12 +48,13 @@ class Call:
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """jaxpr: of the flat arrays to the flat output. calls: the module calls; the tags of the jaxpr are indices into it.
-    out_tree: the structure of the model's output.
+    out_tree: the structure of the model's output. axes: the axis names that are to be bound where it runs.
     """
 
     jaxpr: Any
     calls: Sequence[Call]
     out_tree: Any
+    axes: tuple[str, ...] = ()
 
 
 class Recorder:
@@ -93,11 +95,16 @@ class Recorder:
         path = () if context.module.scope is None else context.module.path
         if context.method_name != "__call__" or not path or _recorder.get() is not self:
             return call(*args, **kwargs)
-        return self.call("/".join(path), context.module, lambda: call(*args, **kwargs))
+        return self.call(within(path), context.module, lambda: call(*args, **kwargs))
 
 
 def trace(model: Runnable) -> Trace:
-    """Traces the model once, every module call tagged; nothing is computed."""
+    """Traces the model, every module call tagged; nothing is computed."""
+    traced, axes = attempt(model, _trace)
+    return dataclasses.replace(traced, axes=axes)
+
+
+def _trace(model: Runnable) -> Trace:
     leaves, tree = jax.tree.flatten(model.arrays)
     out_tree = None
 
