@@ -175,7 +175,7 @@ def _linen(
     key: Any,
     abstract: bool,
 ) -> Runnable:
-    name = class_name(model)
+    name, reader = class_name(model), "nfjax.cost" if abstract else "nfjax.spp"
     if model.scope is not None:
         model, bound = model.unbind()
         variables = bound if variables is None else variables
@@ -199,7 +199,8 @@ def _linen(
     if variables is None:
         run = jax.eval_shape if abstract else lambda function, *args: jax.jit(function)(*args)
         try:
-            variables, axes = _with_axes(lambda axes: run(bind(initialize, axes), rngs, arrays), name)
+            with explained(name, reader):
+                variables, axes = _with_axes(lambda axes: run(bind(initialize, axes), rngs, arrays))
         except Exception as error:
             if inputs and isinstance(inputs[0], Mapping) and isinstance(inputs[0].get("params"), Mapping):
                 raise TypeError(
@@ -231,7 +232,8 @@ def _linen(
 
         mutable = False
         try:
-            _with_axes(lambda axes: jax.eval_shape(bind(dry, axes), tree), name, axes)
+            with explained(name, reader):
+                _with_axes(lambda axes: jax.eval_shape(bind(dry, axes), tree), axes)
         except linen_errors.ModifyScopeVariableError:  # batch norm in training mode writes its statistics
             mutable = linen.DenyList("params")
     return Runnable(functools.partial(function, mutable=mutable), tree, name, (model, repr(mutable)))
@@ -259,14 +261,11 @@ def attempt(model: Runnable, trace: Callable[[Runnable], T]) -> tuple[T, tuple[s
             raise error from error.__cause__
 
 
-def _with_axes(
-    run: Callable[[tuple[str, ...]], T], name: str | None = None, axes: tuple[str, ...] = ()
-) -> tuple[T, tuple[str, ...]]:
-    """`run(axes)`, with the axis names for which it asks. name: of the model, in whose name errors are explained."""
+def _with_axes(run: Callable[[tuple[str, ...]], T], axes: tuple[str, ...] = ()) -> tuple[T, tuple[str, ...]]:
+    """`run(axes)`, with the axis names for which it asks."""
     while True:
         try:
-            with contextlib.nullcontext() if name is None else explained(name):
-                return run(axes), axes
+            return run(axes), axes
         except NameError as error:
             found = re.search(r"unbound axis name: (.+?)(?:\. To fix this|$)", str(error))
             if found is None or found[1] in axes:
