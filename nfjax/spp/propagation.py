@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nfjax._flax import ABSENT
 from nfjax.spp import tracing
 from nfjax.spp.losses import Loss
 from nfjax.spp.measuring import Measurement, prepare
@@ -36,7 +37,7 @@ def propagate(
     cotangent: str = GAUSSIAN,
     loss: str | Loss | None = None,
     seed: int = 0,
-    rngs: Any = None,
+    rngs: Any = ABSENT,
     mutable: Any = None,
     **kwargs: Any,
 ) -> Profile:
@@ -75,7 +76,7 @@ def propagate_seeds(
     branch: Where = "branch",
     cotangent: str = GAUSSIAN,
     loss: str | Loss | None = None,
-    rngs: Any = None,
+    rngs: Any = ABSENT,
     mutable: Any = None,
     **kwargs: Any,
 ) -> Profile:
