@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nfjax.spp.residuals import IDENTITY, ancestors, residual_calls
 from nfjax.spp.tracing import Call, class_name
 
 Where = type | str | Sequence[type | str] | Callable[[str, Any], bool]
 
 
-def select(calls: Sequence[Call], reached: Mapping[int, int], where: Where | None) -> list[int]:
+def select(jaxpr: Any, calls: Sequence[Call], reached: Mapping[int, int], where: Where | None) -> list[int]:
     """The indices of the selected calls. reached: how often the model's jaxpr computes the output of each.
 
     Raises ValueError where nothing is selected, or where `where` is left out and the model does not make clear what its
     blocks are.
     """
     if where is None:
-        where = _repeated_composite(calls, reached)
+        where = default_blocks(jaxpr, calls, reached)
     chosen = [i for i, call in enumerate(calls) if matches(where, "where", call)]
     found = [i for i in chosen if i in reached]
     for i in chosen:
@@ -65,6 +67,76 @@ def matches(where: Where, name: str, call: Call) -> bool:
         return bool(where(call.path, call.module))
     except Exception as error:
         raise ValueError(f"{name}= raised {type(error).__name__} on {call.what}: {error}") from error
+
+
+def default_blocks(jaxpr: Any, calls: Sequence[Call], reached: Mapping[int, int]) -> list[type]:
+    """The classes of a model's blocks, where `where` is left out.
+
+    A block is a call of the innermost class that runs more than once and ends in a residual addition of its own
+    (`residuals`): every such class, be they encoder and decoder or basic and bottleneck. A class that holds such calls
+    at most once each is one block of which they are parts, if it adds something itself or they are of different kinds
+    (attention, MLP); if it holds several of a kind, it is a stage. Where nothing is residual, blocks are the one class
+    of repeated modules with parts of their own.
+    """
+    residual = {call: skip for call, skip in residual_calls(jaxpr, calls).items() if call in reached}
+    blocks = _residual_blocks(residual, calls, reached)
+    return blocks or [_repeated_composite(calls, reached)]
+
+
+def _residual_blocks(residual: Mapping[int, int], calls: Sequence[Call], reached: Mapping[int, int]) -> list[type]:
+    """residual: the residual calls with their skips."""
+    runs: collections.Counter[type] = collections.Counter()
+    members = collections.defaultdict(list)
+    for i, call in enumerate(calls):
+        if i in reached or call.dtype is None:
+            runs[type(call.module)] += max(reached.get(i, 0), 1)
+            members[type(call.module)].append(i)
+    skips: dict[type, int] = {}
+    for i, skip in residual.items():
+        cls = type(calls[i].module)
+        skips[cls] = max(skips.get(cls, 0), skip)
+    around = {i: ancestors(calls, i) for group in members.values() for i in group}
+    contents = {i: set() for i in around}  # the classes inside of a call
+    for i, outer in around.items():
+        for a in outer:
+            contents.setdefault(a, set()).add(type(calls[i].module))
+
+    def inside(part: type, cls: type) -> list[bool]:
+        return [any(type(calls[a].module) is cls for a in around[i]) for i in members[part]]
+
+    blocks = {cls for cls in skips if runs[cls] > 1}
+    # A layer that sums two products of its input (a low-rank update) is no block where it serves a block with a skip.
+    firm = {cls for cls in blocks if skips[cls] == IDENTITY}
+    blocks -= {cls for cls in blocks - firm if any(any(inside(cls, other)) for other in firm)}
+
+    def alike(a: int, b: int) -> bool:
+        return contents[a] <= contents[b] or contents[b] <= contents[a]
+
+    def parts(call: int, cls: type) -> list[int]:
+        """The outermost blocks inside of a call."""
+        found = []
+        for i, outer in around.items():
+            if call in outer and type(calls[i].module) in blocks:
+                between = outer[: outer.index(call)]
+                if not any(type(calls[a].module) in blocks for a in between):
+                    found.append(i)
+        return found
+
+    # From the inside to the outside: what a class holds has been settled when its turn comes.
+    for cls in sorted(members, key=lambda cls: -max(len(around[i]) for i in members[cls])):
+        if runs[cls] < 2:
+            continue
+        held = {call: parts(call, cls) for call in members[cls]}
+        pairs = [pair for found in held.values() for pair in itertools.combinations(found, 2)]
+        several = any(type(calls[a].module) is type(calls[b].module) and alike(a, b) for a, b in pairs)
+        if several:
+            blocks.discard(cls)
+            continue
+        composed = any(not alike(a, b) for a, b in pairs) and not cls.__module__.startswith("flax.")
+        if cls in blocks or composed:
+            blocks -= {part for part in blocks - {cls} if all(inside(part, cls))}
+            blocks.add(cls)
+    return [cls for cls in members if cls in blocks]
 
 
 def _repeated_composite(calls: Sequence[Call], reached: Mapping[int, int]) -> type:
