@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,12 +33,13 @@ _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "argmax", "argmin", "cu
 _PRODUCTS_BY_ELEMENT = ("mul", "div", "select_n")
 
 
-def residual_calls(jaxpr: Any, calls: Sequence[Call]) -> dict[int, int]:
-    """The calls that make a residual addition of their own which reaches their output through no further layer (an
-    activation or a norm may follow), and for each the best skip found, PROJECTED or IDENTITY.
+def residual_calls(jaxpr: Any, calls: Sequence[Call], eligible: Container[int]) -> dict[int, int]:
+    """Those of the eligible calls that make a residual addition of their own which reaches their output through no
+    further layer (an activation or a norm may follow), and for each the best skip found, PROJECTED or IDENTITY.
 
-    A call is credited with an addition only where both terms part inside it: a helper that is handed both and adds
-    them is not what holds the residual structure, its caller is.
+    A call is credited with an addition only where both terms part inside it, and where the layers between are its own
+    modules: a helper that is handed two arrays, or an array and a branch, and adds them is not what holds the residual
+    structure, its caller is.
     """
     graph = _Graph(jaxpr)
     found: dict[int, int] = {}
@@ -46,7 +47,9 @@ def residual_calls(jaxpr: Any, calls: Sequence[Call]) -> dict[int, int]:
         addition = _residual(graph, node)
         if addition is None:
             continue
-        holder = next((call for call in _around(addition, calls) if _reaches(graph, node, call, calls)), None)
+        around = [call for call in _around(addition, calls) if call in eligible and _reaches(graph, node, call, calls)]
+        owners = (call for call in around if all(_owns(calls[call], calls[part]) for part in addition.inside))
+        holder = next(owners, around[0] if around else None)
         if holder is not None:
             found[holder] = max(found.get(holder, 0), addition.skip)
     return found
@@ -54,11 +57,12 @@ def residual_calls(jaxpr: Any, calls: Sequence[Call]) -> dict[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Addition:
-    """A residual addition. inside: the calls whose outputs lie between the fork and it. after: those whose outputs come
-    next.
+    """A residual addition. fork: the call whose output the fork is, if it is one. inside: the calls whose outputs lie
+    between the fork and the addition. after: those whose outputs come next.
     """
 
     skip: int
+    fork: int | None
     inside: frozenset[int]
     after: frozenset[int]
 
@@ -148,7 +152,7 @@ def _residual(graph: _Graph, node: int) -> _Addition | None:
     if not skip:
         return None
     inside = {graph.calls[n] for n in between if n in flow.skip} - {None}
-    return _Addition(skip, frozenset(inside), frozenset(_next_tags(graph, node)))
+    return _Addition(skip, graph.calls[fork], frozenset(inside), frozenset(_next_tags(graph, node)))
 
 
 def _fork(graph: _Graph, a: int, b: int) -> tuple[int | None, set[int]]:
@@ -224,14 +228,27 @@ def _next_tags(graph: _Graph, node: int) -> set[int]:
 
 
 def _around(addition: _Addition, calls: Sequence[Call]) -> list[int]:
-    """The calls that can hold an addition, from the innermost to the outermost: those around all calls that are inside
-    of it; if there are none, of a block that is written without modules, those that end next and those around them.
+    """The calls that can hold an addition, from the innermost to the outermost: those around all calls inside of it.
+
+    With none inside, the layers are written without modules, and so may be what lies before the next call. It is that
+    call's own, then, only where one of the same class and place gave the fork: a block after a block.
     """
     if addition.inside:
         chains = [ancestors(calls, call) for call in addition.inside]
         return [call for call in chains[0] if all(call in chain for chain in chains)]
-    first = max(addition.after, default=None)  # a call comes after its parent
-    return [] if first is None else [first, *ancestors(calls, first)]
+    if addition.fork is None:
+        return []
+    before = calls[addition.fork]
+    return [
+        call
+        for call in addition.after
+        if type(calls[call].module) is type(before.module) and calls[call].parent == before.parent
+    ]
+
+
+def _owns(call: Call, part: Call) -> bool:
+    """Whether a module holds another. One that was made during the call has no place in the model."""
+    return part.path.startswith((f"{call.path}/", "(outside)"))
 
 
 def _reaches(graph: _Graph, node: int, call: int, calls: Sequence[Call]) -> bool:
@@ -250,7 +267,7 @@ def _reaches(graph: _Graph, node: int, call: int, calls: Sequence[Call]) -> bool
     return False
 
 
-def ancestors(calls: Sequence[Call] | Mapping[int, Call], index: int) -> list[int]:
+def ancestors(calls: Sequence[Call], index: int) -> list[int]:
     """The calls around one, from the nearest to the farthest."""
     found = []
     while (index := calls[index].parent) is not None:

@@ -78,21 +78,19 @@ def default_blocks(jaxpr: Any, calls: Sequence[Call], reached: Mapping[int, int]
     (attention, MLP); if it holds several of a kind, it is a stage. Where nothing is residual, blocks are the one class
     of repeated modules with parts of their own.
     """
-    residual = {call: skip for call, skip in residual_calls(jaxpr, calls).items() if call in reached}
-    blocks = _residual_blocks(residual, calls, reached)
-    return blocks or [_repeated_composite(calls, reached)]
+    return _residual_blocks(jaxpr, calls, reached) or [_repeated_composite(calls, reached)]
 
 
-def _residual_blocks(residual: Mapping[int, int], calls: Sequence[Call], reached: Mapping[int, int]) -> list[type]:
-    """residual: the residual calls with their skips."""
+def _residual_blocks(jaxpr: Any, calls: Sequence[Call], reached: Mapping[int, int]) -> list[type]:
     runs: collections.Counter[type] = collections.Counter()
     members = collections.defaultdict(list)
     for i, call in enumerate(calls):
         if i in reached or call.dtype is None:
             runs[type(call.module)] += max(reached.get(i, 0), 1)
             members[type(call.module)].append(i)
+    repeated = {i for cls, group in members.items() if runs[cls] > 1 for i in group if i in reached}
     skips: dict[type, int] = {}
-    for i, skip in residual.items():
+    for i, skip in residual_calls(jaxpr, calls, repeated).items():
         cls = type(calls[i].module)
         skips[cls] = max(skips.get(cls, 0), skip)
     around = {i: ancestors(calls, i) for group in members.values() for i in group}
@@ -104,7 +102,7 @@ def _residual_blocks(residual: Mapping[int, int], calls: Sequence[Call], reached
     def inside(part: type, cls: type) -> list[bool]:
         return [any(type(calls[a].module) is cls for a in around[i]) for i in members[part]]
 
-    blocks = {cls for cls in skips if runs[cls] > 1}
+    blocks = set(skips)
     # A layer that sums two products of its input (a low-rank update) is no block where it serves a block with a skip.
     firm = {cls for cls in blocks if skips[cls] == IDENTITY}
     blocks -= {cls for cls in blocks - firm if any(any(inside(cls, other)) for other in firm)}
