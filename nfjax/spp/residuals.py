@@ -55,6 +55,19 @@ def residual_calls(jaxpr: Any, calls: Sequence[Call], eligible: Container[int]) 
     return found
 
 
+def in_one_line(jaxpr: Any, chosen: Sequence[int]) -> bool:
+    """Whether the output of the last of these calls depends on that of each other."""
+    graph = _Graph(jaxpr)
+    tags = {node: graph.calls[node] for node in graph.nodes([_TAG]) if graph.calls[node] in chosen}
+    seen, pending = set(), [max(tags, default=0)]
+    while pending:
+        for parent in graph.parents[pending.pop()]:
+            if parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+    return set(tags) - seen == {max(tags, default=0)}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Addition:
     """A residual addition. fork: the call whose output the fork is, if it is one. inside: the calls whose outputs lie
@@ -119,7 +132,10 @@ class _Graph:
                     ends.append(self._inline(body, [*consts, *given[len(given) - len(body.invars) :]]))
                 out = ends[0]
                 if len(ends) > 1:
-                    out = [self._add(_MERGE, end, v.aval) for end, v in zip(zip(*ends, strict=True), eqn.outvars)]
+                    out = [
+                        self._add(_MERGE, end, v.aval)
+                        for end, v in zip(zip(*ends, strict=True), eqn.outvars, strict=True)
+                    ]
             else:
                 known = not any(True for _ in jaxprs_in_params(eqn.params))
                 node = self._add(name if known else "(opaque)", given, eqn.outvars[0].aval) if eqn.outvars else None
