@@ -65,7 +65,7 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
     if not jaxpr.out_avals:
         raise ValueError(f"{model.name} returns no array: is there a return statement missing?")
     reached = executions_of(jaxpr.jaxpr)
-    blocks = select(calls, reached, where)
+    blocks = select(jaxpr.jaxpr, calls, reached, where)
     branches = select_branches(calls, reached, blocks, branch)
     check_supported(jaxpr.jaxpr, calls, [*blocks, *branches])
     roles = dict.fromkeys(branches, BRANCH) | dict.fromkeys(blocks, BLOCK)

@@ -49,7 +49,8 @@ def propagate(
     and left as it was.
 
     where: the blocks to measure, a class, several, a class name, or a predicate `(path, module) -> bool`; the measured
-    value is the first floating-point array of what a block returns. Left out: the one class of repeated modules that
+    value is the first floating-point array of what a block returns. Left out: the innermost repeated classes that make
+    a residual addition (encoder and decoder: both), and where there are none the one class of repeated modules that
     have parts of their own. branch: likewise, the residual branch inside a block, or the attribute's name.
 
     The gradient starts at the last block's output with a cotangent drawn from N(0, 1), or, with `loss`, at a scalar
