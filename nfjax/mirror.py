@@ -37,12 +37,11 @@ def pull(workdir: str, user: str) -> pathlib.Path:
     where the package that speaks it is missing, OSError for a bucket that cannot be read.
     """
     if not remote.is_remote(workdir):
-        return pathlib.Path(workdir).expanduser()
+        return pathlib.Path(os.path.expanduser(workdir))  # which leaves a ~ that it does not know as it is
     name = re.sub(r"\W+", "-", workdir.partition("://")[2]).strip("-")[-60:]
     digest = hashlib.sha256(f"{workdir.rstrip('/')} {user}".encode()).hexdigest()[:12]
-    folder = remote.cache_directory() / "runs" / f"{name}-{digest}"
     source = remote.path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = remote.cache_folder("runs", f"{name}-{digest}")
     (folder / MARK).write_text(json.dumps(dataclasses.asdict(_Mark(workdir, uuid.uuid4().hex))))
     for path in _matching(folder):
         path.unlink()

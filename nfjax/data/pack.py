@@ -14,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -60,7 +61,7 @@ def pack(
     """
     threads = default_workers() if threads is None else threads
     _check(short_side, quality, per_shard, max_skipped, threads)
-    local = pathlib.Path(out).expanduser()
+    local = pathlib.Path(os.path.expanduser(out))
     if remote.is_remote(out):
         remote.path(out)  # fails here, and not after the work, where a package is missing
         local = remote.cache_directory() / "packed" / hashlib.sha256(out.encode()).hexdigest()[:16]
