@@ -223,7 +223,7 @@ def _warn_of_missing(split: pathlib.Path, files: Files, class_names: tuple[str, 
 
 
 def _fingerprint(root: pathlib.Path, splits: tuple[Files, ...]) -> str:
-    digest = hashlib.sha256(f"2 {root.resolve()}".encode())
+    digest = hashlib.sha256(os.fsencode(f"2 {root.resolve()}"))
     for files in splits:
         for index in range(len(files)):
             path, label = files.reference(index)

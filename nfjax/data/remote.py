@@ -90,7 +90,7 @@ def mirror(directory: str, sizes: dict[str, int], version: str, checksums: dict[
     Returns `directory` itself where the local disk lacks the room and the protocol is gs://. Raises OSError where
     nothing else is possible, or where a file arrives damaged.
     """
-    key = hashlib.sha256(f"{directory} {version}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(os.fsencode(f"{directory} {version}")).hexdigest()[:12]
     name = re.sub(r"\W+", "-", directory.partition("://")[2]).strip("-")[-60:]
     local = cache_folder("mirror", f"{name}-{key}")
     with open(local / ".lock", "w") as lock:

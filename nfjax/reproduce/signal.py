@@ -70,14 +70,14 @@ class PropagationFigure:
     def write(self, path: pathlib.Path) -> list[pathlib.Path]:
         """PATH.md with the ratios; for each depth PATH_resnetN.png, and .csv with every seed's values."""
         written = [path.with_suffix(".md")]
-        written[0].write_text(self.table().markdown())
+        written[0].write_text(self.table().markdown(), encoding="utf-8", errors="backslashreplace")
         for depth, profiles in self.profiles.items():
             stem = path.with_name(f"{path.name}_resnet{depth}")
             figure = spp.plot(
                 profiles, self.predictions[depth], title=f"{self.title}, ResNet-{depth}", style=styles(list(profiles))
             )
             figure.savefig(stem.with_suffix(".png"), dpi=120)
-            with open(stem.with_suffix(".csv"), "w", newline="") as stream:
+            with open(stem.with_suffix(".csv"), "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
                 writer = csv.writer(stream, lineterminator="\n")
                 for i, (name, profile) in enumerate(profiles.items()):
                     head, *rows = profile.rows()

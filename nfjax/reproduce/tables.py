@@ -96,9 +96,9 @@ class Table:
 
     def write(self, path: pathlib.Path) -> list[pathlib.Path]:
         """To `path` with .csv (plain numbers) and .md; returns both."""
-        with open(path.with_suffix(".csv"), "w", newline="") as stream:
+        with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             csv.writer(stream, lineterminator="\n").writerows([self.columns, *self.rows])
-        path.with_suffix(".md").write_text(self.markdown())
+        path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8", errors="backslashreplace")
         return [path.with_suffix(".csv"), path.with_suffix(".md")]
 
 

@@ -90,9 +90,9 @@ class TrainingFigure:
         parts = [f"{name.rpartition('.')[2]}{value}" for name, value in differing.items()]
         stem = path.with_name("_".join([path.name, *map(runs.slug, [self.first.data, *parts])]))
         written = [stem.with_suffix(suffix) for suffix in (".md", ".png", ".csv")]
-        written[0].write_text(self.table().markdown())
+        written[0].write_text(self.table().markdown(), encoding="utf-8", errors="backslashreplace")
         self.plot().savefig(written[1], dpi=120)
-        with open(written[2], "w", newline="") as stream:
+        with open(written[2], "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(["network", "seed", "epoch", *records.PER_EPOCH])
             for label, group in self.found.items():
