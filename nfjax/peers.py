@@ -140,9 +140,9 @@ class Watch:
     def _end_if_due(self) -> None:
         if time.monotonic() < self._due:
             return
+        self._due = math.inf
         with self._changed:
             if self._leaving:
-                self._due = math.inf
                 return
         exits.at_once(
             exits.START_AGAIN,
