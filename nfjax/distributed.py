@@ -106,11 +106,11 @@ def has_others() -> bool:
 
 def leave(code: int) -> None:
     """Ends this process. Where there are others, so that none of them takes it for a failure of its own: done, when all
-    are; otherwise without waiting for them, as they may be waiting for this one.
+    are; otherwise without waiting for them, as they may be waiting for this one. A failure after one of them has ended
+    is no failure of this one: the code is then `exits.START_AGAIN`.
     """
     if _watch is not None:
-        _watch.leave(code)
-        exits.at_once(code)
+        exits.at_once(_watch.leave(code))
     sys.exit(code)
 
 

@@ -22,6 +22,7 @@ from nfjax import exits
 
 LOST = 3  # seconds for this process to end in its own way after another one was killed
 LEFT = 10  # the same after another one has left with a message of its own, as this one probably does as well
+HEARING = 1  # seconds in which the end of another one is heard of, which may be why this one fails
 RETRY = 0.2  # seconds between two attempts to reach process 0
 INTRODUCTION = 10  # seconds in which whoever connects has to say who it is
 # Seconds until a machine that is gone without a word counts as lost: IDLE + INTERVAL * COUNT, less than JAX's own.
@@ -52,7 +53,8 @@ class Watch:
     """Ends this process when another one of the run has ended and this one does not.
 
     others: connections by the number of the process; process 0 has one to each, the others one to process 0. What is
-    sent over them are lines: "done" or "left" before a process ends by itself, "lost 3" where process 0 saw one end.
+    sent over them are lines: "done", or "left" and its code, before a process ends by itself, "lost 3" where process 0
+    saw one end.
     """
 
     def __init__(self, process: int, others: dict[int, socket.socket]):
@@ -61,25 +63,31 @@ class Watch:
         self._leaving = False  # whether this process ends by itself
         self._busy = set(others)  # those that have not said that they end, and have not ended
         self._there = set(others)  # those that have not ended
+        self._lost = False  # whether one has ended that should be started again
         self._due, self._why = math.inf, ""  # when this process is ended
         # Also of a program that does not call `leave`; before JAX leaves, as it came before.
         atexit.register(self._send, "done")
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
-    def leave(self, code: int) -> None:
-        """Tells the others that this process ends by itself, and returns when it may, with `code`.
+    def leave(self, code: int) -> int:
+        """Tells the others that this process ends by itself, and returns when it may, with which code: `code`, or
+        `exits.START_AGAIN` where it fails after another one has ended.
 
         Done, all of them wait for each other: JAX would take the end of the first for a failure. Otherwise process 0
         is the last one, for the same reason, and waits for the others no longer than they have.
         """
         with self._changed:
+            # Whatever is under way together, a step, a save, fails in its own way where one of them has ended.
+            if code == 1 and self._changed.wait_for(lambda: self._lost, HEARING):
+                code = exits.START_AGAIN
             self._leaving = True
-        self._send("left" if code else "done")
+        self._send(f"left {code}" if code else "done")
         with self._changed:
             if not code:
                 self._changed.wait_for(lambda: not self._busy)
             if self._process == 0:
                 self._changed.wait_for(lambda: not self._there, LEFT + 2)
+        return code
 
     def _send(self, line: str) -> None:
         for connection in self._others.values():
@@ -107,13 +115,14 @@ class Watch:
                 self._end_if_due()
 
     def _hear(self, number: int, line: str) -> None:
-        word, _, whom = line.partition(" ")
+        word, _, value = line.partition(" ")
         if word == "lost":
-            self._end_in(0, f"process {whom} has ended, or cannot be reached")
+            self._end_in(0, f"process {value} has ended, or cannot be reached")
             return
         with self._changed:
             was_busy = number in self._busy
             self._busy.discard(number)
+            self._lost |= word == "left" and value != "1"
             self._changed.notify_all()
         if word == "left" and was_busy:
             self._end_in(LEFT, f"process {number} has ended; its own message says why")
@@ -123,6 +132,7 @@ class Watch:
             was_busy = number in self._busy
             self._busy.discard(number)
             self._there.discard(number)
+            self._lost |= was_busy
             self._changed.notify_all()
         if was_busy:
             if self._process == 0:

@@ -98,9 +98,17 @@ def test_process_0_has_time_to_end_in_its_own_way(run, monkeypatch):
     assert 0 not in run.ended
 
 
+def test_what_fails_because_another_one_was_killed_is_to_be_started_again(run, monkeypatch):
+    monkeypatch.setattr(peers, "LOST", 2)
+    watches, pairs = run.watched(3)
+    threading.Timer(0.1, cut, [pairs[1][0]]).start()  # the failure is known before its reason
+    assert watches[0].leave(1) == 75
+    run.wait_for([1, 2])
+
+
 def test_one_that_fails_with_a_message_ends_the_others_later(run):
     watches, _ = run.watched(3)
-    watches[2].leave(1)
+    assert watches[2].leave(1) == 1
     run.wait_for([0])
     assert run.ended[0][0] == 75
     assert "process 2 has ended; its own message says why" in run.ended[0][1]
@@ -115,9 +123,9 @@ def test_done_they_wait_for_each_other_and_end_nobody(run):
         assert not any(future.done() for future in first)  # process 0 may still be drawing its curves
         last = pool.submit(watches[0].leave, 0)
         for future in first:
-            future.result(SOON)
+            assert future.result(SOON) == 0
         run.close()  # they end; process 0 is the last
-        last.result(SOON)
+        assert last.result(SOON) == 0
     assert run.ended == {}
 
 
@@ -186,13 +194,13 @@ def test_one_that_ends_while_the_others_are_waited_for(quiet):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((3, 1), "process 1 was started as one of 3, process 0 as one of 2"), ((2, 0), "cannot listen at port")],
+    ("arguments", "waiting", "message"),
+    [((3, 1), SOON, "process 1 was started as one of 3, process 0 as one of 2"), ((2, 0), 3, "cannot listen at port")],
 )
-def test_those_that_do_not_agree_are_told(quiet, arguments, message):
+def test_those_that_do_not_agree_are_told(quiet, arguments, waiting, message):
     port = free_port()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        zero = pool.submit(met, port, 2, 0, timeout=2)
+        zero = pool.submit(met, port, 2, 0, timeout=waiting)
         _connected(port).close()
         with pytest.raises((ValueError, OSError), match=message):
             met(port, *arguments)
