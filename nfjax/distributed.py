@@ -110,7 +110,9 @@ def leave(code: int) -> None:
     is no failure of this one: the code is then `exits.START_AGAIN`.
     """
     if _watch is not None:
-        exits.at_once(_watch.leave(code))
+        ended = _watch.leave(code)
+        because = "nfjax: another process of the run had ended before: start the same command again, for all of them"
+        exits.at_once(ended, because if ended != code else "")
     sys.exit(code)
 
 
