@@ -10,6 +10,11 @@ import pathlib
 import sys
 from typing import Any
 
+from nfjax import exits
+
+if __name__ == "__main__":
+    exits.begin()
+
 import jax
 import jax.numpy as jnp
 from absl import logging

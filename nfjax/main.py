@@ -6,10 +6,14 @@ Trains what a config file describes; run again with the same workdir, it goes on
 import sys
 import traceback
 
+from nfjax import exits
+
+if __name__ == "__main__":
+    exits.begin()
+
 from absl import app, flags, logging
 
 from nfjax import settings
-from nfjax.exits import INTERRUPTED, START_AGAIN
 
 settings.define(flags.FLAGS, sys.argv)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its config, metrics, checkpoints and curves.")
@@ -42,33 +46,33 @@ def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below tell much; --verbosity=0 shows it
-    from nfjax import compilation, distributed, train  # after the flags are parsed, so that --help is quick
+    from nfjax import compilation, distributed, peers, train  # after the flags are parsed, so that --help is quick
 
     compilation.keep()
     try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(flags.FLAGS.config, _WORKDIR.value)
-    except (ValueError, OSError, ImportError, train.TrainingDivergedError, train.TrainingInterruptedError) as error:
+    except (
+        ValueError, OSError, ImportError, peers.AbsentError, train.TrainingDivergedError, train.TrainingInterruptedError
+    ) as error:  # fmt: skip
         if _TRACEBACK.value:
-            raise
-        print(f"nfjax: {error}\n(--traceback shows where this was raised)", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"nfjax: {error}\n(--traceback shows where this was raised)", file=sys.stderr)
         distributed.leave(_code(error))
-    except KeyboardInterrupt:  # during a run it is heard by the run, which saves
-        print("nfjax: interrupted before the run began, or after it was done", file=sys.stderr)
-        distributed.leave(INTERRUPTED)
     except Exception:
-        if not distributed.has_others():
-            raise
         traceback.print_exc()
         distributed.leave(1)
+    if distributed.has_others():
+        distributed.leave(0)
 
 
 def _code(error: Exception) -> int:
-    from nfjax import train
+    from nfjax import peers, train
 
-    if isinstance(error, train.TrainingPreemptedError):
-        return START_AGAIN
-    return INTERRUPTED if isinstance(error, train.TrainingInterruptedError) else 1
+    if isinstance(error, train.TrainingPreemptedError | peers.AbsentError):
+        return exits.START_AGAIN
+    return exits.INTERRUPTED if isinstance(error, train.TrainingInterruptedError) else 1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nfjax import figures
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -110,14 +112,11 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def plot_curves(records: Iterable[Mapping[str, Any]], title: str) -> Figure:
     """Loss and accuracy of training and test by epoch, from the "epoch" records."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure = figures.new(figsize=(9, 3.6), layout="constrained")
     from matplotlib.ticker import MaxNLocator
 
     epochs = [record for record in records if record["kind"] == "epoch"]
     x = [record["epoch"] for record in epochs]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     marker = "o" if len(epochs) < 30 else ""  # a line through one epoch would not be seen
     # Okabe and Ito's colour-blind-safe orange and blue.

@@ -27,6 +27,7 @@ from nfjax.data import remote
 
 MARK = ".mirror"
 LOCK = ".pulling"
+RUNS = "runs"  # below the cache directory: the local folders
 OWNER = "owner.json"  # in the bucket: the start that may write there
 PATTERNS = ("*.json", "*.jsonl", "*.txt", "*.png", "events.*")
 
@@ -51,12 +52,11 @@ def pull(workdir: str, user: str) -> pathlib.Path:
     where the package that speaks it is missing, OSError for a bucket that cannot be read or has more than the disk.
     """
     if not remote.is_remote(workdir):
-        return pathlib.Path(workdir).expanduser()
+        return pathlib.Path(os.path.expanduser(workdir))  # which leaves a ~ that it does not know as it is
     name = re.sub(r"\W+", "-", workdir.partition("://")[2]).strip("-")[-60:]
     digest = hashlib.sha256(f"{workdir.rstrip('/')} {user}".encode()).hexdigest()[:12]
-    folder = _runs() / f"{name}-{digest}"
     source = remote.path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = remote.cache_folder(RUNS, f"{name}-{digest}")
     with open(folder / LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two evaluations of one run share the folder
         storage.write_json(folder / MARK, dataclasses.asdict(_Mark(workdir, uuid.uuid4().hex)))
@@ -149,13 +149,13 @@ def location(folder: pathlib.Path) -> Any:
 
 def _runs() -> pathlib.Path:
     """Where the local folders of workdirs in buckets lie."""
-    return remote.cache_directory() / "runs"
+    return remote.cache_directory() / RUNS
 
 
 def _read(folder: pathlib.Path) -> _Mark | None:
     """The mark of a folder that `pull` made; what somebody has put into a folder of their own says nothing."""
     path = folder / MARK
-    if folder.absolute().parent != _runs().absolute() or not path.exists():
+    if not path.exists() or folder.absolute().parent != _runs().absolute():
         return None
     way_out = f"remove {folder}, and start the same command again"
     mark = storage.read_json(path, _Mark, way_out)

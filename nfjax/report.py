@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from typing import Any
 
 import jax
+from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import cost, data, distributed, metrics, mirror
+from nfjax import cost, data, distributed, metrics, mirror, storage, streams
 from nfjax import workdir as workdirs
 from nfjax.data import skips
 from nfjax.data.splits import left_aside
@@ -54,8 +56,7 @@ def finish(
     }
     if not distributed.is_first():
         return summary
-    title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
-    metrics.plot_curves(records, title).savefig(folder / "curves.png", dpi=150)
+    drawn = _draw_curves(config, folder, records)
     work = f"{seconds:.0f} s, {rate:,.0f} images/s" if rate else "already complete"
     lines = [
         f"done    {config.epochs} epochs, {last['step']:,} steps, {work}",
@@ -63,7 +64,7 @@ def finish(
         f"{best['epoch']}, "
         f"of {last.get('test_images', len(dataset.test)):,} images",
         f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
-        f"curves  {mirror.shown(folder)}/curves.png",
+        *([f"curves  {mirror.shown(folder)}/curves.png"] if drawn else []),
         f"score   python -m nfjax.evaluate --workdir={mirror.shown(folder)}   (the best checkpoint: step "
         f"{best_step:,}, {saved:.2%})",
     ]
@@ -74,5 +75,24 @@ def finish(
             f"skipped {len(skipped)} images that cannot be read: {', '.join(list(skipped)[:5])}{more}; all are named "
             f"in {mirror.shown(folder)}/{workdirs.DATA if dataset.skipped else skips.FILE}"
         )
-    print("\n".join(lines), flush=True)
+    print("\n".join(lines), file=streams.out(), flush=True)
     return summary
+
+
+def _draw_curves(config: ConfigDict, folder: pathlib.Path, records: list[dict[str, Any]]) -> bool:
+    """Writes curves.png; where that cannot be done, the run is done all the same, with a warning."""
+    title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
+    picture = io.BytesIO()
+    try:
+        metrics.plot_curves(records, title).savefig(picture, format="png", dpi=150)
+        storage.write_bytes(folder / "curves.png", picture.getvalue())
+    except Exception as error:  # matplotlib has many reasons: its own settings, fonts, caches
+        logging.warning(
+            "the curves cannot be drawn (%s: %s); the run is complete, its numbers are in %s/metrics.jsonl, and the "
+            "same command draws them again",
+            type(error).__name__,
+            error,
+            folder,
+        )
+        return False
+    return True

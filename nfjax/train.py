@@ -111,7 +111,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
         say(f"no checkpoint in {folder}: the run begins anew, and its {len(logged)} lines of metrics with it")
     workdirs.note_start(folder, progress.step)
 
-    interrupts = Interrupts()
+    interrupts = Interrupts(late=True)
     votes = distributed.Votes(mesh, lambda: interrupts.pending is not None)
     train_feed = assembly.make_feed(config, dataset, "train", mesh, folder)
     test_feed = assembly.make_feed(config, dataset, "test", mesh, folder)
@@ -138,6 +138,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
                     state = after
                     parts.append(sums)
                     bar.advance(np.size(sums["count"]))
+                    interrupts.heed()  # until the first step is compiled and on its way there is nothing to save
                 sums = steps.fetch(parts)
                 bar.settle()
                 first, progress.step = progress.step, progress.step + len(sums["count"])

@@ -20,7 +20,7 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from nfjax import distributed, mirror
+from nfjax import distributed, mirror, streams
 from nfjax.data import Dataset
 
 LOCK = ".lock"
@@ -39,6 +39,11 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
     Raises ValueError that names the fields which differ, and OSError if nothing can be written there, or if another
     process does not see it.
     """
+    if streams.printable(workdir) != workdir:
+        raise ValueError(
+            f"the workdir {streams.printable(workdir)} has a name that is not UTF-8, in which checkpoints cannot be "
+            "written; choose another with --workdir=DIR"
+        )
     folder = mirror.pull(workdir, f"process {jax.process_index()}")
     if distributed.is_first():
         try:

@@ -3,15 +3,16 @@ import io
 import os
 import pathlib
 import pickle
+import pwd
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax import assembly, data, report, workdir
+from nfjax import assembly, compilation, data, report, workdir
 from nfjax import config as configs
-from nfjax.data import crops, decode, memory, skips
+from nfjax.data import crops, decode, memory, remote, skips
 
 
 def test_every_epoch_visits_each_example_once():
@@ -381,3 +382,31 @@ def test_what_was_left_aside_stands_in_the_header_and_in_the_workdir(tmp_path, t
     (tmp_path / "run").mkdir()
     workdir.start(tmp_path / "run", tiny_config, dataset)
     assert workdir.read_data(tmp_path / "run")["left_aside"] == {".db": 1}
+
+
+def test_without_a_home_directory(tmp_path, monkeypatch, caplog):
+    """Copies that a run can do without are not kept; for others the way out is named."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    whole = in_memory(make_folder(tmp_path / "set"))
+    for name in ("HOME", "XDG_CACHE_HOME", "NFJAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    again = in_memory(tmp_path / "set")
+    np.testing.assert_array_equal(again.train.images, whole.train.images)
+    assert "the decoded images are not cached: there is no place for copies" in caplog.text
+    kept_in = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation.keep()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept_in)
+    assert "what is compiled cannot be kept" in caplog.text
+    with pytest.raises(OSError, match="set NFJAX_CACHE to a directory"):
+        remote.cache_folder("mirror")
+    monkeypatch.setenv("HOME", str(tmp_path / "set" / "train" / "ant" / "000.png"))  # where nothing can be made
+    with pytest.raises(OSError, match=r"ant/000\.png.*cannot be made .*set NFJAX_CACHE"):
+        remote.cache_folder("mirror")

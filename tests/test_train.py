@@ -1,7 +1,9 @@
 """The loop learns, resumes bit for bit, never trains on NaN, and gives the same numbers however it is dispatched."""
 
+import concurrent.futures
 import dataclasses
 import json
+import os
 import signal
 
 import jax
@@ -445,3 +447,28 @@ def test_second_interrupt_is_not_caught():
         assert interrupts.pending
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_in_a_thread_whose_picture_cannot_be_drawn(tiny_config, tmp_path, monkeypatch, caplog, capsys):
+    """Signals are the main thread's, and what is only reported never fails a run."""
+
+    def fail(*arguments):
+        raise ValueError("no such backend")
+
+    tiny_config.epochs = 1
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, monkeypatch.context() as patch:
+        patch.setattr(metrics, "plot_curves", fail)
+        summary = pool.submit(train.train, tiny_config, str(tmp_path)).result()
+    assert summary["steps"] == 16
+    assert "the curves cannot be drawn (ValueError: no such backend); the run is complete" in caplog.text
+    assert "done    1 epochs, 16 steps" in (out := capsys.readouterr().out)
+    assert "curves" not in out
+    assert not (tmp_path / "curves.png").exists()
+    assert train.train(tiny_config, str(tmp_path)) == summary
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_workdir_whose_name_is_not_utf8_is_refused(tiny_config, tmp_path):
+    with pytest.raises(ValueError, match=r"w\\udce9 has a name that is not UTF-8"):
+        train.train(tiny_config, os.fsdecode(os.fsencode(tmp_path) + b"/w\xe9"))
+    assert list(tmp_path.iterdir()) == []

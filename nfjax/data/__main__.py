@@ -10,8 +10,14 @@ Draws a batch of a config before and after augmentation.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
+
+from nfjax import exits
+
+if __name__ == "__main__":
+    exits.begin(signal.SIGTERM)  # Ctrl-C is told apart below: a pack tidies up, and says that it goes on
 
 from nfjax import data
 from nfjax.data import pack
@@ -40,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from here" if args.command == "pack" else ""
         print(f"\nnfjax.data {args.command}: interrupted{goes_on}", file=sys.stderr)
-        return 130
+        return exits.INTERRUPTED
     return 0
 
 

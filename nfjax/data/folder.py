@@ -300,7 +300,7 @@ def _fingerprint(root: pathlib.Path, splits: tuple[Files, ...]) -> str:
     """Of names, labels, sizes and times. A file that was made anew may have the size of the one before, and its time of
     modification is whatever a program sets it to; the time of change (of a POSIX file system) is set by nobody.
     """
-    digest = hashlib.sha256(f"3 {root.resolve()}".encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(os.fsencode(f"3 {root.resolve()}"))
     for files in splits:
         for index in range(len(files)):
             path, label = files.reference(index)

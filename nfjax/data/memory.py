@@ -38,8 +38,12 @@ def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: 
     if all(isinstance(split, Images) for split, _ in splits.values()):
         return dataset
     _check_memory([(len(split), crop.size) for split, crop in splits.values()])
-    cache = cache_directory() / f"decoded-{_key(dataset, train, test)}.npz"
-    stored = _read(cache)
+    try:
+        cache = cache_directory() / f"decoded-{_key(dataset, train, test)}.npz"
+    except OSError as error:
+        cache = None
+        logging.warning("the decoded images are not cached: %s", error)
+    stored = None if cache is None else _read(cache)
     if stored is None:
         arrays, skipped = {}, {}
         for name, (split, crop) in splits.items():
@@ -51,7 +55,8 @@ def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: 
             if not len(labels):
                 raise ValueError(f"none of the images in {name} can be read; {skips.summary(skipped[name])}")
             arrays |= {f"{name}_images": images, f"{name}_labels": labels}
-        _write(cache, arrays, skipped)
+        if cache is not None:
+            _write(cache, arrays, skipped)
     else:
         arrays, skipped = stored
         logging.info("decoded images read from %s", cache)

@@ -76,10 +76,10 @@ def pack(
     """
     threads = default_workers() if threads is None else threads
     _check(short_side, quality, per_shard, max_skipped, threads)
-    local = pathlib.Path(out).expanduser()
+    local = pathlib.Path(os.path.expanduser(out))
     if remote.is_remote(out):
         remote.path(out)  # fails here, and not after the work, where a package is missing
-        local = remote.cache_directory() / "packed" / hashlib.sha256(out.encode()).hexdigest()[:16]
+        local = remote.cache_directory() / "packed" / hashlib.sha256(os.fsencode(out)).hexdigest()[:16]
     settings = {"source": source, "short_side": short_side, "quality": quality if short_side else None}
     settings |= {"per_shard": per_shard, "fingerprint": _fingerprint(dataset)}
     with _locked(local):

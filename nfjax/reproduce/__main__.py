@@ -21,6 +21,11 @@ import os
 import pathlib
 import sys
 
+from nfjax import exits
+
+if __name__ == "__main__":
+    exits.begin()
+
 from absl import logging
 
 from nfjax import compilation, train

@@ -17,6 +17,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nfjax import exits
+
+if __name__ == "__main__":
+    exits.begin()
+
 import numpy as np
 from flax import errors as linen_errors
 from flax import linen, nnx
