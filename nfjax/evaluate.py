@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from nfjax import assembly, checkpoint, compilation, mirror, steps, train
+from nfjax import assembly, checkpoint, checksums, compilation, mirror, steps, train
 from nfjax import mesh as meshes
 from nfjax import workdir as workdirs
 
@@ -34,15 +34,20 @@ def load_model(workdir: str, step: int | None = None) -> nnx.Module:
     model = nnx.eval_shape(lambda: assembly.build_model(config, num_classes, key))
     checkpoints = checkpoint.Checkpoints(mirror.location(folder), read_only=True)
     try:
-        stored = checkpoints.restore_untyped(step)["state"]
-    except Exception as error:  # orbax and tensorstore raise many types for damaged files
+        stored = checkpoints.restore_untyped(step)
+    except checkpoint.DamagedError as error:
         others = [known for known in checkpoints.steps() if known != step]
-        raise ValueError(f"checkpoint {step} of {folder} cannot be read; choose another of {others} by step") from error
+        raise ValueError(f"{error}; choose another of {others} by step") from error
     finally:
         checkpoints.close()
     for kind, name in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
-        state = nnx.state(model, kind)
-        leaves = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(state), stored[name]))
+        state, found = nnx.state(model, kind), stored.get("state", {}).get(name, {})
+        if checksums.described(nnx.to_pure_dict(state)) != checksums.described(found):
+            raise ValueError(
+                f"checkpoint {step} in {checkpoints.directory} is of another network than {folder / workdirs.CONFIG} "
+                "describes: were files of several runs mixed?"
+            )
+        leaves = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(state), found))
         nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in leaves]))
     model.eval()
     return model
