@@ -197,14 +197,22 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = "the disk is full" if "No space left" in str(error) else str(error).partition("\n")[0][:300]
+            reason, kept = str(error).partition("\n")[0][:300], "what was saved before is whole"
+            if "No space left" in str(error):
+                reason = "the disk is full"
+            elif isinstance(error, FileNotFoundError) or "NOT_FOUND" in str(error):
+                reason, kept = "it was deleted or moved meanwhile", "what is left of those saved before is whole"
             raise OSError(
-                f"a checkpoint cannot be written to {self.directory} ({reason}); what was saved before is whole: mend "
-                "it, and start the same command again"
+                f"a checkpoint cannot be written to {self.directory} ({reason}); {kept}: mend it, and start the same "
+                "command again"
             ) from error
 
     def close(self) -> None:
-        self.manager.close()
+        """Whether everything got to the disk is told by `wait`, and not here, where another error may be on its way."""
+        try:
+            self.manager.close()
+        except Exception as error:  # one of orbax's many kinds, of a save that was under way
+            logging.info("checkpoints closed with %r", error)
 
 
 def _told(error: Exception) -> str:

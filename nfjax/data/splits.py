@@ -90,7 +90,9 @@ class Dataset:
     """A training and a test split with the names of their classes, label 0 first.
 
     skipped: {what could not be read: why}. fingerprint(): changes when the data does, and so names a cache of decoded
-    images; a function, because finding out may mean asking for the time and size of a million files.
+    images; a function, because finding out may mean asking for the time and size of a million files. version: of a
+    packed or prepared data set, what it states of its contents, the same for every copy of it. identity(): see
+    `nfjax.data.identity`, None where nobody has asked for it.
     """
 
     train: Images | Encoded
@@ -98,6 +100,8 @@ class Dataset:
     class_names: tuple[str, ...]
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     fingerprint: Callable[[], str] | None = None
+    version: str | None = None
+    identity: Callable[[], dict[str, dict[str, str]]] | None = None
 
     def thinned(self, share: float) -> Dataset:
         """With the given share of both splits, at least one example of each, spread evenly: where a split is sorted by
@@ -113,4 +117,4 @@ class Dataset:
 
         whole = self.fingerprint
         fingerprint = None if whole is None else lambda: f"{whole()} {share}"
-        return Dataset(part(self.train), part(self.test), self.class_names, self.skipped, fingerprint)
+        return dataclasses.replace(self, train=part(self.train), test=part(self.test), fingerprint=fingerprint)
