@@ -164,7 +164,7 @@ def _whole(path: pathlib.Path) -> list[dict[str, Any]]:
         except storage.DamagedFileError as error:
             damage.append(error)
     if damage:
-        more = f" and {len(damage) - 1} lines more are damaged" if len(damage) > 1 else ""
+        more = f", and {len(damage) - 1} more of its lines" if len(damage) > 1 else ""
         storage.set_aside(path, f"{damage[0]}{more}")
     return records
 
