@@ -67,6 +67,7 @@ class Checkpoints:
         """Sets aside checkpoints whose metrics are damaged: they decide which one is the best, and orbax would not open
         the whole folder where they cannot be parsed.
         """
+        damaged = {}
         for path in sorted(self.directory.glob("*/metrics/metrics")):
             name = path.parent.parent.name
             if not name.isdigit():
@@ -77,7 +78,11 @@ class Checkpoints:
                 if read_only:
                     way_out = "start the training command again, which sets it aside, or move it away"
                     raise DamagedError(self.directory, int(name), f"{error}; {way_out}") from None
-                self._set_aside(name, str(error))
+                damaged[name] = str(error)
+        if not read_only:
+            distributed.barrier("metrics of checkpoints are read")  # nothing is moved while another still looks
+        for name, reason in damaged.items():
+            self._set_aside(name, reason)
 
     def _set_aside(self, step: int | str, reason: str) -> None:
         if distributed.is_first():

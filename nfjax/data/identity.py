@@ -6,7 +6,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def _size(path: bytes) -> int:
         return -1
 
 
-def _contents(split: Encoded, indices: Iterable[int]) -> Iterator[bytes]:
+def _contents(split: Encoded, indices: Sequence[int]) -> Iterator[bytes]:
     """For each of these examples the SHA-256 of its bytes, and its class."""
 
     def content(index: int) -> bytes:
@@ -76,8 +76,11 @@ def _contents(split: Encoded, indices: Iterable[int]) -> Iterator[bytes]:
             return b"unreadable\n"
         return hashlib.sha256(data).digest() + b" %d\n" % label
 
+    def contents(start: int) -> bytes:
+        return b"".join(content(index) for index in indices[start : start + 64])
+
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(content, indices)
+        yield from pool.map(contents, range(0, len(indices), 64))
 
 
 def _digest(parts: Iterable[bytes | np.ndarray]) -> str:
