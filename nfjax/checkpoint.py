@@ -22,11 +22,13 @@ UNTESTED = -1.0  # stands for the accuracy of a checkpoint that was saved betwee
 
 
 class DamagedError(ValueError):
-    """What was read is not what was saved. The message names the checkpoint; reason: what is wrong with it."""
+    """What was read is not what was saved. The message names the checkpoint; reason: what is wrong with it; step: whose
+    it is.
+    """
 
     def __init__(self, directory: epath.Path, step: int, reason: str):
         super().__init__(f"checkpoint {step} in {directory} is damaged: {reason}")
-        self.reason = reason
+        self.step, self.reason = step, reason
 
 
 class _Metrics(msgspec.Struct, forbid_unknown_fields=True):
