@@ -6,6 +6,7 @@ Signatures check most of them; `check` does it for all, before anything is writt
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from nfjax import augment, data, optim, resnet
 from nfjax import feed as feeds
 from nfjax import mesh as meshes
 from nfjax.data import crops, memory, skips, stream
+from nfjax.data.identity import identity
 from nfjax.steps import Mix
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -168,8 +170,12 @@ def build_optimizer(
 
 
 def open_data(config: ConfigDict, directory: str) -> data.Dataset:
-    """The data set of a config: decoded into memory, or as it lies on the disk, whatever the config says."""
+    """The data set of a config: decoded into memory, or as it lies on the disk, whatever the config says.
+
+    Its identity is that of what it was decoded from.
+    """
     dataset = data.load(config.data.source, directory, config.data.image_size).thinned(config.data.share)
+    dataset = dataclasses.replace(dataset, identity=functools.partial(identity, dataset))
     if config.data.keep == "disk":
         if isinstance(dataset.train, data.Images):
             raise ValueError(
@@ -178,7 +184,8 @@ def open_data(config: ConfigDict, directory: str) -> data.Dataset:
         return dataset
     size, upright = config.data.image_size, _upright(config)
     cut, middle = crops.CentreCrop(size, size, upright), crops.CentreCrop(size, config.data.resize or size, upright)
-    return memory.decoded(dataset, cut, middle, config.data.max_skipped)
+    decoded = memory.decoded(dataset, cut, middle, config.data.max_skipped)
+    return dataclasses.replace(decoded, identity=dataset.identity)
 
 
 def make_transform(config: ConfigDict, name: str) -> stream.Transform:

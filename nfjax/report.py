@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from nfjax import cost, data, distributed, metrics, mirror, storage, streams
-from nfjax import workdir as workdirs
+from nfjax import workdir_files as files
 from nfjax.data import skips
 from nfjax.data.splits import left_aside
 
@@ -73,7 +73,7 @@ def finish(
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         lines.append(
             f"skipped {len(skipped)} images that cannot be read: {', '.join(list(skipped)[:5])}{more}; all are named "
-            f"in {mirror.shown(folder)}/{workdirs.DATA if dataset.skipped else skips.FILE}"
+            f"in {mirror.shown(folder)}/{files.DATA if dataset.skipped else skips.FILE}"
         )
     print("\n".join(lines), file=streams.out(), flush=True)
     return summary

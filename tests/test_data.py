@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax import assembly, compilation, data, report, workdir
+from nfjax import assembly, compilation, data, report, workdir, workdir_files
 from nfjax import config as configs
 from nfjax.data import crops, decode, memory, remote, skips
 
@@ -381,7 +381,7 @@ def test_what_was_left_aside_stands_in_the_header_and_in_the_workdir(tmp_path, t
     assert "6 test images of 8x8, 2 classes; 1 file that is no image is left aside (1 .db)" in header
     (tmp_path / "run").mkdir()
     workdir.start(tmp_path / "run", tiny_config, dataset)
-    assert workdir.read_data(tmp_path / "run")["left_aside"] == {".db": 1}
+    assert workdir_files.read_data(tmp_path / "run").left_aside == {".db": 1}
 
 
 def test_without_a_home_directory(tmp_path, monkeypatch, caplog):

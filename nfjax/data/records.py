@@ -215,7 +215,7 @@ def load(directory: str) -> Dataset:
         reader = RecordReader(where, shards, len(manifest.class_names))
         splits[split] = Records(reader, sum(shard.count for shard in shards))
         warn_of_missing_classes(f"{directory} {split}", manifest.labels[split], manifest.class_names)
-    return Dataset(splits["train"], splits["test"], manifest.class_names, fingerprint=lambda: version)
+    return Dataset(splits["train"], splits["test"], manifest.class_names, fingerprint=lambda: version, version=version)
 
 
 def read_manifest(directory: str) -> tuple[Manifest, str]:

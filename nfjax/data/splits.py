@@ -91,7 +91,8 @@ class Dataset:
 
     skipped: {what could not be read: why}. left_aside: {ending: number of files that are no images}. fingerprint():
     changes when the data does, and so names a cache of decoded images; a function, because finding out may mean asking
-    for the times and the size of a million files.
+    for the times and the size of a million files. version: of a packed or prepared data set, what it states of its
+    contents, the same for every copy of it. identity(): see `nfjax.data.identity`, None where nobody has asked for it.
     """
 
     train: Images | Encoded
@@ -100,6 +101,8 @@ class Dataset:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     fingerprint: Callable[[], str] | None = None
     left_aside: dict[str, int] = dataclasses.field(default_factory=dict)
+    version: str | None = None
+    identity: Callable[[], dict[str, dict[str, str]]] | None = None
 
     def thinned(self, share: float) -> Dataset:
         """With the given share of both splits, at least one example of each, spread evenly: where a split is sorted by
@@ -115,7 +118,7 @@ class Dataset:
 
         whole = self.fingerprint
         fingerprint = None if whole is None else lambda: f"{whole()} {share}"
-        return Dataset(part(self.train), part(self.test), self.class_names, self.skipped, fingerprint, self.left_aside)
+        return dataclasses.replace(self, train=part(self.train), test=part(self.test), fingerprint=fingerprint)
 
 
 def check_classes(class_names: Sequence[str], where: str, more: str = "") -> None:

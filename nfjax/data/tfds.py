@@ -96,7 +96,10 @@ def load(name: str, directory: str) -> Dataset:
     if not tests:
         raise ValueError(f"tfds:{name} has no split {' or '.join(TEST_NAMES)} with examples: it has {_listed(sizes)}")
     test = tests[-1] if len(tests) > 1 and not _has_labels(tests[0]) else tests[0]
-    return Dataset(split("train"), test, class_names, fingerprint=lambda: _fingerprint(builder_dir))
+    version = _fingerprint(builder_dir, times=False)
+    return Dataset(
+        split("train"), test, class_names, fingerprint=lambda: _fingerprint(builder_dir, True), version=version
+    )
 
 
 def _listed(sizes: dict[str, int]) -> str:
@@ -292,7 +295,7 @@ def _mirror(builder_dir: str) -> str:
     return remote.mirror(builder_dir, {file.name: file.stat().length for file in files}, version)
 
 
-def _fingerprint(builder_dir: str) -> str:
+def _fingerprint(builder_dir: str, times: bool = True) -> str:
     digest = hashlib.sha256()
     root = remote.path(builder_dir)
     for file in METADATA:
@@ -300,8 +303,10 @@ def _fingerprint(builder_dir: str) -> str:
     for file in sorted(root.iterdir()):
         if FORMAT in file.name:
             status = file.stat()
-            digest.update(f"{file.name} {status.length} {status.mtime}".encode())
-            if not remote.is_remote(builder_dir):  # mtime is in whole seconds, and whatever a program sets it to
+            digest.update(f"{file.name} {status.length} {status.mtime if times else ''}".encode())
+            if times and not remote.is_remote(
+                builder_dir
+            ):  # mtime is in whole seconds, and whatever a program sets it to
                 digest.update(f" {(local := os.stat(file)).st_mtime_ns} {local.st_ctime_ns}".encode())
             digest.update(b"\n")
     return digest.hexdigest()[:16]
