@@ -320,7 +320,13 @@ def _of_config(config: ConfigDict) -> str:
 
 
 def _of_data(described: files.Described) -> str:
-    return _digest({name: value for name, value in dataclasses.asdict(described).items() if name != "skipped_files"})
+    return _digest(
+        {
+            name: value
+            for name, value in dataclasses.asdict(described).items()
+            if name not in ("skipped_files", "left_aside")
+        }
+    )
 
 
 def _digest(value: Any) -> str:
