@@ -49,7 +49,7 @@ def random_erasing(
     fits = (tall < height) & (wide < width)
     first = jnp.argmax(fits, 1, keepdims=True)
     tall, wide = (jnp.take_along_axis(side, first, 1)[:, 0] for side in (tall, wide))
-    is_erased = jax.random.bernoulli(decide_key, probability, (batch,)) & fits.any(1)
+    is_erased = jax.random.bernoulli(decide_key, jnp.float32(probability), (batch,)) & fits.any(1)
 
     place = jax.random.uniform(place_key, (batch, 2), jnp.float32)
     inside = is_erased[:, None, None]

@@ -50,7 +50,7 @@ def choose(key: jax.Array, batch: int, num_operations: int) -> tuple[jax.Array, 
     operation_key, sign_key = jax.random.split(key)
     shape = (num_operations, batch)
     operations = jax.random.randint(operation_key, shape, 0, len(OPERATIONS), jnp.int32)
-    return operations, jnp.where(jax.random.bernoulli(sign_key, shape=shape), jnp.int32(-1), jnp.int32(1))
+    return operations, jnp.where(jax.random.bernoulli(sign_key, jnp.float32(0.5), shape), jnp.int32(-1), jnp.int32(1))
 
 
 def apply(

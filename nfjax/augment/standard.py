@@ -13,7 +13,7 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
     32x32).
     """
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
+    offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1, jnp.int32)
 
     def cut(image: jax.Array, offset: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (offset[0], offset[1], jnp.zeros_like(offset[0])), images.shape[1:])
@@ -23,7 +23,7 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     """Mirrors each image left to right with probability 1/2."""
-    mirrored = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+    mirrored = jax.random.bernoulli(key, jnp.float32(0.5), (images.shape[0], 1, 1, 1))
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 

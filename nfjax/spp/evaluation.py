@@ -97,6 +97,10 @@ class Taken:
     forward: list[jax.Array] = dataclasses.field(default_factory=list)
     last: jax.Array | None = None
 
+    def order(self) -> Taken:
+        """The calls and shapes alone: traced values must not outlive their trace."""
+        return Taken(self.calls, self.shapes)
+
     def extend(self, other: Taken) -> None:
         self.calls += other.calls
         self.shapes += other.shapes
@@ -191,8 +195,9 @@ def _remat(
     @functools.partial(jax.checkpoint, prevent_cse=params["prevent_cse"], policy=params["policy"])
     def run(given: Sequence[Any], sinks: Sequence[jax.Array]) -> Any:
         nonlocal inner
-        out, inner = evaluate(jaxpr, (), given, list(sinks), roles)
-        return out, inner.forward, inner.last
+        out, found = evaluate(jaxpr, (), given, list(sinks), roles)
+        inner = found.order()
+        return out, found.forward, found.last
 
     out, forward, last = run(given, own)
     taken.extend(dataclasses.replace(inner, forward=forward, last=last))

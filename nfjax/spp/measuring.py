@@ -33,7 +33,8 @@ class Measurement:
 
     def start(self, arrays: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Sets the pass going on `Runnable.arrays`; key: of what is drawn at random for the gradient."""
-        return self.program(jax.tree.leaves(arrays), key)
+        with jax.disable_jit(False):  # see `prepare`
+            return self.program(jax.tree.leaves(arrays), key)
 
     def read(self, started: tuple[jax.Array, jax.Array]) -> dict[str, np.ndarray]:
         """Waits for a pass; each statistic of a profile as float64 [blocks]."""
@@ -57,6 +58,7 @@ class Measurement:
         }
 
 
+@jax.disable_jit(False)  # JAX's debugging switch is none for what is traced: there is no pass but the compiled one
 def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Loss | None) -> Measurement:
     """Traces the model, selects its blocks and compiles the pass."""
     traced = tracing.trace(model)
@@ -70,12 +72,13 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
     roles = dict.fromkeys(branches, BRANCH) | dict.fromkeys(blocks, BLOCK)
     number = sum(reached[block] for block in blocks)
     leaves = jax.tree.leaves(model.arrays)
-    taken = Taken()
+    order = Taken()
 
     def measure(leaves: Sequence[jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
         def run(sinks: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-            nonlocal taken
+            nonlocal order
             out, taken = evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, list(sinks), roles)
+            order = taken.order()
             if loss is None:
                 return taken.last, jnp.stack(taken.forward)
             value = losses.apply(loss, jax.tree.unflatten(traced.out_tree, out), key)
@@ -83,8 +86,9 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
 
         sinks = [jnp.zeros(FIELDS, jnp.float32)] * number
         value, pull, forward = jax.vjp(run, sinks, has_aux=True)
-        start = jnp.ones((), value.dtype) if loss else jax.random.normal(key, value.shape).astype(value.dtype)
-        return forward, jnp.stack(pull(start)[0])
+        # Drawn in float32 also where JAX's default is float64, which has other numbers.
+        start = jnp.ones(value.shape, jnp.float32) if loss else jax.random.normal(key, value.shape, jnp.float32)
+        return forward, jnp.stack(pull(start.astype(value.dtype))[0])
 
     try:
         # Unused arguments stay, so that equal programs have equal arguments.
@@ -93,14 +97,14 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
         if "everse-mode differentiation" in str(error):  # JAX's message for a while loop, a callback and the like
             raise ValueError(f"{model.name} cannot be differentiated: {error}") from error
         raise
-    places = [i for i, call in enumerate(taken.calls) if roles[call] == BLOCK]
+    places = [i for i, call in enumerate(order.calls) if roles[call] == BLOCK]
     return Measurement(
-        paths=_paths([calls[taken.calls[place]].path for place in places]),
-        shapes=tuple(taken.shapes[place] for place in places),
-        dtypes=tuple(str(calls[taken.calls[place]].dtype) for place in places),
+        paths=_paths([calls[order.calls[place]].path for place in places]),
+        shapes=tuple(order.shapes[place] for place in places),
+        dtypes=tuple(str(calls[order.calls[place]].dtype) for place in places),
         program=_compile(lowered, leaves),
         _blocks=tuple(places),
-        _branches=_branch_places(calls, taken.calls, roles),
+        _branches=_branch_places(calls, order.calls, roles),
     )
 
 

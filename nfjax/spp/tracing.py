@@ -110,7 +110,8 @@ class Recorder:
         path = () if context.module.scope is None else context.module.path
         if context.method_name != "__call__" or not path or _recorder.get() is not self:
             return call(*args, **kwargs)
-        return self.call("/".join(path), context.module, lambda: call(*args, **kwargs))
+        # Unbound: the scope of a bound module holds traced values, which must not outlive their trace.
+        return self.call("/".join(path), context.module.clone(parent=None), lambda: call(*args, **kwargs))
 
 
 def runnable(
@@ -224,7 +225,8 @@ def _linen(
         return model.init(rngs, *args, **kwargs)
 
     if variables is None:
-        with explained(class_name(model)):
+        # Without jit, JAX's scan draws other parameters: those of the compiled network are meant.
+        with jax.disable_jit(False), explained(class_name(model)):
             variables = jax.jit(initialize)(list(arrays))
 
     def function(tree: Any, mutable: Any) -> Any:
