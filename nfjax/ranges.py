@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +32,7 @@ def _whole(least: int, most: int, wanted: str = "") -> Range:
 
 
 _SHARE = Range(lambda value: 0 <= value <= 1, "must be a share, from 0 to 1")
-_MIXING = Range(lambda value: 0 <= value, "expected 0, for no mixing, or a positive number")
+_MIXING = Range(lambda value: value >= 0, "expected 0, for no mixing, or a positive number")
 _CLIPPING = Range(lambda value: np.float32(value) > 0, "must be positive, or none for no clipping")
 _UP_TO_ONE = Range(lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
 _INTERVAL = _whole(1, LAST_STEP)
@@ -58,9 +57,9 @@ RANGES: dict[str, Range] = {
     "augment.cutmix_alpha": _MIXING,
     "optim.learning_rate": Range(lambda value: np.float32(value) > 0, "must be positive"),
     "optim.reference_batch_size": _whole(1, 2**24, "must be positive, or none for no scaling"),
-    "optim.warmup_epochs": Range(lambda value: 0 <= value, "must be 0 or more"),
+    "optim.warmup_epochs": Range(lambda value: value >= 0, "must be 0 or more"),
     "optim.momentum": _UP_TO_ONE,
-    "optim.weight_decay": Range(lambda value: 0 <= value, "must be 0 (for none) or more: less would let weights grow"),
+    "optim.weight_decay": Range(lambda value: value >= 0, "must be 0 (for none) or more: less would let weights grow"),
     "optim.clip_norm": _CLIPPING,
     "optim.adaptive_clip": _CLIPPING,
     "optim.label_smoothing": _UP_TO_ONE,

@@ -1,8 +1,8 @@
 """The library under each of JAX's debugging switches: `pytest -m switches`.
 
 A switch that changes no arithmetic changes no number here; one that changes the random numbers leaves shapes, dtypes
-and exact statistics as they are. All of them work as context managers. The rest of the suite runs under strict dtype and
-rank promotion, so JAX's defaults, which users have, are two of the cases.
+and exact statistics as they are. All of them work as context managers. The rest of the suite runs under strict dtype
+and rank promotion, so JAX's defaults, which users have, are two of the cases.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfjax.augment.checks import check_images, check_probability, check_range
+from nfjax.augment.checks import check_images, check_key, check_probability, check_range
 
 TRIES = 10
 
@@ -32,6 +32,7 @@ def random_erasing(
     The defaults are torchvision's; as there, an image stays as it is where none of ten rectangles fits.
     Raises ValueError for settings or images that cannot be used.
     """
+    check_key(key)
     check_images(images)
     check_probability("probability", probability)
     check_range("scale", scale, 0, 1)

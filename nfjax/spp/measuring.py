@@ -68,6 +68,7 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
     reached = executions_of(jaxpr.jaxpr)
     blocks = select(calls, reached, where)
     branches = select_branches(calls, reached, blocks, branch)
+    _check_branches(calls, blocks, branches, branch)
     check_supported(jaxpr.jaxpr, calls, [*blocks, *branches])
     roles = dict.fromkeys(branches, BRANCH) | dict.fromkeys(blocks, BLOCK)
     number = sum(reached[block] for block in blocks)
@@ -105,6 +106,21 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
         program=_compile(lowered, leaves),
         _blocks=tuple(places),
         _branches=_branch_places(calls, order.calls, roles),
+    )
+
+
+def _check_branches(calls: Sequence[Call], blocks: Sequence[int], branches: Sequence[int], branch: Where) -> None:
+    """ValueError where `branch` was chosen and is nowhere; by default it is what a model may have or not."""
+    if branches or branch == "branch":
+        return
+    inside, names = set(blocks), {}
+    for i, call in enumerate(calls):  # a call comes after its parent
+        if call.parent in inside:
+            inside.add(i)
+            names[f"{call.path.rpartition('/')[2]} ({tracing.class_name(call.module)})"] = None
+    raise ValueError(
+        f"branch={getattr(branch, '__name__', repr(branch))} selects no module inside a block; a block calls "
+        f"{', '.join(names) or 'no modules'}"
     )
 
 
