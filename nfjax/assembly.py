@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nfjax import augment, data, optim, resnet
+from nfjax import augment, data, footprint, optim, ranges, resnet
 from nfjax import feed as feeds
 from nfjax import mesh as meshes
 from nfjax.data import crops, memory, skips, stream
@@ -37,85 +38,52 @@ CPU_PARTS = (1, 2, 4)
 
 def check(config: ConfigDict) -> None:
     """ValueError for settings that cannot work, before anything is written or loaded."""
-    counts = ("batch_size", "epochs", "log.every_steps", "checkpoint.every_epochs", "checkpoint.every_steps")
-    for name in (*counts, "checkpoint.keep", "train.accumulate_steps"):
-        value = functools.reduce(getattr, name.split("."), config)
-        if value < 1:
-            raise ValueError(f"{name}={value} must be positive")
+    ranges.check(config)
     parts = jax.device_count() * config.train.accumulate_steps
     if config.batch_size % parts:
         near = max(config.batch_size // parts, 1) * parts
         accumulated = f" in {config.train.accumulate_steps} parts" if config.train.accumulate_steps > 1 else ""
         raise ValueError(
             f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices{accumulated}; choose "
-            f"a multiple, such as --config.batch_size={near}"
+            f"a multiple, such as --config.batch_size={near}, or another --config.train.accumulate_steps"
         )
-    meshes.make(config.train.state_shards)
+    try:
+        meshes.make(config.train.state_shards)
+    except ValueError as error:
+        raise ValueError(f"train.state_shards={config.train.state_shards}: {error}") from None
     if config.model.dtype not in DTYPES:
         raise ValueError(f"unknown model.dtype={config.model.dtype!r}: expected one of {', '.join(DTYPES)}")
-    for name, values in (("mean", config.data.mean), ("std", config.data.std)):
-        if len(values) != 3:
-            raise ValueError(f"data.{name}={tuple(values)}: expected three numbers, for red, green and blue")
-    if min(config.data.std) <= 0:
-        raise ValueError(f"data.std={tuple(config.data.std)}: expected three positive numbers")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
-    if config.data.image_size < 1:
-        raise ValueError(f"data.image_size={config.data.image_size} must be a positive number of pixels")
-    for name in ("resized_crop_scale", "resized_crop_ratio"):
-        values = config.augment[name]
-        if values is not None and len(values) != 2:
-            raise ValueError(
-                f"augment.{name}={tuple(values)}: expected the smallest and the largest, such as "
-                f"--config.augment.{name}='(0.5, 1.0)'"
-            )
-    if not config.optim.learning_rate > 0:
-        raise ValueError(f"optim.learning_rate={config.optim.learning_rate} must be positive")
-    if config.optim.reference_batch_size is not None and config.optim.reference_batch_size < 1:
-        raise ValueError(
-            f"optim.reference_batch_size={config.optim.reference_batch_size} must be positive, or none for no scaling"
-        )
-    if not 0 <= config.optim.warmup_epochs <= config.epochs:
+    if config.optim.warmup_epochs > config.epochs:
         raise ValueError(f"optim.warmup_epochs={config.optim.warmup_epochs} must be from 0 to epochs={config.epochs}")
-    if not 0 <= config.optim.momentum < 1:
-        raise ValueError(f"optim.momentum={config.optim.momentum} must be at least 0 and less than 1")
-    for name, value in (("clip_norm", config.optim.clip_norm), ("adaptive_clip", config.optim.adaptive_clip)):
-        if value is not None and not value > 0:
-            raise ValueError(f"optim.{name}={value} must be positive, or left out for no clipping")
-    if config.augment.crop_padding < 0:
-        raise ValueError(f"augment.crop_padding={config.augment.crop_padding} must be 0 or more pixels")
-    if not 0 <= config.optim.label_smoothing < 1:
-        raise ValueError(f"optim.label_smoothing={config.optim.label_smoothing} must be at least 0 and less than 1")
+    if config.augment.crop_padding >= config.data.image_size:
+        raise ValueError(
+            f"augment.crop_padding={config.augment.crop_padding} must be less than "
+            f"data.image_size={config.data.image_size}: a crop could lie beside the image"
+        )
+    if config.data.resize is not None and config.data.resize < config.data.image_size:
+        raise ValueError(
+            f"data.resize={config.data.resize} must be at least data.image_size={config.data.image_size}, which is cut "
+            "out of it, or none"
+        )
     every = config.log.signal_every_steps
-    if every is not None and (every < 1 or every % config.log.every_steps):
+    if every is not None and every % config.log.every_steps:
         raise ValueError(
             f"log.signal_every_steps={every} must be a positive multiple of log.every_steps={config.log.every_steps}"
         )
-    if config.steps_per_dispatch is not None and (
-        config.steps_per_dispatch < 1 or (config.steps_per_dispatch > 1 and config.data.keep != "device")
-    ):
+    if config.data.keep not in KEEP:
+        raise ValueError(f"unknown data.keep={config.data.keep!r}: expected one of {', '.join(KEEP)}")
+    if (config.steps_per_dispatch or 1) > 1 and config.data.keep != "device":
         raise ValueError(
             f"steps_per_dispatch={config.steps_per_dispatch} must be positive, and 1 unless data.keep=device"
         )
-    if config.data.keep not in KEEP:
-        raise ValueError(f"unknown data.keep={config.data.keep!r}: expected one of {', '.join(KEEP)}")
     if config.augment.resized_crop_scale is not None and config.data.keep != "disk":
         raise ValueError(
             f"augment.resized_crop_scale={tuple(config.augment.resized_crop_scale)} needs the original images: set "
             "--config.data.keep=disk"
         )
-    for name, least in (("workers", 1), ("ahead", 1)):
-        value = getattr(config.data, name)
-        if value is not None and value < least:
-            raise ValueError(f"data.{name}={value} must be at least {least}")
-    if not 0 < config.data.share <= 1:
-        raise ValueError(f"data.share={config.data.share} must be more than 0, and at most 1 for all images")
-    if not 0 <= config.data.max_skipped <= 1:
-        raise ValueError(f"data.max_skipped={config.data.max_skipped} must be a share, from 0 to 1")
+    _check_memory(config)
     for name in ("train", "test"):
         make_transform(config, name)
-    if config.augment.rand_operations < 0:
-        raise ValueError(f"augment.rand_operations={config.augment.rand_operations} must be 0 (for none) or more")
     size = config.data.image_size
     shaped = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
     shaped = jax.eval_shape(preprocessing(config, train=True), jax.random.key(0), shaped)
@@ -125,6 +93,32 @@ def check(config: ConfigDict) -> None:
     nnx.eval_shape(lambda: build_model(config, num_classes=2, key=jax.random.key(0)))
     build_optimizer(config, epoch_ends=[1])
     data.loader(config.data.source)
+
+
+def _check_memory(config: ConfigDict) -> None:
+    """ValueError for sizes that are beyond any doubt too large for a device, from shapes alone."""
+    there = footprint.available(jax.local_devices()[0])
+    if there is None:
+        return
+    images = config.batch_size // jax.device_count() * config.data.image_size**2 * 3 * 4  # in float32
+    _check_fits("a device's part of a batch, in float32", images, there, config, ("batch_size", "data.image_size"))
+    encoded = (config.data.ahead or 1) * config.batch_size // jax.process_count() * config.data.image_size**2 * 3
+    _check_fits("the batches decoded ahead", encoded, there * jax.local_device_count(), config, ("data.ahead",))
+    # Zeros: random numbers are drawn in blocks, of which large kernels have too many for a check.
+    settings = config.model.to_dict() | {"init": jax.nn.initializers.zeros}
+    model = nnx.eval_shape(lambda: build_model(config, num_classes=2, key=jax.random.key(0), settings=settings))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    state = 4 * numbers + 8 * numbers // config.train.state_shards  # the gradient; parameters and momentum
+    _check_fits(f"{numbers:,} parameters with their gradient", state, there, config, ("model.width", "model.depth"))
+
+
+def _check_fits(what: str, needed: int, there: int, config: ConfigDict, names: Sequence[str]) -> None:
+    if needed > there:
+        values = ", ".join(f"{name}={functools.reduce(getattr, name.split('.'), config)}" for name in names)
+        raise ValueError(
+            f"{values}: {what} would take {needed / 2**30:,.0f} GiB, of {there / 2**30:,.1f} GiB that there are: "
+            "choose less"
+        )
 
 
 def count_parts(config: ConfigDict) -> int:
@@ -142,9 +136,11 @@ def count_parts(config: ConfigDict) -> int:
     return next((n for n in dividing if activation / n <= CACHED), dividing[-1])
 
 
-def build_model(config: ConfigDict, num_classes: int, key: jax.Array) -> nnx.Module:
-    """The network that a config describes, its parameters drawn from `key`."""
-    settings = config.model.to_dict()
+def build_model(
+    config: ConfigDict, num_classes: int, key: jax.Array, settings: dict[str, Any] | None = None
+) -> nnx.Module:
+    """The network that a config describes, its parameters drawn from `key`. settings: instead of `config.model`."""
+    settings = dict(config.model.to_dict() if settings is None else settings)
     settings["norm"] = None if settings["norm"] == "none" else settings["norm"]
     settings["dtype"] = DTYPES[settings["dtype"]]
     rngs = nnx.Rngs(params=key)
@@ -303,6 +299,6 @@ def mixing(config: ConfigDict) -> Mix | None:
         if len(ways) == 1:
             return ways[0](key, images, mask=mask)
         first, second = (lambda *args, way=way: way(args[0], args[1], mask=args[2]) for way in ways)
-        return jax.lax.cond(jax.random.bernoulli(way_key), first, second, key, images, mask)
+        return jax.lax.cond(jax.random.bernoulli(way_key, jnp.float32(0.5)), first, second, key, images, mask)
 
     return mixed if ways else None

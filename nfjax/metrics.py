@@ -52,7 +52,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
 def sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Loss, correct predictions and number of the examples whose mask is 1, each summed over the batch."""
-    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    correct = (jax.lax.argmax(logits, logits.ndim - 1, jnp.int32) == labels).astype(jnp.float32)
     # where, not a product: a masked example contributes nothing even if its loss is not finite.
     return {"loss": jnp.where(mask > 0, losses, 0.0).sum(), "correct": (correct * mask).sum(), "count": mask.sum()}
 

@@ -10,6 +10,7 @@ Draws a batch of a config before and after augmentation.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -52,8 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, metavar="NAME", help="folder, tfds:NAME, cifar10, cifar100, …")
-    parser.add_argument("--dir", default="", metavar="DIR", help="where the source keeps its files")
-    parser.add_argument("--out", required=True, metavar="DIR", help="an empty directory, or gs://bucket/directory")
+    parser.add_argument(
+        "--dir", default="", type=os.path.expanduser, metavar="DIR", help="where the source keeps its files"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="an empty directory, or gs://bucket/directory",
+    )
     parser.add_argument("--short-side", type=int, metavar="PIXELS", help="reduce larger images (as they are)")
     parser.add_argument("--quality", type=int, default=90, metavar="1-100", help="of the JPEGs of reduced images (90)")
     parser.add_argument("--per-shard", type=int, default=pack.PER_SHARD, metavar="N", help=f"images ({pack.PER_SHARD})")
@@ -92,8 +101,15 @@ def _pack(args: argparse.Namespace) -> None:
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="of configs/; --config.x.y=value changes it")
-    parser.add_argument("--out", default="samples.png", metavar="FILE", help="a PNG, SVG or PDF (samples.png)")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="of configs/; --config.FIELD=VALUE changes it, and nfjax/config.py lists the fields",
+    )
+    parser.add_argument(
+        "--out", default="samples.png", type=os.path.expanduser, metavar="FILE", help="a PNG, SVG or PDF (samples.png)"
+    )
     parser.add_argument("--count", type=int, default=16, metavar="N", help="images (16)")
     parser.add_argument("--step", type=int, default=0, metavar="N", help="the training step whose batch it is (0)")
 

@@ -63,7 +63,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--stem", choices=resnet.STEMS, metavar="NAME", help=_names(resnet.STEMS))
     network.add_argument("--width", type=_positive, help="channels of the first stage (64)")
     network.add_argument("--image-size", type=_positive, help="pixels (32, or 224 with --stem=imagenet)")
-    network.add_argument("--input", metavar="noise|DIR", help="N(0, 1) noise, or a folder of images (noise)")
+    network.add_argument(
+        "--input", type=os.path.expanduser, metavar="noise|DIR", help="N(0, 1) noise, or a folder of images (noise)"
+    )
     network.add_argument("--batch", type=_positive, help="examples (32)")
     own = parser.add_argument_group("a model of your own")
     own.add_argument(
@@ -88,7 +90,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=_positive, default=1, help="how many (1)")
     parser.add_argument("--tolerance", type=float, default=10.0, help="factor that counts as preserved (10)")
     parser.add_argument(
-        "--out", action="append", default=[], metavar="FILE", help="PNG, SVG, PDF, CSV or JSON; may be repeated"
+        "--out",
+        action="append",
+        default=[],
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="PNG, SVG, PDF, CSV or JSON; may be repeated",
     )
     arguments = parser.parse_args(argv)
     if arguments.module and (given := [name for name in NETWORK if getattr(arguments, name) is not None]):

@@ -120,7 +120,7 @@ def propagate_seeds(
 
 def noise(shape: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
     """An input of `propagate_seeds`: N(0, 1) noise of this shape, another for each seed."""
-    return lambda key: jax.random.normal(key, tuple(shape))
+    return lambda key: jax.random.normal(key, tuple(shape), jnp.float32)
 
 
 def profile(measurement: Measurement, seeds: Sequence[int], runs: Sequence[Mapping[str, np.ndarray]]) -> Profile:
