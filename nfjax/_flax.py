@@ -251,14 +251,13 @@ def attempt(model: Runnable, trace: Callable[[Runnable], T]) -> tuple[T, tuple[s
     """
     try:
         return _with_axes(lambda axes: inside(axes, lambda: trace(model)))
-    except Exception as error:
+    except Exception:
         if model.untouched is None:
             raise
         plain = dataclasses.replace(model, function=model.untouched, untouched=None)
-        try:
+        with contextlib.suppress(Exception):  # the first error tells more
             return attempt(plain, trace)
-        except Exception:
-            raise error from error.__cause__
+        raise
 
 
 def _with_axes(run: Callable[[tuple[str, ...]], T], axes: tuple[str, ...] = ()) -> tuple[T, tuple[str, ...]]:
@@ -285,7 +284,14 @@ def bind(function: Callable[..., Any], axes: Sequence[str]) -> Callable[..., Any
 
 def _bind(function: Callable[..., Any], axis: str) -> Callable[..., Any]:
     def bound(*args: Any) -> Any:
-        out = jax.vmap(function, in_axes=None, axis_name=axis, axis_size=1)(*args)
+        try:
+            out = jax.vmap(function, in_axes=None, axis_name=axis, axis_size=1)(*args)
+        except NotImplementedError as error:  # of groups of devices, for one
+            error.add_note(
+                f"(the model names the axis {axis!r}, which nfjax binds to size one, as on one device: what it does "
+                "with it needs several; give nfjax the model without axis_index_groups, or without axis_name)"
+            )
+            raise
         return jax.tree.map(lambda x: x[0], out)
 
     return bound

@@ -143,6 +143,19 @@ def test_a_model_that_names_an_axis_when_it_is_initialized():
     assert cost.count(named, X.shape) == cost.Cost(2 * 72, 0, 2 * 16 * 64)
 
 
+def test_groups_of_devices_are_refused():
+    class Grouped(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x = LinenBlock()(x + jax.lax.psum(x, "batch", axis_index_groups=[[0]]))
+            return x
+
+    with pytest.raises(NotImplementedError) as caught:
+        spp.propagate(Grouped(), X)
+    assert "names the axis 'batch', which nfjax binds to size one" in " ".join(caught.value.__notes__)
+
+
 def test_another_name_error_passes_through():
     class Misspelled(nnx.Module):
         def __call__(self, x):
@@ -501,6 +514,20 @@ def test_a_wrong_shape_names_the_innermost_module(call, reader):
         (note,) = [note for note in caught.value.__notes__ if "nfjax" in note]
         assert place in note
         assert f"raised by the model {type(wrong).__name__} while {reader} traced it, inside" in note
+
+
+def test_an_error_is_raised_with_what_led_to_it():
+    class Twice(Block):
+        def __call__(self, x):
+            try:
+                raise KeyError("first")
+            except KeyError:
+                raise RuntimeError("second")  # noqa: B904
+
+    with pytest.raises(RuntimeError, match="second") as caught:
+        spp.propagate(chain(Twice), X)
+    assert isinstance(caught.value.__context__, KeyError)
+    assert not caught.value.__suppress_context__
 
 
 def test_errors_elsewhere_are_not_located():
