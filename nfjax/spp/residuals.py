@@ -121,7 +121,7 @@ class _Graph:
             name = eqn.primitive.name
             given = [None if isinstance(atom, Literal) else values[atom] for atom in eqn.invars]
             bodies = list(_bodies(eqn))
-            if (call := tag(eqn)) is not None:
+            if (call := _ended(eqn)) is not None:
                 out = [self._add(_TAG, given, eqn.outvars[0].aval, call)]
             elif name == "optimization_barrier":
                 out = given
@@ -142,6 +142,14 @@ class _Graph:
                 out = [node] * len(eqn.outvars)
             values.update(zip(eqn.outvars, out, strict=True))
         return [None if isinstance(atom, Literal) else values[atom] for atom in jaxpr.outvars]
+
+
+def _ended(eqn: Any) -> int | None:
+    """The call whose output this equation tags."""
+    found = tag(eqn)
+    if found is None or isinstance(found, int):
+        return found
+    return None if found.entry else found.call  # a tag that says more: of an input, or which output
 
 
 def _bodies(eqn: Any) -> Iterator[Any]:
