@@ -51,13 +51,16 @@ def differences(ours: pathlib.Path, theirs: pathlib.Path) -> list[str]:
     kept = [step for step in finished(ours, whole) if step in wanted or readable(ours, step)]
     if kept != wanted:
         found.append(f"checkpoints kept: {kept} and {wanted}")
-    for step in sorted(set(kept) & set(wanted)):
-        a, b = state(ours, step), state(theirs, step)
-        if a.keys() != b.keys():
-            found.append(f"checkpoint {step}: other arrays")
-        names = [name for name in a.keys() & b.keys() if not same(a[name], b[name])]
-        if names:
-            found.append(f"checkpoint {step}: {len(names)} of {len(a)} arrays, such as {sorted(names)[0]}")
+    try:
+        for step in sorted(set(kept) & set(wanted)):
+            a, b = state(ours, step), state(theirs, step)
+            if a.keys() != b.keys():
+                found.append(f"checkpoint {step}: other arrays")
+            names = [name for name in a.keys() & b.keys() if not same(a[name], b[name])]
+            if names:
+                found.append(f"checkpoint {step}: {len(names)} of {len(a)} arrays, such as {sorted(names)[0]}")
+    except checkpoint.DamagedError as error:
+        found.append(f"checkpoint {error.step}: {error.reason}")
     return found
 
 

@@ -13,7 +13,7 @@
 set -euo pipefail
 
 PYTHON=${PYTHON:-python}
-GRACE=90 # seconds for the others to end after one has failed; they notice its loss within 60
+GRACE=90 # seconds for the others to end after one has failed; they notice its loss within seconds
 
 fail() {
     echo "local_gpus.sh: $1" >&2

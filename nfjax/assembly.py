@@ -6,6 +6,7 @@ Signatures check most of them; `check` does it for all, before anything is writt
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +20,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nfjax import augment, data, optim, resnet
+from nfjax import augment, data, footprint, optim, ranges, resnet
 from nfjax import feed as feeds
 from nfjax import mesh as meshes
 from nfjax.data import crops, memory, skips, stream
+from nfjax.data.identity import identity
 from nfjax.steps import Mix
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -36,85 +38,52 @@ CPU_PARTS = (1, 2, 4)
 
 def check(config: ConfigDict) -> None:
     """ValueError for settings that cannot work, before anything is written or loaded."""
-    counts = ("batch_size", "epochs", "log.every_steps", "checkpoint.every_epochs", "checkpoint.every_steps")
-    for name in (*counts, "checkpoint.keep", "train.accumulate_steps"):
-        value = functools.reduce(getattr, name.split("."), config)
-        if value < 1:
-            raise ValueError(f"{name}={value} must be positive")
+    ranges.check(config)
     parts = jax.device_count() * config.train.accumulate_steps
     if config.batch_size % parts:
         near = max(config.batch_size // parts, 1) * parts
         accumulated = f" in {config.train.accumulate_steps} parts" if config.train.accumulate_steps > 1 else ""
         raise ValueError(
             f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices{accumulated}; choose "
-            f"a multiple, such as --config.batch_size={near}"
+            f"a multiple, such as --config.batch_size={near}, or another --config.train.accumulate_steps"
         )
-    meshes.make(config.train.state_shards)
+    try:
+        meshes.make(config.train.state_shards)
+    except ValueError as error:
+        raise ValueError(f"train.state_shards={config.train.state_shards}: {error}") from None
     if config.model.dtype not in DTYPES:
         raise ValueError(f"unknown model.dtype={config.model.dtype!r}: expected one of {', '.join(DTYPES)}")
-    for name, values in (("mean", config.data.mean), ("std", config.data.std)):
-        if len(values) != 3:
-            raise ValueError(f"data.{name}={tuple(values)}: expected three numbers, for red, green and blue")
-    if min(config.data.std) <= 0:
-        raise ValueError(f"data.std={tuple(config.data.std)}: expected three positive numbers")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
-    if config.data.image_size < 1:
-        raise ValueError(f"data.image_size={config.data.image_size} must be a positive number of pixels")
-    for name in ("resized_crop_scale", "resized_crop_ratio"):
-        values = config.augment[name]
-        if values is not None and len(values) != 2:
-            raise ValueError(
-                f"augment.{name}={tuple(values)}: expected the smallest and the largest, such as "
-                f"--config.augment.{name}='(0.5, 1.0)'"
-            )
-    if not config.optim.learning_rate > 0:
-        raise ValueError(f"optim.learning_rate={config.optim.learning_rate} must be positive")
-    if config.optim.reference_batch_size is not None and config.optim.reference_batch_size < 1:
-        raise ValueError(
-            f"optim.reference_batch_size={config.optim.reference_batch_size} must be positive, or none for no scaling"
-        )
-    if not 0 <= config.optim.warmup_epochs <= config.epochs:
+    if config.optim.warmup_epochs > config.epochs:
         raise ValueError(f"optim.warmup_epochs={config.optim.warmup_epochs} must be from 0 to epochs={config.epochs}")
-    if not 0 <= config.optim.momentum < 1:
-        raise ValueError(f"optim.momentum={config.optim.momentum} must be at least 0 and less than 1")
-    for name, value in (("clip_norm", config.optim.clip_norm), ("adaptive_clip", config.optim.adaptive_clip)):
-        if value is not None and not value > 0:
-            raise ValueError(f"optim.{name}={value} must be positive, or left out for no clipping")
-    if config.augment.crop_padding < 0:
-        raise ValueError(f"augment.crop_padding={config.augment.crop_padding} must be 0 or more pixels")
-    if not 0 <= config.optim.label_smoothing < 1:
-        raise ValueError(f"optim.label_smoothing={config.optim.label_smoothing} must be at least 0 and less than 1")
+    if config.augment.crop_padding >= config.data.image_size:
+        raise ValueError(
+            f"augment.crop_padding={config.augment.crop_padding} must be less than "
+            f"data.image_size={config.data.image_size}: a crop could lie beside the image"
+        )
+    if config.data.resize is not None and config.data.resize < config.data.image_size:
+        raise ValueError(
+            f"data.resize={config.data.resize} must be at least data.image_size={config.data.image_size}, which is cut "
+            "out of it, or none"
+        )
     every = config.log.signal_every_steps
-    if every is not None and (every < 1 or every % config.log.every_steps):
+    if every is not None and every % config.log.every_steps:
         raise ValueError(
             f"log.signal_every_steps={every} must be a positive multiple of log.every_steps={config.log.every_steps}"
         )
-    if config.steps_per_dispatch is not None and (
-        config.steps_per_dispatch < 1 or (config.steps_per_dispatch > 1 and config.data.keep != "device")
-    ):
+    if config.data.keep not in KEEP:
+        raise ValueError(f"unknown data.keep={config.data.keep!r}: expected one of {', '.join(KEEP)}")
+    if (config.steps_per_dispatch or 1) > 1 and config.data.keep != "device":
         raise ValueError(
             f"steps_per_dispatch={config.steps_per_dispatch} must be positive, and 1 unless data.keep=device"
         )
-    if config.data.keep not in KEEP:
-        raise ValueError(f"unknown data.keep={config.data.keep!r}: expected one of {', '.join(KEEP)}")
     if config.augment.resized_crop_scale is not None and config.data.keep != "disk":
         raise ValueError(
             f"augment.resized_crop_scale={tuple(config.augment.resized_crop_scale)} needs the original images: set "
             "--config.data.keep=disk"
         )
-    for name, least in (("workers", 1), ("ahead", 1)):
-        value = getattr(config.data, name)
-        if value is not None and value < least:
-            raise ValueError(f"data.{name}={value} must be at least {least}")
-    if not 0 < config.data.share <= 1:
-        raise ValueError(f"data.share={config.data.share} must be more than 0, and at most 1 for all images")
-    if not 0 <= config.data.max_skipped <= 1:
-        raise ValueError(f"data.max_skipped={config.data.max_skipped} must be a share, from 0 to 1")
+    _check_memory(config)
     for name in ("train", "test"):
         make_transform(config, name)
-    if config.augment.rand_operations < 0:
-        raise ValueError(f"augment.rand_operations={config.augment.rand_operations} must be 0 (for none) or more")
     size = config.data.image_size
     shaped = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
     shaped = jax.eval_shape(preprocessing(config, train=True), jax.random.key(0), shaped)
@@ -126,6 +95,32 @@ def check(config: ConfigDict) -> None:
     data.loader(config.data.source)
 
 
+def _check_memory(config: ConfigDict) -> None:
+    """ValueError for sizes that are beyond any doubt too large for a device, from shapes alone."""
+    there = footprint.available(jax.local_devices()[0])
+    if there is None:
+        return
+    images = config.batch_size // jax.device_count() * config.data.image_size**2 * 3 * 4  # in float32
+    _check_fits("a device's part of a batch, in float32", images, there, config, ("batch_size", "data.image_size"))
+    encoded = (config.data.ahead or 1) * config.batch_size // jax.process_count() * config.data.image_size**2 * 3
+    _check_fits("the batches decoded ahead", encoded, there * jax.local_device_count(), config, ("data.ahead",))
+    # Zeros: random numbers are drawn in blocks, of which large kernels have too many for a check.
+    settings = config.model.to_dict() | {"init": jax.nn.initializers.zeros}
+    model = nnx.eval_shape(lambda: build_model(config, num_classes=2, key=jax.random.key(0), settings=settings))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    state = 4 * numbers + 8 * numbers // config.train.state_shards  # the gradient; parameters and momentum
+    _check_fits(f"{numbers:,} parameters with their gradient", state, there, config, ("model.width", "model.depth"))
+
+
+def _check_fits(what: str, needed: int, there: int, config: ConfigDict, names: Sequence[str]) -> None:
+    if needed > there:
+        values = ", ".join(f"{name}={functools.reduce(getattr, name.split('.'), config)}" for name in names)
+        raise ValueError(
+            f"{values}: {what} would take {needed / 2**30:,.0f} GiB, of {there / 2**30:,.1f} GiB that there are: "
+            "choose less"
+        )
+
+
 def count_parts(config: ConfigDict) -> int:
     """In how many parts a step computes its batch: as many as the config says, but on CPU more than one where that lets
     a part stay in the caches. Not with batch norm, whose statistics are those of a part.
@@ -135,27 +130,25 @@ def count_parts(config: ConfigDict) -> int:
         return given
     batch = config.batch_size // jax.device_count()
     side = config.data.image_size // (4 if config.model.stem == "imagenet" else 1)
-    block, _ = resnet.stages(**_shape(config))
+    depth = config.model.depth if config.model.stage_sizes is None else None
+    block, _ = resnet.stages(depth, config.model.stage_sizes, config.model.block)
     features = config.model.width * block.expansion
     activation = batch * side**2 * features * jnp.dtype(DTYPES[config.model.dtype]).itemsize
     dividing = [n for n in CPU_PARTS if batch % n == 0]
     return next((n for n in dividing if activation / n <= CACHED), dividing[-1])
 
 
-def build_model(config: ConfigDict, num_classes: int, key: jax.Array) -> nnx.Module:
-    """The network that a config describes, its parameters drawn from `key`."""
-    settings = config.model.to_dict() | _shape(config)
+def build_model(
+    config: ConfigDict, num_classes: int, key: jax.Array, settings: dict[str, Any] | None = None
+) -> nnx.Module:
+    """The network that a config describes, its parameters drawn from `key`. settings: instead of `config.model`."""
+    settings = dict(config.model.to_dict() if settings is None else settings)
+    if settings["stage_sizes"] is not None:
+        settings["depth"] = None
     settings["norm"] = None if settings["norm"] == "none" else settings["norm"]
     settings["dtype"] = DTYPES[settings["dtype"]]
     rngs = nnx.Rngs(params=key)
     return resnet.PreActResNet(**settings, num_classes=num_classes, image_size=config.data.image_size, rngs=rngs)
-
-
-def _shape(config: ConfigDict) -> dict[str, Any]:
-    """The depth, or the stages that stand in its place."""
-    sizes = config.model.stage_sizes
-    depth = config.model.depth if sizes is None else None
-    return {"depth": depth, "stage_sizes": sizes, "block": config.model.block}
 
 
 def build_optimizer(
@@ -177,26 +170,36 @@ def build_optimizer(
 
 
 def open_data(config: ConfigDict, directory: str) -> data.Dataset:
-    """The data set of a config: decoded into memory, or as it lies on the disk, whatever the config says."""
+    """The data set of a config: decoded into memory, or as it lies on the disk, whatever the config says.
+
+    Its identity is that of what it was decoded from.
+    """
     dataset = data.load(config.data.source, directory, config.data.image_size).thinned(config.data.share)
+    dataset = dataclasses.replace(dataset, identity=functools.partial(identity, dataset))
     if config.data.keep == "disk":
         if isinstance(dataset.train, data.Images):
             raise ValueError(
                 f"data.keep=disk: {config.data.source} has no image files to decode; set --config.data.keep=device"
             )
         return dataset
-    size = config.data.image_size
-    cut, middle = crops.CentreCrop(size, size), crops.CentreCrop(size, config.data.resize or size)
-    return memory.decoded(dataset, cut, middle, config.data.max_skipped)
+    size, upright = config.data.image_size, _upright(config)
+    cut, middle = crops.CentreCrop(size, size, upright), crops.CentreCrop(size, config.data.resize or size, upright)
+    decoded = memory.decoded(dataset, cut, middle, config.data.max_skipped)
+    return dataclasses.replace(decoded, identity=dataset.identity)
 
 
 def make_transform(config: ConfigDict, name: str) -> stream.Transform:
     """What the host does to each encoded image of the split "train" or "test"."""
     size, scale = config.data.image_size, config.augment.resized_crop_scale
     if name == "train" and scale is not None:
-        return crops.RandomResizedCrop(size, tuple(scale), tuple(config.augment.resized_crop_ratio), config.seed)
+        ratio = tuple(config.augment.resized_crop_ratio)
+        return crops.RandomResizedCrop(size, tuple(scale), ratio, config.seed, _upright(config))
     resize = config.data.resize if name == "test" else None
-    return crops.CentreCrop(size, resize or size)
+    return crops.CentreCrop(size, resize or size, _upright(config))
+
+
+def _upright(config: ConfigDict) -> bool:
+    return getattr(config.data, "exif_orientation", False)  # runs of earlier versions do not have it
 
 
 def first_images(config: ConfigDict, split: data.Encoded) -> np.ndarray:
@@ -204,7 +207,7 @@ def first_images(config: ConfigDict, split: data.Encoded) -> np.ndarray:
 
     What cannot be read is named where training meets it. Raises ValueError where nothing can be read.
     """
-    middle, images = crops.CentreCrop(config.data.image_size, config.data.image_size), []
+    middle, images = crops.CentreCrop(config.data.image_size, config.data.image_size, _upright(config)), []
     for index in range(len(split)):
         with contextlib.suppress(Exception):  # any file may be bad in any way
             images.append(middle(split.reader(split.reference(index))[0]).copy())
@@ -300,6 +303,6 @@ def mixing(config: ConfigDict) -> Mix | None:
         if len(ways) == 1:
             return ways[0](key, images, mask=mask)
         first, second = (lambda *args, way=way: way(args[0], args[1], mask=args[2]) for way in ways)
-        return jax.lax.cond(jax.random.bernoulli(way_key), first, second, key, images, mask)
+        return jax.lax.cond(jax.random.bernoulli(way_key, jnp.float32(0.5)), first, second, key, images, mask)
 
     return mixed if ways else None

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from nfjax import distributed
+from nfjax import checksums, distributed, storage
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"  # the name under which they are saved beside the tree
@@ -22,7 +22,24 @@ UNTESTED = -1.0  # stands for the accuracy of a checkpoint that was saved betwee
 
 
 class DamagedError(ValueError):
-    """What was read is not what was saved."""
+    """What was read is not what was saved. The message names the checkpoint; reason: what is wrong with it; step: whose
+    it is.
+    """
+
+    def __init__(self, directory: epath.Path, step: int, reason: str):
+        super().__init__(f"checkpoint {step} in {directory} is damaged: {reason}")
+        self.step, self.reason = step, reason
+
+
+class _Metrics(msgspec.Struct, forbid_unknown_fields=True):
+    """What stands in the file `metrics` of a checkpoint; those of the first versions have no checksum."""
+
+    accuracy: float
+    checksum: int | None = None
+
+
+def _metrics(step: int, accuracy: float) -> dict[str, float]:
+    return {"accuracy": accuracy, "checksum": zlib.crc32(f"step {step} accuracy {accuracy!r}".encode())}
 
 
 class Checkpoints:
@@ -49,20 +66,25 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _check_metrics(self, read_only: bool) -> None:
-        """Sets aside checkpoints whose metrics cannot be parsed: orbax would not open the whole folder."""
+        """Sets aside checkpoints whose metrics are damaged: they decide which one is the best, and orbax would not open
+        the whole folder where they cannot be parsed.
+        """
+        damaged = {}
         for path in sorted(self.directory.glob("*/metrics/metrics")):
-            if not path.parent.parent.name.isdigit():
+            name = path.parent.parent.name
+            if not name.isdigit():
                 continue  # a save that was never finished: orbax clears it away
             try:
-                float(json.loads(path.read_text())["accuracy"])
-            except (ValueError, TypeError, KeyError):
-                step = path.parent.parent.name
+                _check_metrics(path, int(name))
+            except storage.DamagedFileError as error:
                 if read_only:
-                    raise ValueError(
-                        f"checkpoint {step} in {self.directory} is damaged; move it away, or start the training "
-                        "command again, which sets it aside and goes on from the one before it"
-                    ) from None
-                self._set_aside(step, "its metrics are cut short")
+                    way_out = "start the training command again, which sets it aside, or move it away"
+                    raise DamagedError(self.directory, int(name), f"{error}; {way_out}") from None
+                damaged[name] = str(error)
+        if not read_only:
+            distributed.barrier("metrics of checkpoints are read")  # nothing is moved while another still looks
+        for name, reason in damaged.items():
+            self._set_aside(name, reason)
 
     def _set_aside(self, step: int | str, reason: str) -> None:
         if distributed.is_first():
@@ -91,8 +113,8 @@ class Checkpoints:
 
     def save(self, step: int, tree: Any, accuracy: float | None = None) -> None:
         """Starts to save; the arrays may be changed or donated as soon as this returns."""
-        metrics = {"accuracy": UNTESTED if accuracy is None else accuracy}
-        tree = {**tree, CHECKSUMS: checksums(_arrays(tree))}
+        metrics = _metrics(step, UNTESTED if accuracy is None else float(accuracy))
+        tree = {**tree, CHECKSUMS: checksums.seal(tree)}
         with self._explained():
             self.manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics, force=True)
 
@@ -101,13 +123,11 @@ class Checkpoints:
 
         Raises DamagedError where it is not bit for bit what was saved, and whatever orbax does for what it cannot read.
         """
-        arrays = _arrays(template)
-        stored = np.zeros(len(arrays), np.uint32)
+        stored = np.zeros(1, np.uint32)  # of any length
         restored = self.manager.restore(step, args=ocp.args.StandardRestore({**template, CHECKSUMS: stored}))
         stored = restored.pop(CHECKSUMS)
-        found = np.asarray(checksums(_arrays(restored)))
-        if (found != stored).any():
-            raise DamagedError(f"{(found != stored).sum()} of its {len(found)} arrays are not those that were saved")
+        if (reason := checksums.damage(restored, stored)) is not None:
+            raise DamagedError(self.directory, step, reason)
         return restored
 
     def restore_newest(self, template: Any) -> tuple[int, Any] | None:
@@ -122,8 +142,8 @@ class Checkpoints:
             try:
                 restored = self.restore(template, step)
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
-                reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-                if not isinstance(error, DamagedError) and self._readable(step):
+                reason = _told(error)
+                if self._is_of_another(template, step):
                     raise ValueError(
                         f"checkpoint {step} in {self.directory} is of another network: {reason}"
                     ) from error
@@ -148,19 +168,29 @@ class Checkpoints:
             self.manager.delete(step)
 
     def restore_untyped(self, step: int) -> Any:
-        """The pytree saved at `step` as nested dicts of NumPy arrays, whose keys are strings."""
+        """The pytree saved at `step` as nested dicts of NumPy arrays, whose keys are strings.
+
+        Raises DamagedError where it cannot be read, or is not bit for bit what was saved.
+        """
         reader = ocp.StandardCheckpointer()
         try:
             path = self.directory / str(step) / "default"
             stored = reader.metadata(path).item_metadata.tree
-            return reader.restore(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored))
+            tree = reader.restore(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored))
+            reason = checksums.damage(tree, tree.pop(CHECKSUMS))
+        except Exception as error:  # orbax and tensorstore raise many types for damaged files
+            raise DamagedError(self.directory, step, _told(error)) from error
         finally:
             reader.close()
+        if reason is not None:
+            raise DamagedError(self.directory, step, reason)
+        return tree
 
-    def _readable(self, step: int) -> bool:
+    def _is_of_another(self, template: Any, step: int) -> bool:
+        """Whether it is whole, and of other arrays than `template`."""
         try:
-            return "state" in self.restore_untyped(step)
-        except Exception:
+            return checksums.described(self.restore_untyped(step)) != checksums.described(template)
+        except DamagedError:
             return False
 
     def wait(self) -> None:
@@ -174,41 +204,39 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = "the disk is full" if "No space left" in str(error) else str(error).partition("\n")[0][:300]
+            reason, kept = str(error).partition("\n")[0][:300], "what was saved before is whole"
+            if "No space left" in str(error):
+                reason = "the disk is full"
+            elif isinstance(error, FileNotFoundError) or "NOT_FOUND" in str(error):
+                reason, kept = "it was deleted or moved meanwhile", "what is left of those saved before is whole"
             raise OSError(
-                f"a checkpoint cannot be written to {self.directory} ({reason}); what was saved before is whole: mend "
-                "it, and start the same command again"
+                f"a checkpoint cannot be written to {self.directory} ({reason}); {kept}: mend it, and start the same "
+                "command again"
             ) from error
 
     def close(self) -> None:
-        self.manager.close()
+        """Whether everything got to the disk is told by `wait`, and not here, where another error may be on its way."""
+        try:
+            self.manager.close()
+        except Exception as error:  # one of orbax's many kinds, of a save that was under way
+            logging.info("checkpoints closed with %r", error)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, DamagedError):
+        return error.reason
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+def _check_metrics(path: epath.Path, step: int) -> None:
+    """Raises storage.DamagedFileError unless the file holds the accuracy that was saved at this step."""
+    found = storage.read_json(path, _Metrics, "it cannot be ranked")
+    if found.checksum not in (None, _metrics(step, found.accuracy)["checksum"]):
+        raise storage.DamagedFileError(f"{path} is damaged: its accuracy is not the one that was saved at step {step}")
 
 
 def _accuracy(metrics: dict[str, float]) -> float:
     return metrics["accuracy"]
-
-
-def _arrays(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)]
-
-
-@jax.jit
-def checksums(leaves: list[jax.Array]) -> jax.Array:
-    """uint32, for each array a number that changes when a bit of it does; whatever devices hold it."""
-
-    def of(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
-        position, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-        for axis in reversed(range(leaf.ndim)):
-            position += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            stride *= leaf.shape[axis]
-        # Each number mixed with its place by the last stage of MurmurHash3 (Appleby), so that changes do not cancel.
-        mixed = bits.astype(jnp.uint32) ^ (position * jnp.uint32(0x9E3779B9))
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-        return mixed.sum(dtype=jnp.uint32)
-
-    return jnp.stack([of(leaf) for leaf in leaves])
 
 
 def template(tree: Any) -> Any:

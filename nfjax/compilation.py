@@ -22,11 +22,10 @@ def keep() -> None:
     """
     if jax_config.jax_compilation_cache_dir is not None:
         return
-    folder = remote.cache_directory() / "compiled"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = remote.cache_folder("compiled")
     except OSError as error:
-        logging.warning("what is compiled cannot be kept in %s (%s)", folder, error.strerror)
+        logging.warning("what is compiled cannot be kept, and is compiled at every start: %s", error.strerror or error)
         return
     jax_config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

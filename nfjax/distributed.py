@@ -5,16 +5,21 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
+from nfjax import exits, peers
 from nfjax import mesh as meshes
 
 HEARTBEAT = 60  # seconds after which a process that says nothing counts as gone
 START = 300  # seconds in which all processes have to arrive
+
+_watch: peers.Watch | None = None  # of the other processes
 
 # Where each launcher says how many processes there are.
 LAUNCHERS = {
@@ -39,50 +44,75 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     """Joins the other processes of the run, before JAX is used; does nothing where there is only this one.
 
     coordinator: HOST:PORT of process 0; processes: how many; process: which one this is, from 0. All three, or none:
-    then SLURM, Open MPI or the TPU tell.
+    then SLURM, Open MPI or the TPU tell. From here on this process ends with `exits.START_AGAIN`, within seconds, when
+    another one has ended and this one does not.
 
-    Raises ValueError for numbers that cannot be, RuntimeError where the others do not arrive.
+    Raises ValueError for numbers that cannot be, peers.AbsentError where the others do not arrive, OSError where the
+    port is taken.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         if launcher(os.environ) is not None:
-            _join()
+            _join(*_detected())
         return
     if missing:
         raise ValueError(
             f"{' and '.join(missing)} missing: expected all three of --coordinator=HOST:PORT --processes=N --process=I"
         )
     host, colon, port = coordinator.rpartition(":")
-    if not (host and colon and port.isdigit()):
+    if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
         raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT of process 0, such as host1:1234")
     if not 0 <= process < processes:
         raise ValueError(f"--process={process} of --processes={processes}: expected 0 to {processes - 1}")
-    if processes > 1:
-        # What is said explicitly holds, also inside of a SLURM job.
-        _join(
-            coordinator_address=coordinator,
-            num_processes=processes,
-            process_id=process,
-            cluster_detection_method="deactivate",
-        )
+    # What is said explicitly holds, also inside of a SLURM job.
+    _join(coordinator, processes, process)
 
 
-def _join(**arguments: str | int) -> None:
-    jax.distributed.initialize(**arguments, initialization_timeout=START, heartbeat_timeout_seconds=HEARTBEAT)
+def _detected() -> tuple[str, int, int, list[int] | None]:
+    """(address of process 0, how many processes, which one this is, its devices), as JAX itself finds them."""
+    from jax._src.clusters import ClusterEnv
+
+    return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, START)
+
+
+def _join(coordinator: str, processes: int, process: int, devices: list[int] | None = None) -> None:
+    global _watch
+    if processes == 1:
+        return
+    # JAX lets its coordinator listen elsewhere than the others call; so do we.
+    listening = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator) if process == 0 else coordinator
+    host, _, port = listening.rpartition(":")
+    _watch = peers.meet(host, int(port), processes, process, START)
+    peers.hold_aborts()
+    before = signal.getsignal(signal.SIGTERM)
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=START,
+        heartbeat_timeout_seconds=HEARTBEAT,
+    )
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # JAX has put one of its own in its place, which ends nothing
 
 
 def has_others() -> bool:
     """Whether this process has joined others. Starts no backend, which may be what failed."""
-    return jax.distributed.is_initialized()
+    return _watch is not None
 
 
 def leave(code: int) -> None:
-    """Ends this process. Where there are others, without waiting for them: they may be waiting for this one."""
-    if has_others():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    """Ends this process. Where there are others, so that none of them takes it for a failure of its own: done, when all
+    are; otherwise without waiting for them, as they may be waiting for this one. A failure after one of them has ended
+    is no failure of this one: the code is then `exits.START_AGAIN`.
+    """
+    if _watch is not None:
+        ended = _watch.leave(code)
+        because = "nfjax: another process of the run had ended before: start the same command again, for all of them"
+        exits.at_once(ended, because if ended != code else "")
     sys.exit(code)
 
 

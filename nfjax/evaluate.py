@@ -10,14 +10,20 @@ import pathlib
 import sys
 from typing import Any
 
+from nfjax import exits
+
+if __name__ == "__main__":
+    exits.begin()
+
 import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from nfjax import assembly, checkpoint, compilation, mirror, steps, train
+from nfjax import assembly, checkpoint, checksums, compilation, mirror, steps, train
 from nfjax import mesh as meshes
 from nfjax import workdir as workdirs
+from nfjax import workdir_files as files
 
 
 def load_model(workdir: str, step: int | None = None) -> nnx.Module:
@@ -27,22 +33,30 @@ def load_model(workdir: str, step: int | None = None) -> nnx.Module:
     Raises FileNotFoundError if there is no run or no such checkpoint, ValueError if it cannot be read.
     """
     folder = mirror.pull(workdir, "evaluation")
-    config = workdirs.read_config(folder)
+    config = files.read_config(folder)
     step = _known_step(folder, step)
     key = jax.random.key(0)  # every parameter is replaced below
-    num_classes = len(workdirs.read_data(folder)["class_names"])
-    model = nnx.eval_shape(lambda: assembly.build_model(config, num_classes, key))
+    num_classes = len(files.read_data(folder).class_names)
+    try:
+        model = nnx.eval_shape(lambda: assembly.build_model(config, num_classes, key))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / files.CONFIG} describes no network that can be built: {error}") from error
     checkpoints = checkpoint.Checkpoints(mirror.location(folder), read_only=True)
     try:
-        stored = checkpoints.restore_untyped(step)["state"]
-    except Exception as error:  # orbax and tensorstore raise many types for damaged files
+        stored = checkpoints.restore_untyped(step)
+    except checkpoint.DamagedError as error:
         others = [known for known in checkpoints.steps() if known != step]
-        raise ValueError(f"checkpoint {step} of {folder} cannot be read; choose another of {others} by step") from error
+        raise ValueError(f"{error}; choose another of {others} by step") from error
     finally:
         checkpoints.close()
     for kind, name in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
-        state = nnx.state(model, kind)
-        leaves = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(state), stored[name]))
+        state, found = nnx.state(model, kind), stored.get("state", {}).get(name, {})
+        if checksums.described(nnx.to_pure_dict(state)) != checksums.described(found):
+            raise ValueError(
+                f"checkpoint {step} in {checkpoints.directory} is of another network than {folder / files.CONFIG} "
+                "describes: were files of several runs mixed?"
+            )
+        leaves = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(state), found))
         nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in leaves]))
     model.eval()
     return model
@@ -75,10 +89,10 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     Raises FileNotFoundError if there is no run or no checkpoint, ValueError for images of other classes.
     """
     folder = mirror.pull(workdir, "evaluation")
-    config = workdirs.read_config(folder)
+    config = files.read_config(folder)
     step = _known_step(folder, step)
     dataset = assembly.open_data(config, config.data.dir if data_dir is None else data_dir)
-    workdirs.check_data(folder, dataset, ["class_names"])
+    workdirs.check_classes(folder, dataset)
     network, params, batch_stats = steps.as_functions(load_model(workdir, step))
     mesh = meshes.make()
     state = {"params": params, "batch_stats": batch_stats}

@@ -6,12 +6,17 @@ Trains what a config file describes; run again with the same workdir, it goes on
 import sys
 import traceback
 
+from nfjax import exits
+
+if __name__ == "__main__":
+    exits.begin()
+
 from absl import app, flags, logging
 
 from nfjax import settings
-from nfjax.exits import INTERRUPTED, START_AGAIN
 
 settings.define(flags.FLAGS, sys.argv)
+HELP = ("--help", "-help", "-h", "--h", "--helpshort", "-helpshort", "--helpfull", "-helpfull")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its config, metrics, checkpoints and curves.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes train.")
 _PROCESSES = flags.DEFINE_integer(
@@ -23,6 +28,9 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an er
 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; what cannot be parsed ends the program with one message, not with a traceback."""
+    if asked := [argument for argument in argv[1:] if argument in HELP]:
+        print(help_text(full=asked[0].endswith("full")))
+        sys.exit(0)
     try:
         rest = settings.parse(flags.FLAGS, argv)
     except ValueError as error:
@@ -31,44 +39,53 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(
             f"nfjax: unexpected argument {rest[1]!r}: settings are flags, such as --config.optim.learning_rate=0.1"
         )
-    if not (flags.FLAGS.help or flags.FLAGS.helpfull or flags.FLAGS.helpshort):
-        for name, example in (("config", "configs/digits_convshort.py"), ("workdir", "runs/digits")):
-            if not flags.FLAGS[name].present or flags.FLAGS[name].value == "":
-                sys.exit(f"nfjax: --{name} is missing, such as --{name}={example}; --help tells more")
+    for name, example in (("config", "configs/digits_convshort.py"), ("workdir", "runs/digits")):
+        if not flags.FLAGS[name].present or flags.FLAGS[name].value == "":
+            sys.exit(f"nfjax: --{name} is missing, such as --{name}={example}; --help tells more")
     return rest
+
+
+def help_text(full: bool) -> str:
+    """What the command does, its flags, and where the settings are listed. full: with the flags of its libraries."""
+    own = [flags.FLAGS[name] for name in ("config", "workdir", "coordinator", "processes", "process", "traceback")]
+    lines = [f"  --{'[no]' if flag.boolean else ''}{flag.name}: {flag.help}" for flag in own]
+    more = flags.FLAGS.get_help() if full else "--helpfull lists the flags of the libraries as well."
+    return "\n\n".join([__doc__.strip(), "\n".join(lines), settings.listed(), more])
 
 
 def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below tell much; --verbosity=0 shows it
-    from nfjax import compilation, distributed, train  # after the flags are parsed, so that --help is quick
+    from nfjax import compilation, distributed, peers, train  # after the flags are parsed, so that --help is quick
 
     compilation.keep()
     try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(flags.FLAGS.config, _WORKDIR.value)
-    except (ValueError, OSError, ImportError, train.TrainingDivergedError, train.TrainingInterruptedError) as error:
+    except (
+        ValueError, OSError, ImportError, peers.AbsentError, train.TrainingDivergedError, train.TrainingInterruptedError
+    ) as error:  # fmt: skip
         if _TRACEBACK.value:
-            raise
-        print(f"nfjax: {error}\n(--traceback shows where this was raised)", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            stopped = isinstance(error, train.TrainingInterruptedError)
+            hint = "" if stopped else "\n(--traceback shows where this was raised)"
+            print(f"nfjax: {error}{hint}", file=sys.stderr)
         distributed.leave(_code(error))
-    except KeyboardInterrupt:  # during a run it is heard by the run, which saves
-        print("nfjax: interrupted before the run began, or after it was done", file=sys.stderr)
-        distributed.leave(INTERRUPTED)
     except Exception:
-        if not distributed.has_others():
-            raise
         traceback.print_exc()
         distributed.leave(1)
+    if distributed.has_others():
+        distributed.leave(0)
 
 
 def _code(error: Exception) -> int:
-    from nfjax import train
+    from nfjax import peers, train
 
-    if isinstance(error, train.TrainingPreemptedError):
-        return START_AGAIN
-    return INTERRUPTED if isinstance(error, train.TrainingInterruptedError) else 1
+    if isinstance(error, train.TrainingPreemptedError | peers.AbsentError):
+        return exits.START_AGAIN
+    return exits.INTERRUPTED if isinstance(error, train.TrainingInterruptedError) else 1
 
 
 if __name__ == "__main__":

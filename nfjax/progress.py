@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from nfjax import data, distributed, metrics
+from nfjax import data, distributed, exits, metrics, streams
 
 SUMMED = ("loss", "correct", "count", "grad_norm")  # what a training step returns
 
@@ -71,7 +71,7 @@ def _zeros() -> dict[str, np.ndarray]:
 def say(text: str) -> None:
     """A line for a person, from the first process only."""
     if distributed.is_first():
-        print(text, flush=True)
+        print(text, file=streams.out(), flush=True)
 
 
 class Bar:
@@ -90,7 +90,7 @@ class Bar:
             disable=self.silent or None,  # None: shown only on a terminal
             dynamic_ncols=True,
             leave=False,
-            file=sys.stderr,
+            file=streams.err(),
         )
         self.rate = self.overall_rate = self.seconds = 0.0
         self._pending, self._since = 0, time.perf_counter()
@@ -139,32 +139,47 @@ class Bar:
             f"epoch {values['epoch']:{width}d}/{self.epochs}  train loss {values['train_loss']:.4f} accuracy "
             f"{values['train_accuracy']:7.2%}   "
             f"test loss {values['test_loss']:.4f} accuracy {values['test_accuracy']:7.2%}   {self.rate:,.0f} images/s",
-            file=sys.stdout,
+            file=streams.out(),
         )
-        sys.stdout.flush()
+        streams.out().flush()
         self._since = time.perf_counter()
 
 
 class Interrupts(contextlib.AbstractContextManager):
-    """Within it, the first Ctrl-C or SIGTERM sets `pending`, the signal; a second one ends the program at once.
+    """Within it, the first Ctrl-C or SIGTERM sets `pending`, the signal; a second one does what it did before.
 
-    SIGTERM is what SLURM, Kubernetes and a TPU's maintenance send before they take the machine away.
+    late: only from the call of `heed` on, when there is something to save.
+
+    SIGTERM is what SLURM, Kubernetes and a TPU's maintenance send before they take the machine away. Python lets only
+    the main thread handle signals: in any other there are none to hear of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, late: bool = False) -> None:
         self.pending: signal.Signals | None = None
+        self._late = late
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if not self._late:
+            self.heed()
         return self
+
+    def heed(self) -> None:
+        """From here on, until the end of the `with`, signals are heard of."""
+        if self._before or self.pending or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:  # None: a program around this one has its own, not in Python
+                self._before[number] = signal.signal(number, self._note)
 
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
+        exits.heard()
         self.pending = signal.Signals(number)
         for known, handler in self._before.items():
             signal.signal(known, handler)
         name = "Ctrl-C" if number == signal.SIGINT else self.pending.name
-        tqdm.tqdm.write(f"{name}: finishing this step and saving; once more to stop at once", file=sys.stderr)
+        tqdm.tqdm.write(f"{name}: finishing this step and saving; once more to stop at once", file=streams.err())

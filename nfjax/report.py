@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from typing import Any
 
 import jax
+from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import cost, data, distributed, metrics, mirror
-from nfjax import workdir as workdirs
+from nfjax import cost, data, distributed, metrics, mirror, storage, streams
+from nfjax import workdir_files as files
 from nfjax.data import skips
+from nfjax.data.splits import left_aside
 
 
 def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, model: nnx.Module) -> str:
@@ -20,13 +23,14 @@ def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, mode
     spent = cost.count(model, (1, size, size, 3))
     norm = f" with {config.model.norm} norm" if config.model.norm else " without normalization"
     device = jax.devices()[0]
+    aside = f"; {left_aside(dataset.left_aside)}" if dataset.left_aside else ""
     return (
         f"model   ResNet-{config.model.depth} {config.model.residual}{norm}, {config.model.init}, width "
         f"{config.model.width}: "
         f"{spent.parameters:,} parameters, {spent.macs / 1e6:,.1f} M multiply-accumulates per image\n"
         f"data    {config.data.source} {config.data.dir}: {len(dataset.train):,} training and {len(dataset.test):,} "
         f"test images of {size}x{size}, "
-        f"{len(dataset.class_names)} classes\n"
+        f"{len(dataset.class_names)} classes{aside}\n"
         f"device  {jax.device_count()} x {device.device_kind}, {config.model.dtype}, batch {config.batch_size}\n"
         f"run     {mirror.shown(folder)}, {config.epochs} epochs"
     )
@@ -52,8 +56,7 @@ def finish(
     }
     if not distributed.is_first():
         return summary
-    title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
-    metrics.plot_curves(records, title).savefig(folder / "curves.png", dpi=150)
+    drawn = _draw_curves(config, folder, records)
     work = f"{seconds:.0f} s, {rate:,.0f} images/s" if rate else "already complete"
     lines = [
         f"done    {config.epochs} epochs, {last['step']:,} steps, {work}",
@@ -61,7 +64,7 @@ def finish(
         f"{best['epoch']}, "
         f"of {last.get('test_images', len(dataset.test)):,} images",
         f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
-        f"curves  {mirror.shown(folder)}/curves.png",
+        *([f"curves  {mirror.shown(folder)}/curves.png"] if drawn else []),
         f"score   python -m nfjax.evaluate --workdir={mirror.shown(folder)}   (the best checkpoint: step "
         f"{best_step:,}, {saved:.2%})",
     ]
@@ -70,7 +73,26 @@ def finish(
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         lines.append(
             f"skipped {len(skipped)} images that cannot be read: {', '.join(list(skipped)[:5])}{more}; all are named "
-            f"in {mirror.shown(folder)}/{workdirs.DATA if dataset.skipped else skips.FILE}"
+            f"in {mirror.shown(folder)}/{files.DATA if dataset.skipped else skips.FILE}"
         )
-    print("\n".join(lines), flush=True)
+    print("\n".join(lines), file=streams.out(), flush=True)
     return summary
+
+
+def _draw_curves(config: ConfigDict, folder: pathlib.Path, records: list[dict[str, Any]]) -> bool:
+    """Writes curves.png; where that cannot be done, the run is done all the same, with a warning."""
+    title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
+    picture = io.BytesIO()
+    try:
+        metrics.plot_curves(records, title).savefig(picture, format="png", dpi=150)
+        storage.write_bytes(folder / "curves.png", picture.getvalue())
+    except Exception as error:  # matplotlib has many reasons: its own settings, fonts, caches
+        logging.warning(
+            "the curves cannot be drawn (%s: %s); the run is complete, its numbers are in %s/metrics.jsonl, and the "
+            "same command draws them again",
+            type(error).__name__,
+            error,
+            folder,
+        )
+        return False
+    return True

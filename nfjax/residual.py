@@ -151,7 +151,10 @@ def get(residual: str | RuleFunction) -> RuleFunction:
 
     Raises:
         ValueError: It is neither.
+        TypeError: It is a class.
     """
+    if isinstance(residual, type):
+        raise TypeError(f"residual={residual.__name__} is a class: expected a function position -> residual.Rule")
     return _names.lookup("residual", residual, RESIDUALS)
 
 

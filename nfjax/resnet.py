@@ -19,7 +19,7 @@ from flax import nnx
 from nfjax import _names, initializers, layers
 from nfjax import residual as residual_rules
 from nfjax.layers import NORMS, Activation
-from nfjax.residual import ConvFactory, Position, Residual, RuleFunction
+from nfjax.residual import ConvFactory, Position, Residual, Rule, RuleFunction
 
 ActivationFactory = Callable[..., Activation]
 
@@ -68,6 +68,8 @@ class Block(nnx.Module):
             rngs: Of the kernels.
         """
         rule = residual(position)
+        if not isinstance(rule, Rule):
+            raise TypeError(f"residual={residual} returned {rule!r}: expected a residual.Rule")
         self.residual = Residual(rule, position, conv, rngs)
         self.activation = activation(position.in_features, rngs=rngs)
         convolutions, activations, size = [], [], position.spatial_size

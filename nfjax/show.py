@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from nfjax import assembly, data
+from nfjax import assembly, data, figures, streams
 from nfjax.data import crops, stream
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
@@ -36,7 +40,8 @@ def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
             (batch,) = stream.stream(split, transform, shape, iter([order]), note, config.data.workers)
             return batch
 
-        batch, plain = made(assembly.make_transform(config, "train")), made(crops.CentreCrop(size, size))["image"]
+        middle = crops.CentreCrop(size, size, config.data.exif_orientation)
+        batch, plain = made(assembly.make_transform(config, "train")), made(middle)["image"]
     seen, partner, weight = _as_seen(config, batch, step)
     names = [dataset.class_names[label] for label in batch["label"]]
     titles = [
@@ -73,13 +78,13 @@ def _title(name: str, partner: str, weight: float) -> str:
 def _sheet(plain: np.ndarray, seen: np.ndarray, titles: list[str]) -> Figure:
     columns = min(8, len(titles))
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(1.4 * columns, 3.0 * rows), layout="constrained")
+    figure = figures.new(figsize=(1.4 * columns, 3.0 * rows), layout="constrained")
     axes = figure.subplots(2 * rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for i, title in enumerate(titles):
         row, column = 2 * (i // columns), i % columns
         axes[row, column].imshow(plain[i])
-        axes[row, column].set_title(title, fontsize=8)
+        axes[row, column].set_title(streams.printable(title), fontsize=8, parse_math=False)  # $ is part of a name
         axes[row + 1, column].imshow(seen[i])
     return figure

@@ -109,9 +109,9 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
         say(f"resumed at step {progress.step:,}, epoch {progress.epoch:.2f}")
     elif logged := metrics.read(folder):
         say(f"no checkpoint in {folder}: the run begins anew, and its {len(logged)} lines of metrics with it")
-    workdirs.note_start(folder, progress.step)
+    workdirs.note_start(folder, config, progress.step)
 
-    interrupts = Interrupts()
+    interrupts = Interrupts(late=True)
     votes = distributed.Votes(mesh, lambda: interrupts.pending is not None)
     train_feed = assembly.make_feed(config, dataset, "train", mesh, folder)
     test_feed = assembly.make_feed(config, dataset, "test", mesh, folder)
@@ -125,6 +125,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
 
     def save(accuracy: float | None = None) -> None:
         if distributed.is_first():
+            writer.check()
             mirror.push(folder)  # first: what a checkpoint goes on from has been logged
         checkpoints.save(progress.step, {"state": state, "sums": progress.sums}, accuracy)
 
@@ -138,6 +139,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
                     state = after
                     parts.append(sums)
                     bar.advance(np.size(sums["count"]))
+                    interrupts.heed()  # until the first step is compiled and on its way there is nothing to save
                 sums = steps.fetch(parts)
                 bar.settle()
                 first, progress.step = progress.step, progress.step + len(sums["count"])
@@ -177,6 +179,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
                     save()
                     checkpoints.wait()
                 raise interruption(interrupts, progress, folder)
+            writer.check()  # it is there to be scored
             best_step = checkpoints.best_step()
         alone = True  # or in step with the others
     finally:

@@ -50,6 +50,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
         "nfjax.data.__main__",
         "nfjax.train",
         "nfjax.workdir",
+        "nfjax.workdir_files",
         "nfjax.main",
         "nfjax.report",
         "nfjax.settings",

@@ -3,16 +3,23 @@
 import json
 import pathlib
 import random
+import re
 import shutil
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from nfjax import checkpoint
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
 import comparing
 import kills
 import observing
+
+from nfjax import distributed
 
 pytestmark = pytest.mark.skipif(
     not pathlib.Path("/proc/self/environ").exists(), reason="processes are looked for in /proc, which Linux has"
@@ -45,15 +52,26 @@ def test_streamed_in_one_process(tmp_path):
     (other / "metrics.jsonl").write_text("\n".join([*lines[:-1], lines[0], json.dumps(last)]) + "\n")
     first, newest = sorted((other / "checkpoints").iterdir())[:2]
     shutil.rmtree(newest)
-    shutil.copytree(whole / "checkpoints" / first.name, newest)
-    twice, metrics, checkpoint = comparing.differences(other, whole)
+    checkpoints = checkpoint.Checkpoints(other, keep=9)
+    tree = checkpoints.restore_untyped(int(first.name))
+    checkpoints.save(int(newest.name), {**tree, "state": jax.tree.map(jnp.asarray, tree["state"])})
+    checkpoints.wait()
+    checkpoints.close()
+    twice, metrics, arrays = comparing.differences(other, whole)
     assert twice.startswith("steps logged twice: ('train', ")
     assert metrics.startswith(f"metrics.jsonl: {len(lines) + 1} and {len(lines)} records")
-    assert checkpoint.startswith(f"checkpoint {newest.name}: ")
+    assert re.match(rf"checkpoint {newest.name}: \d+ of \d+ arrays, such as ", arrays)
+
+    shutil.rmtree(newest)
+    shutil.copytree(whole / "checkpoints" / first.name, newest)
+    damaged = comparing.differences(other, whole)[-1]
+    assert damaged.startswith(f"checkpoint {newest.name}: ")
+    assert "not the one that was saved at step" in damaged
 
 
 def test_in_memory_in_two_processes(tmp_path):
     """One of them is killed: the other ends by itself, and both go on."""
     (kill,) = examine(tmp_path, "memory2", 1, ["saving"], seed=4)["kills"]
     assert len(kill["killed"]) == 1
-    assert kill["other_code"] is not None
+    assert kill["other_code"] == 75
+    assert kill["other_seconds"] < distributed.HEARTBEAT / 2  # before JAX itself notices

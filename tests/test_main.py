@@ -87,6 +87,20 @@ def test_sigterm_saves_and_asks_to_be_started_again(tmp_path):
     assert "Traceback" not in errors
 
 
+def test_sigterm_before_the_first_step(tmp_path):
+    """While the network is built and compiled there is nothing to save: it ends at once, in the same way."""
+    process = subprocess.Popen(
+        command("main", DIGITS, f"--workdir={tmp_path}"),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("model ")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert errors.startswith(("nfjax: stopped by SIGTERM", "SIGTERM: finishing this step"))
+    assert "Traceback" not in errors
+
+
 def test_a_disk_that_takes_no_more(tmp_path):
     """Files of more than 64 kB cannot be written: the first checkpoint fails, and the run ends with a message."""
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "", *command("main", DIGITS, f"--workdir={tmp_path}", *SHORT)]

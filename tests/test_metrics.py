@@ -1,12 +1,14 @@
 import errno
 import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfjax import metrics
+from nfjax import metrics, storage
 
 
 def test_cross_entropy_with_smoothing():
@@ -80,4 +82,97 @@ def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(writer.events, "write_event", full)
     with pytest.raises(OSError, match=r"metrics of step 2 cannot be written.*No space left on device.*is whole"):
         writer.write("train", 2, {"loss": 0.4})
+    writer.close()
+
+
+LINE = '{"kind": "train", "step": 5, "loss": 2.0}'
+EPOCH = '{"kind": "epoch", "step": 5, "epoch": 1, "train_loss": 2, "train_accuracy": 0.1, "test_loss": 2, '
+EPOCH += '"test_accuracy": 0.1}'
+DAMAGED = {
+    "binary": (b"\x00\xff\xfe", "byte 1 is no UTF-8 text"),
+    "cut": (b'{"kind": "train", "st', "is damaged at line 1, column 19"),
+    "blank": (b"", "is empty"),
+    "a list": (b"[]", "Expected `object`, got `array`"),
+    "a number": (b"5", "Expected `object`, got `int`"),
+    "no step": (b'{"kind": "train", "loss": 2.0}', "missing required field `step`"),
+    "no kind": (b'{"step": 5, "loss": 2.0}', "missing required field `kind`"),
+    "a step that is text": (b'{"kind": "train", "step": "5"}', r"Expected `int`, got `str` - at `\$.step`"),
+    "a step below zero": (b'{"kind": "train", "step": -5}', "Expected `int` >= 0"),
+    "a loss that is text": (b'{"kind": "train", "step": 5, "loss": "2"}', "loss is no number"),
+    "a list of losses": (b'{"kind": "train", "step": 5, "loss": [2]}', "loss is no number"),
+    "no test loss": (EPOCH.replace('"test_loss": 2, ', "").encode(), "missing required field `test_loss`"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_line_is_named(tmp_path, kind):
+    line, message = DAMAGED[kind]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([LINE.encode(), EPOCH.encode(), line, LINE.encode()]) + b"\n")
+    where = f"^{tmp_path / 'metrics.jsonl'}, line 3, .*{message}"
+    with pytest.raises(storage.DamagedFileError, match=rf"{where}.*; the training command of this run, started again"):
+        metrics.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "end", [b"", b'{"kind": "epo', b"\x00" * 4096, b"5"], ids=["nothing", "cut", "zeros", "a number"]
+)
+def test_what_a_crash_left_of_the_last_line_is_left_out(tmp_path, end):
+    (tmp_path / "metrics.jsonl").write_bytes(f"{LINE}\n{EPOCH}\n".encode() + end)
+    assert metrics.read(tmp_path) == [json.loads(LINE), json.loads(EPOCH)]
+
+
+def test_a_last_line_without_its_end_is_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f"{LINE}\n{EPOCH}")
+    assert len(metrics.read(tmp_path)) == 2
+
+
+def test_a_run_goes_on_without_damaged_lines_and_keeps_them_aside(tmp_path, caplog):
+    damaged = b"\n".join([LINE.encode(), b"[]", EPOCH.encode(), b"\xff"]) + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(damaged)
+    metrics.Writer(tmp_path, 5).close()
+    assert metrics.read(tmp_path) == [json.loads(LINE), json.loads(EPOCH)]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert f"{tmp_path / 'metrics.jsonl'}, line 2, does not hold what it should" in caplog.text
+    assert "and 1 more of its lines; it is set aside as metrics.jsonl.damaged" in caplog.text
+
+
+def test_a_run_that_begins_anew_logs_everything_anew(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "signal", "step": 0, "a": 1.0}\n' + LINE + "\n")
+    metrics.Writer(tmp_path, 0).close()
+    assert metrics.read(tmp_path) == []
+
+
+def test_a_full_disk_when_the_metrics_are_taken_over_leaves_them_as_they_were(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text(LINE + "\n")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"metrics of step 3 cannot be written .*No space left on device.* is whole"):
+            metrics.Writer(tmp_path, 3)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert metrics.read(tmp_path) == [json.loads(LINE)]
+
+
+@pytest.mark.parametrize("what", ["deleted", "moved", "moved and made anew", "its file deleted", "its file replaced"])
+def test_metrics_that_would_be_lost_are_told(tmp_path, what):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    writer = metrics.Writer(folder, 0)
+    writer.write("train", 1, {"loss": 0.5})
+    if what.startswith("moved"):
+        folder.rename(tmp_path / "elsewhere")
+    elif what == "deleted":
+        shutil.rmtree(folder)
+    else:
+        (folder / "metrics.jsonl").unlink()
+    if what.endswith("anew"):
+        folder.mkdir()
+    if what.endswith("replaced"):
+        (folder / "metrics.jsonl").write_text(LINE + "\n")
+    named = f"the workdir {folder}" if what in ("deleted", "moved") else str(folder / "metrics.jsonl")
+    with pytest.raises(OSError, match=f"^{named} has been deleted, moved or replaced while .*start the same command"):
+        writer.write("train", 2, {"loss": 0.5})
     writer.close()

@@ -145,6 +145,15 @@ def test_a_rule_of_ones_own_makes_a_network(rule, monkeypatch):
     np.testing.assert_array_equal(given, named)
 
 
+def test_what_is_no_rule_is_refused_where_it_is_given():
+    with pytest.raises(
+        TypeError, match=r"residual=Residual is a class: expected a function position -> residual\.Rule"
+    ):
+        resnet.PreActResNet(18, rules.Residual, width=4, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"returned 0\.5: expected a residual\.Rule"):
+        resnet.PreActResNet(18, lambda position: 0.5, width=4, rngs=nnx.Rngs(0))
+
+
 def test_unknown_rule():
     with pytest.raises(
         ValueError, match="unknown residual 'convshot': expected a callable or one of identity, idshort"

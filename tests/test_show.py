@@ -1,5 +1,7 @@
 """The contact sheet shows the pixels that training sees."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import matplotlib.image
@@ -54,6 +56,16 @@ def test_files_from_the_disk_with_one_that_cannot_be_read(tiny_config, tmp_path)
     bad = titles.index("empty file")
     assert plain[bad].max() == 0
     assert all(image.shape == (8, 8, 3) for image in [*plain, *seen])
+
+
+def test_class_names_that_no_font_and_no_formula_knows(tiny_config, tmp_path):
+    names = [os.fsdecode(b"\xff"), "$a_{b", r"\frac$"]
+    make_folder(tmp_path / "set", per_class=2, classes=names)
+    tiny_config.data.source, tiny_config.data.dir, tiny_config.batch_size = "folder", str(tmp_path / "set"), 6
+    figure = show.contact_sheet(tiny_config)
+    titles, _, _ = shown(figure)
+    assert sorted(titles) == ["$a_{b"] * 2 + [r"\frac$"] * 2 + [r"\udcff"] * 2
+    figure.savefig(tmp_path / "sheet.png", dpi=20)
 
 
 @of_config_flags

@@ -1,7 +1,10 @@
 """The loop learns, resumes bit for bit, never trains on NaN, and gives the same numbers however it is dispatched."""
 
+import concurrent.futures
 import dataclasses
 import json
+import os
+import shutil
 import signal
 
 import jax
@@ -113,10 +116,6 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, monkeypatch, 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path, monkeypatch):
     """What was logged after that checkpoint is dropped, and logged again: each step stands in the metrics once."""
     config, folder, _ = whole
-
-    class KilledError(BaseException):
-        pass
-
     take = Progress.take
 
     def dying(self, part):
@@ -189,6 +188,52 @@ def test_signal_is_measured_at_log_steps_only(tiny_config, tmp_path):
     tiny_config.log.signal_every_steps = 7
     with pytest.raises(ValueError, match=r"signal_every_steps=7 must be a positive multiple of log\.every_steps=5"):
         train.train(tiny_config, str(tmp_path))
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing is saved."""
+
+
+@pytest.mark.parametrize("ending", ["killed at step 5", "killed at step 0", "stopped at step 0"])
+def test_what_is_measured_before_the_first_checkpoint_is_logged_once(tiny_config, tmp_path, monkeypatch, ending):
+    tiny_config.epochs, tiny_config.log.signal_every_steps = 1, 5
+
+    def end(*args):
+        if ending.startswith("killed"):
+            raise KilledError
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        if ending == "killed at step 5":
+            patch.setattr(train.Bar, "show", end)
+        else:
+            patch.setattr(train.Bar, "__enter__", lambda self, enter=train.Bar.__enter__: end() or enter(self))
+        with pytest.raises((KilledError, train.TrainingInterruptedError)):
+            train.train(tiny_config, str(tmp_path / "run"))
+    assert {"kind": "signal", "step": 0}.items() <= records(tmp_path / "run")[0].items()
+    train.train(tiny_config, str(tmp_path / "run"))
+    logged = [(record["kind"], record["step"]) for record in records(tmp_path / "run")]
+    assert [step for kind, step in logged if kind == "signal"] == [0, 5, 10, 15]
+    assert len(set(logged)) == len(logged)
+
+
+@pytest.mark.parametrize("what", ["deleted", "moved"])
+def test_a_workdir_that_disappears_ends_the_run_within_a_log_interval(tiny_config, tmp_path, monkeypatch, what):
+    folder, reached = tmp_path / "run", []
+
+    def vanish(self, values, show=train.Bar.show):
+        reached.append(values["epoch"])
+        shutil.rmtree(folder) if what == "deleted" else folder.rename(tmp_path / "elsewhere")
+        show(self, values)
+
+    monkeypatch.setattr(train.Bar, "show", vanish)
+    with pytest.raises(OSError, match=rf"the workdir {folder} has been deleted, moved or replaced while the run was"):
+        train.train(tiny_config, str(folder))
+    assert len(reached) == 1
+    assert not folder.exists()
+    if what == "moved":
+        monkeypatch.setattr(train.Bar, "show", lambda self, values: None)
+        assert train.train(tiny_config, str(tmp_path / "elsewhere"))["steps"] == 32
 
 
 @pytest.mark.parametrize("per_dispatch", [None, 4])
@@ -445,3 +490,28 @@ def test_second_interrupt_is_not_caught():
         assert interrupts.pending
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_in_a_thread_whose_picture_cannot_be_drawn(tiny_config, tmp_path, monkeypatch, caplog, capsys):
+    """Signals are the main thread's, and what is only reported never fails a run."""
+
+    def fail(*arguments):
+        raise ValueError("no such backend")
+
+    tiny_config.epochs = 1
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, monkeypatch.context() as patch:
+        patch.setattr(metrics, "plot_curves", fail)
+        summary = pool.submit(train.train, tiny_config, str(tmp_path)).result()
+    assert summary["steps"] == 16
+    assert "the curves cannot be drawn (ValueError: no such backend); the run is complete" in caplog.text
+    assert "done    1 epochs, 16 steps" in (out := capsys.readouterr().out)
+    assert "curves" not in out
+    assert not (tmp_path / "curves.png").exists()
+    assert train.train(tiny_config, str(tmp_path)) == summary
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_workdir_whose_name_is_not_utf8_is_refused(tiny_config, tmp_path):
+    with pytest.raises(ValueError, match=r"w\\udce9 has a name that is not UTF-8"):
+        train.train(tiny_config, os.fsdecode(os.fsencode(tmp_path) + b"/w\xe9"))
+    assert list(tmp_path.iterdir()) == []

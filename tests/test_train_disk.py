@@ -1,5 +1,6 @@
 """Training from images that stay on the disk: the same run however often it is stopped, and nothing hidden."""
 
+import os
 import shutil
 
 import numpy as np
@@ -116,3 +117,22 @@ def test_a_directory_that_disappears_stops_the_run(disk_config, tmp_path, monkey
     with pytest.raises(skips.TooManySkippedError, match=r"cannot be read.*missing"):
         train.train(disk_config, str(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_images_whose_names_are_not_utf8(disk_config, tmp_path, capsys):
+    """Nor are those of their classes and of the folder that holds them all."""
+    odd = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.rename(tmp_path / "images", odd)
+    for split in (b"train", b"test"):
+        os.rename(os.path.join(odd, split, b"class 1"), os.path.join(odd, split, b"\xff"))
+    for path in os.listdir(os.path.join(odd, b"test", b"\xff"))[:1]:
+        os.rename(os.path.join(odd, b"test", b"\xff", path), os.path.join(odd, b"test", b"\xff", b"\xe9.jpg"))
+    disk_config.data.dir, disk_config.data.keep, disk_config.epochs = os.fsdecode(odd), "device", 1
+    disk_config.augment.resized_crop_scale = None
+    workdir = str(tmp_path / "run")
+    summary = train.train(disk_config, workdir)
+    assert "caf" in capsys.readouterr().out
+    assert summary["steps"] == 5
+    score = evaluate.evaluate(workdir)
+    assert (score["accuracy"], score["images"]) == (summary["test_accuracy"], 12)
+    assert train.train(disk_config, workdir) == summary  # its settings and classes are found to be the same

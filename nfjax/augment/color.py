@@ -83,7 +83,7 @@ def apply_table(images: jax.Array, table: jax.Array) -> jax.Array:
 
 def autocontrast_table(counts: jax.Array) -> jax.Array:
     """`PIL.ImageOps.autocontrast` for the histogram `counts`."""
-    up_to = jnp.cumsum(counts, -1)
+    up_to = jnp.cumsum(counts, -1, jnp.int32)
     low = (up_to == 0).sum(-1, dtype=jnp.int32)
     high = (up_to < up_to[..., -1:]).sum(-1, dtype=jnp.int32)
     below_whole = jnp.asarray(_below_whole())[low, high][..., None]
@@ -97,10 +97,10 @@ def autocontrast_table(counts: jax.Array) -> jax.Array:
 
 def equalize_table(counts: jax.Array) -> jax.Array:
     """`PIL.ImageOps.equalize` for the histogram `counts`."""
-    up_to = jnp.cumsum(counts, -1)
+    up_to = jnp.cumsum(counts, -1, jnp.int32)
     below, total = up_to - counts, up_to[..., -1:]
     # The pixels of the brightest level that occurs are not counted; with one level alone nothing remains, nor changes.
-    brightest = jnp.where(up_to == total, counts, 0).sum(-1, keepdims=True)
+    brightest = jnp.where(up_to == total, counts, 0).sum(-1, jnp.int32, keepdims=True)
     step = _divide(total - brightest, 255)
     # A step of few pixels would lead past 255, where Pillow stops.
     equalized = _divide(jnp.minimum(below + (step >> 1), 256 * step - 1), jnp.maximum(step, 1))

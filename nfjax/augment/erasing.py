@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfjax.augment.checks import check_images, check_probability, check_range
+from nfjax.augment.checks import check_images, check_key, check_probability, check_range
 
 TRIES = 10
 
@@ -32,6 +32,7 @@ def random_erasing(
     The defaults are torchvision's; as there, an image stays as it is where none of ten rectangles fits.
     Raises ValueError for settings or images that cannot be used.
     """
+    check_key(key)
     check_images(images)
     check_probability("probability", probability)
     check_range("scale", scale, 0, 1)
@@ -49,7 +50,7 @@ def random_erasing(
     fits = (tall < height) & (wide < width)
     first = jnp.argmax(fits, 1, keepdims=True)
     tall, wide = (jnp.take_along_axis(side, first, 1)[:, 0] for side in (tall, wide))
-    is_erased = jax.random.bernoulli(decide_key, probability, (batch,)) & fits.any(1)
+    is_erased = jax.random.bernoulli(decide_key, jnp.float32(probability), (batch,)) & fits.any(1)
 
     place = jax.random.uniform(place_key, (batch, 2), jnp.float32)
     inside = is_erased[:, None, None]

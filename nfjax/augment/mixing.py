@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from nfjax.augment.checks import check_images
+from nfjax.augment.checks import check_images, check_key, check_mask
 
 Mixed = tuple[jax.Array, jax.Array, jax.Array]  # (images, partner int32 [B], weight float32 [B])
 
@@ -29,6 +29,7 @@ def mixup(key: jax.Array, images: jax.Array, alpha: float, mask: jax.Array | Non
 
     Returns (images, partner int32 [B], weight float32 [B]). Raises ValueError for integer images or a negative alpha.
     """
+    check_key(key)
     check_images(images)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
@@ -51,6 +52,7 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float, mask: jax.Array | No
 
     Returns (images, partner int32 [B], weight float32 [B]). Raises ValueError for a negative alpha.
     """
+    check_key(key)
     check_images(images)
     batch, height, width, _ = images.shape
     pair_key, centre_key = jax.random.split(key)
@@ -72,8 +74,9 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float, mask: jax.Array | No
 
 def _pairs(key: jax.Array, batch: int, alpha: float, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The partners, int32 [B], and weights from Beta(alpha, alpha), float32 [B]."""
-    if not 0 <= alpha < float("inf"):
+    if isinstance(alpha, str) or not 0 <= alpha <= jnp.finfo(jnp.float32).max:
         raise ValueError(f"alpha={alpha}: expected 0, for no mixing, or a positive number")
+    check_mask(mask, batch)
     partner = _of_partners(jnp.arange(batch, dtype=jnp.int32))
     if alpha == 0:
         return partner, jnp.ones((batch,), jnp.float32)

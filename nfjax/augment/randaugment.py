@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfjax.augment import geometry
-from nfjax.augment.checks import as_integer, check_rgb
+from nfjax.augment.checks import as_integer, check_key, check_rgb
 from nfjax.augment.operations import OPERATIONS, change_images, numbers_of_changes
 
 
@@ -34,6 +34,7 @@ def rand_augment(
 
     Raises ValueError for settings or images that cannot be used.
     """
+    check_key(key)
     check_rgb(images)
     magnitude = as_integer("magnitude", magnitude, 0, bins - 1, "; `bins` sets how many there are" if bins > 1 else "")
     num_operations = as_integer("num_operations", num_operations, 0, None)
@@ -50,7 +51,7 @@ def choose(key: jax.Array, batch: int, num_operations: int) -> tuple[jax.Array, 
     operation_key, sign_key = jax.random.split(key)
     shape = (num_operations, batch)
     operations = jax.random.randint(operation_key, shape, 0, len(OPERATIONS), jnp.int32)
-    return operations, jnp.where(jax.random.bernoulli(sign_key, shape=shape), jnp.int32(-1), jnp.int32(1))
+    return operations, jnp.where(jax.random.bernoulli(sign_key, jnp.float32(0.5), shape), jnp.int32(-1), jnp.int32(1))
 
 
 def apply(

@@ -10,11 +10,19 @@ Draws a batch of a config before and after augmentation.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from nfjax import exits
+
+if __name__ == "__main__":
+    exits.begin(signal.SIGTERM)  # Ctrl-C is told apart below: a pack tidies up, and says that it goes on
+
 from nfjax import data
 from nfjax.data import pack
+from nfjax.data.splits import left_aside
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,14 +47,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from here" if args.command == "pack" else ""
         print(f"\nnfjax.data {args.command}: interrupted{goes_on}", file=sys.stderr)
-        return 130
+        return exits.INTERRUPTED
     return 0
 
 
 def _pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, metavar="NAME", help="folder, tfds:NAME, cifar10, cifar100, …")
-    parser.add_argument("--dir", default="", metavar="DIR", help="where the source keeps its files")
-    parser.add_argument("--out", required=True, metavar="DIR", help="an empty directory, or gs://bucket/directory")
+    parser.add_argument(
+        "--dir", default="", type=os.path.expanduser, metavar="DIR", help="where the source keeps its files"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="an empty directory, or gs://bucket/directory",
+    )
     parser.add_argument("--short-side", type=int, metavar="PIXELS", help="reduce larger images (as they are)")
     parser.add_argument("--quality", type=int, default=90, metavar="1-100", help="of the JPEGs of reduced images (90)")
     parser.add_argument("--per-shard", type=int, default=pack.PER_SHARD, metavar="N", help=f"images ({pack.PER_SHARD})")
@@ -79,12 +95,21 @@ def _pack(args: argparse.Namespace) -> None:
         images, size = sum(shard.count for shard in shards), sum(shard.bytes for shard in shards)
         left_out = f", {len(manifest.skipped[split])} left out" if manifest.skipped[split] else ""
         print(f"{split:<6} {images:,} images in {len(shards)} shards, {size / 1e6:,.1f} MB{left_out}")
+    if dataset.left_aside:
+        print(f"of {args.dir}, {left_aside(dataset.left_aside)}")
     print(f"train from them with --config.data.source=records --config.data.dir={args.out}")
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="of configs/; --config.x.y=value changes it")
-    parser.add_argument("--out", default="samples.png", metavar="FILE", help="a PNG, SVG or PDF (samples.png)")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="of configs/; --config.FIELD=VALUE changes it, and nfjax/config.py lists the fields",
+    )
+    parser.add_argument(
+        "--out", default="samples.png", type=os.path.expanduser, metavar="FILE", help="a PNG, SVG or PDF (samples.png)"
+    )
     parser.add_argument("--count", type=int, default=16, metavar="N", help="images (16)")
     parser.add_argument("--step", type=int, default=0, metavar="N", help="the training step whose batch it is (0)")
 

@@ -7,6 +7,7 @@ Every initializer is called like those of `jax.nn.initializers`, `init(key, shap
     kernel_init = initializers.standardize(initializers.he_normal("fan_out"))
     kernel_init = initializers.brock_normal()
     kernel_init = initializers.he_effective_fan_out(stride=2, padding="SAME", spatial_size=32)
+    kernel_init = initializers.he_normal("fan_out", feature_group_count=64)  # of a grouped or depthwise convolution
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nfjax.initializers.kernels import (
     Initializer,
     at_layer,
     brock_normal,
+    check_initializer,
     he_effective_fan_out,
     he_normal,
     standardize,
@@ -32,8 +34,10 @@ INITIALIZERS: dict[str, Initializer] = {
 
 
 def get(init: str | Initializer) -> Initializer:
-    """The initializer of that name in `INITIALIZERS`, or `init` itself if it is a callable."""
-    return _names.lookup("init", init, INITIALIZERS)
+    """The initializer of that name in `INITIALIZERS`, or `init` itself if it is one; ValueError otherwise."""
+    found = _names.lookup("init", init, INITIALIZERS)
+    check_initializer(found)
+    return found
 
 
 __all__ = [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -32,6 +34,7 @@ class Normal:
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
         _check_kernel(shape)
+        _check_dtype(dtype)
         return _finish(sample(key, shape) * np.float32(math.sqrt(self.variance(shape))), dtype, out_sharding)
 
 
@@ -41,11 +44,15 @@ class HeVariance:
 
     mode: Mode
     gain: Gain
+    groups: int = 1
+    in_axis: int = -2
+    out_axis: int = -1
 
     def __call__(self, shape: Shape) -> float:
-        c_in, c_out = _check_kernel(shape)
-        taps = math.prod(shape[:-2])
-        return self.gain.forward / (taps * c_in) if self.mode == "fan_in" else self.gain.backward / (taps * c_out)
+        _check_kernel(shape)
+        c_in, c_out = (_at(shape, axis) for axis in (self.in_axis, self.out_axis))
+        taps, fed = math.prod(shape) // (c_in * c_out), _per_group(shape, c_out, self.groups)
+        return self.gain.forward / (taps * c_in) if self.mode == "fan_in" else self.gain.backward / (taps * fed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +74,40 @@ class EffectiveFanOutVariance:
     stride: int | tuple[int, ...]
     padding: Padding
     spatial_size: int | tuple[int, ...] | None
+    groups: int = 1
 
     def __call__(self, shape: Shape) -> float:
         _, c_out = _check_kernel(shape)
-        return self.gain.backward / (c_out * effective_taps(shape[:-2], self.stride, self.padding, self.spatial_size))
+        fed = _per_group(shape, c_out, self.groups)
+        return self.gain.backward / (fed * effective_taps(shape[:-2], self.stride, self.padding, self.spatial_size))
 
 
-def he_normal(mode: Mode = "fan_in", activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Normal:
+def he_normal(
+    mode: Mode = "fan_in",
+    activation: str | Callable[[jax.Array], jax.Array] = "relu",
+    feature_group_count: int = 1,
+    in_axis: int = -2,
+    out_axis: int = -1,
+) -> Normal:
     """He et al. 2015, eq. 1 ("fan_in") and eq. 2 ("fan_out") of the paper, before standardization.
 
     The variance is 2 / n_in or 2 / n_out for ReLU, with n_in = k^2 c_in and n_out = k^2 c_out.
     Wrap it in `standardize` for the paper's scheme.
+
+    feature_group_count: groups of the convolution, as it is called by Flax and JAX. Its kernel [*window, c_in / groups,
+    c_out] does not show them: each input channel feeds the outputs of its own group, n_out = k^2 c_out / groups (for a
+    depthwise convolution k^2 times its multiplier), while n_in is that of the shape. in_axis, out_axis: where the
+    channels are, for kernels of another layout, as in `jax.nn.initializers`: -1 and -2 for a transposed convolution
+    with `transpose_kernel=True`.
+
+    Raises ValueError for an unknown mode, and, when called, for groups that do not divide c_out.
     """
+    groups = _check_groups(feature_group_count)
+    if not isinstance(in_axis, int) or not isinstance(out_axis, int) or in_axis == out_axis:
+        raise ValueError(f"in_axis={in_axis!r}, out_axis={out_axis!r}: expected two different axes, such as -2 and -1")
     if mode not in ("fan_in", "fan_out"):
         raise ValueError(f"unknown mode {mode!r}: expected 'fan_in' (eq. 1, forward) or 'fan_out' (eq. 2, backward)")
-    return Normal(HeVariance(mode, gain(activation)))
+    return Normal(HeVariance(mode, gain(activation), groups, in_axis, out_axis))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +131,20 @@ class Standardized:
                 f"cannot standardize a {whole}: it has one element, whose variance is 0 whatever it is; "
                 "use an initializer without standardize for this layer"
             )
+        _check_dtype(dtype)
+        variance = self.variance(shape)
+        if not (math.isfinite(variance) and variance > 0):
+            raise ValueError(f"variance {variance} of a kernel of shape {tuple(shape)} must be finite and positive")
         # A Normal starts from its sample: its own scale would be undone at once.
         drawn = sample(key, shape) if isinstance(self.init, Normal) else self.init(key, shape, jnp.float32)
+        if getattr(drawn, "shape", None) != tuple(shape):
+            found = type(drawn).__name__ if not hasattr(drawn, "shape") else f"an array of shape {drawn.shape}"
+            raise ValueError(f"{self.init} drew {found}: expected an array of shape {tuple(shape)}")
         if isinstance(drawn, jax.core.Tracer):
-            kernel = _standardize_traced(drawn, self.variance(shape), self.per)
+            kernel = _standardize_traced(drawn, variance, self.per)
         else:
             own = isinstance(self.init, Normal)  # else somebody may still hold the array
-            kernel = _standardize_values(drawn if own else np.array(drawn, np.float32), self.variance(shape), self.per)
+            kernel = _standardize_values(drawn if own else np.array(drawn, np.float32), variance, self.per)
             if not np.isfinite(kernel.sum()):
                 raise ValueError(f"cannot standardize what {self.init} drew: it is constant, or not finite")
         return _finish(kernel, dtype, out_sharding)
@@ -128,8 +161,10 @@ def standardize(
     channel (the last axis) on its own. variance: a number or `shape -> number`; left out, that of `init` (any
     initializer of this module has one). The statistics are computed in float32, before the cast to `dtype`.
 
-    Raises ValueError for a kernel of one element or of rank below 2, and where no variance is known.
+    Raises ValueError for what is no initializer (one that was not called, such as `jax.nn.initializers.he_normal`), for
+    a kernel of one element or of rank below 2, and where no variance is known.
     """
+    check_initializer(init)
     if per not in ("kernel", "channel"):
         raise ValueError(f"unknown per={per!r}: expected 'kernel' or 'channel'")
     if variance is None and isinstance(init, Standardized) and init.per == per:
@@ -147,7 +182,7 @@ def standardize(
 
 def brock_normal(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
     """Brock et al. 2020, eq. 3 and 11: each output channel has mean 0 and variance gamma^2 / n_in, gamma^2 = 2 / (1 -
-    1/pi) for ReLU.
+    1/pi) for ReLU. Of a grouped convolution n_in is that of the kernel's shape, whatever the number of groups.
     """
     return standardize(Normal(BrockVariance(gain(activation))), per="channel")
 
@@ -169,6 +204,7 @@ def he_effective_fan_out(
     padding: Padding = "SAME",
     spatial_size: int | Sequence[int] | None = None,
     activation: str | Callable[[jax.Array], jax.Array] = "relu",
+    feature_group_count: int = 1,
 ) -> EffectiveFanOut:
     """Variance 2 / n_out with n_out counted, not assumed: the mean number of outputs that one input element feeds.
 
@@ -177,11 +213,12 @@ def he_effective_fan_out(
     relative for plain CNNs. Standardized over the whole kernel.
 
     stride, padding: as for the layer. spatial_size: height and width of the layer's INPUT in pixels;
-    None means an image without borders, where only the stride counts.
+    None means an image without borders, where only the stride counts. feature_group_count: as in `he_normal`.
     """
     stride = stride if isinstance(stride, int) else tuple(stride)
     spatial_size = spatial_size if spatial_size is None or isinstance(spatial_size, int) else tuple(spatial_size)
-    variance = EffectiveFanOutVariance(gain(activation), stride, padding, spatial_size)
+    groups = _check_groups(feature_group_count)
+    variance = EffectiveFanOutVariance(gain(activation), stride, padding, spatial_size, groups)
     return EffectiveFanOut(Normal(variance), variance)
 
 
@@ -197,6 +234,65 @@ def at_layer(
 def _constant(value: float, shape: Shape) -> float:
     del shape
     return value
+
+
+def check_initializer(init: Any, what: str = "init") -> None:
+    """ValueError for what cannot be called as `init(key, shape, dtype)`, or draws no array.
+
+    Tried without computing anything. An initializer that is made for certain shapes may raise here: it is left alone.
+    """
+    if isinstance(init, Normal | Standardized):
+        return
+    name = getattr(init, "__qualname__", repr(init))
+    if not callable(init):
+        raise ValueError(f"{what}={name}: expected an initializer, a function (key, shape, dtype) -> kernel")
+    advice = f"an initializer draws a kernel by (key, shape, dtype); was it not called, as in {name}()?"
+    shape, found = (3, 3, 2, 2), []
+    try:
+        inspect.signature(init).bind(None, shape, jnp.float32)
+    except TypeError as error:
+        raise ValueError(f"{what}={name} cannot be called with key, shape and dtype ({error}): {advice}") from None
+    except ValueError:  # no signature is known of what is not written in Python
+        return
+
+    def draw(key: jax.Array) -> None:
+        drawn = init(key, shape, jnp.float32)
+        found.append("" if hasattr(drawn, "dtype") else type(drawn).__name__)
+
+    with contextlib.suppress(Exception):
+        jax.eval_shape(draw, jax.random.key(0))
+    if found and found[0]:
+        raise ValueError(f"{what}={name} returns a {found[0]}: {advice}")
+
+
+def _check_groups(groups: Any) -> int:
+    if not isinstance(groups, int | np.integer) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"feature_group_count={groups!r} must be a positive integer")
+    return int(groups)
+
+
+def _per_group(shape: Shape, c_out: int, groups: int) -> int:
+    """The output channels of one group."""
+    if c_out % groups:
+        raise ValueError(
+            f"feature_group_count={groups} does not divide the {c_out} output channels of a kernel of shape "
+            f"{tuple(shape)}"
+        )
+    return c_out // groups
+
+
+def _at(shape: Shape, axis: int) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis {axis} does not exist in a kernel of shape {tuple(shape)}")
+    return shape[axis]
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"dtype {jnp.dtype(dtype).name} cannot hold a kernel, whose weights are fractions: expected a "
+            "floating-point dtype, such as float32 or bfloat16"
+        )
 
 
 def _check_kernel(shape: Shape) -> tuple[int, int]:

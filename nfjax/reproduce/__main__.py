@@ -21,6 +21,11 @@ import os
 import pathlib
 import sys
 
+from nfjax import exits
+
+if __name__ == "__main__":
+    exits.begin()
+
 from absl import logging
 
 from nfjax import compilation, train
@@ -41,13 +46,19 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="+", choices=names, metavar="NAME", help=f"what to reproduce: {', '.join(names)}"
     )
-    parser.add_argument("--out", default="results", help="folder for what is written (default: results)")
+    parser.add_argument(
+        "--out", default="results", type=os.path.expanduser, help="folder for what is written (default: results)"
+    )
     training = parser.add_argument_group("where runs are needed")
-    training.add_argument("--data", help="folder of the images, as for nfjax.main; without it nothing is trained")
+    training.add_argument(
+        "--data", type=os.path.expanduser, help="folder of the images, as for nfjax.main; without it nothing is trained"
+    )
     training.add_argument("--data-name", help="what the images are called in the results (default: the folder's name)")
     training.add_argument("--seeds", type=int, help="how many runs of each network (default: 3)")
     training.add_argument("--epochs", type=int, help="of each run, short for --config.epochs")
-    training.add_argument("--runs", help="folder for the workdirs of the runs (default: runs/reproduce)")
+    training.add_argument(
+        "--runs", type=os.path.expanduser, help="folder for the workdirs of the runs (default: runs/reproduce)"
+    )
     training.add_argument("--config.FIELD", metavar="VALUE", help="any other setting, for all runs")
     arguments, rest = parser.parse_known_intermixed_args()
     logging.set_verbosity(logging.WARNING)

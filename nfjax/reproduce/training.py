@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfjax import spp
+from nfjax import figures, spp, storage
 from nfjax.reproduce import grids, records, runs
 from nfjax.reproduce.curves import styles
 from nfjax.reproduce.grids import Cell, Grid
@@ -90,15 +89,14 @@ class TrainingFigure:
         parts = [f"{name.rpartition('.')[2]}{value}" for name, value in differing.items()]
         stem = path.with_name("_".join([path.name, *map(runs.slug, [self.first.data, *parts])]))
         written = [stem.with_suffix(suffix) for suffix in (".md", ".png", ".csv")]
-        written[0].write_text(self.table().markdown())
-        self.plot().savefig(written[1], dpi=120)
-        with open(written[2], "w", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["network", "seed", "epoch", *records.PER_EPOCH])
-            for label, group in self.found.items():
-                for record in group:
-                    columns = zip(*(record.epochs[name] for name in records.PER_EPOCH), strict=True)
-                    writer.writerows([label, record.seed, epoch, *values] for epoch, values in enumerate(columns, 1))
+        storage.write_text(written[0], self.table().markdown())
+        storage.write_figure(written[1], self.plot(), dpi=120)
+        rows: list[list[Any]] = [["network", "seed", "epoch", *records.PER_EPOCH]]
+        for label, group in self.found.items():
+            for record in group:
+                columns = zip(*(record.epochs[name] for name in records.PER_EPOCH), strict=True)
+                rows += [[label, record.seed, epoch, *values] for epoch, values in enumerate(columns, 1)]
+        storage.write_csv(written[2], rows)
         return written
 
     def _diverged(self) -> str:
@@ -129,13 +127,10 @@ class TrainingFigure:
 
     def plot(self) -> Figure:
         """Training accuracy on the left, test accuracy on the right, one row for each depth."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        depths = [depth for depth in self.grid.depths if self._of(depth)]
+        figure = figures.new(figsize=(13, 4.2 * len(depths) + 0.4), layout="constrained")
         from matplotlib.ticker import MaxNLocator
 
-        depths = [depth for depth in self.grid.depths if self._of(depth)]
-        figure = Figure(figsize=(13, 4.2 * len(depths) + 0.4), layout="constrained")
-        FigureCanvasAgg(figure)
         for depth, row in zip(depths, figure.subplots(len(depths), 2, squeeze=False), strict=True):
             cells = self._of(depth)
             looks = _looks(cells)
@@ -169,7 +164,7 @@ def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
     known = [record for record in records.read(request.out) if record.dataset == grid.dataset]
     names = dict.fromkeys((record.data, record.fingerprint) for record in known)
     networks = [run for run in runs.planned(grid, request) if run.seed == 0]
-    figures = []
+    drawn = []
     for data, fingerprint in names:
         if request.data_name and data != request.data_name:
             continue
@@ -181,14 +176,14 @@ def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
             found[label] = sorted((r for r in here if _same_network(r, run)), key=lambda record: record.seed)
             missing[label] = sorted(set(range(request.seeds)) - {record.seed for record in found[label]})
         if any(found.values()):
-            figures.append(TrainingFigure(grid, networks[0].settings, found, missing))
-    if not figures:
+            drawn.append(TrainingFigure(grid, networks[0].settings, found, missing))
+    if not drawn:
         images = f" on {request.data_name}" if request.data_name else ""
         raise ValueError(
             f"{request.out / records.FILE} has no run of {grid.title} with these settings{images}; train them with "
             f"--data=DIR{_others(grid, known)}"
         )
-    return figures
+    return drawn
 
 
 def _others(grid: Grid, known: Sequence[Record]) -> str:

@@ -33,7 +33,7 @@ def cross_entropy(output: jax.Array, key: jax.Array) -> jax.Array:
             "function of this output that returns a scalar"
         )
     logits = output.astype(jnp.float32)
-    labels = jax.random.randint(key, output.shape[:-1], 0, output.shape[-1])
+    labels = jax.random.randint(key, output.shape[:-1], 0, output.shape[-1], jnp.int32)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)
     return -chosen.mean()
 

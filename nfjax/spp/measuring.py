@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nfjax._flax import bind
 from nfjax.spp import losses, tracing
 from nfjax.spp.evaluation import BLOCK, BRANCH, FIELDS, Statistics, Taken, check_supported, evaluate, executions_of
 from nfjax.spp.losses import Loss
@@ -64,7 +65,7 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
     if not jaxpr.out_avals:
         raise ValueError(f"{model.name} returns no array: is there a return statement missing?")
     reached = executions_of(jaxpr.jaxpr)
-    blocks = select(calls, reached, where)
+    blocks = select(jaxpr.jaxpr, calls, reached, where)
     branches = select_branches(calls, reached, blocks, branch)
     check_supported(jaxpr.jaxpr, calls, [*blocks, *branches])
     roles = dict.fromkeys(branches, BRANCH) | dict.fromkeys(blocks, BLOCK)
@@ -88,7 +89,7 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
 
     try:
         # Unused arguments stay, so that equal programs have equal arguments.
-        lowered = jax.jit(measure, keep_unused=True).lower(leaves, jax.random.key(0))
+        lowered = jax.jit(bind(measure, traced.axes), keep_unused=True).lower(leaves, jax.random.key(0))
     except ValueError as error:
         if "everse-mode differentiation" in str(error):  # JAX's message for a while loop, a callback and the like
             raise ValueError(f"{model.name} cannot be differentiated: {error}") from error

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nfjax import figures
 from nfjax.spp.profile import Profile
 from nfjax.spp.theory import Prediction
 
@@ -59,10 +58,6 @@ def plot(
 
     Values that a log axis cannot show (0, infinite, NaN) are gaps. Returns a matplotlib Figure: `figure.savefig(path)`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
     if isinstance(profiles, Profile):
         profiles = {"": profiles}
     if isinstance(predictions, Prediction):
@@ -74,8 +69,10 @@ def plot(
         raise ValueError(f"predictions for {', '.join(sorted(unknown))}, of which there is no profile")
     style = styles(list(profiles)) | dict(style or {})
     rows = -(-len(profiles) // 4) if any(profiles) else 0
-    figure = _figure_class()(figsize=(10, 4.0 + 0.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.new(figsize=(10, 4.0 + 0.2 * rows), layout="constrained")
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
     panels = figure.subplots(1, 2)
     backward_label = r"Var$[\partial L/\partial x_l]$" + (" relative to the last block" if relative else "")
     for axes, name, label, heading in zip(
@@ -117,21 +114,6 @@ def plot(
     if title:
         figure.suptitle(title)
     return figure
-
-
-@functools.cache
-def _figure_class() -> type[Figure]:
-    from matplotlib.figure import Figure
-
-    class NotebookFigure(Figure):
-        """A figure that a notebook shows, though pyplot does not know it."""
-
-        def _repr_png_(self) -> bytes:
-            stream = io.BytesIO()
-            self.savefig(stream, format="png", dpi=80)
-            return stream.getvalue()
-
-    return NotebookFigure
 
 
 def _shown(values: np.ndarray) -> np.ndarray:

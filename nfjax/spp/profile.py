@@ -98,7 +98,7 @@ class Profile:
 
     def to_csv(self, path: str | pathlib.Path) -> None:
         """Writes `rows` as CSV."""
-        with open(path, "w", newline="") as stream:
+        with open(path, "w", newline="", encoding="utf-8") as stream:
             csv.writer(stream, lineterminator="\n").writerows(self.rows())
 
     def to_json(self, path: str | pathlib.Path | None = None) -> str:

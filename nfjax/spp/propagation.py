@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nfjax._flax import ABSENT
 from nfjax.spp import tracing
 from nfjax.spp.losses import Loss
 from nfjax.spp.measuring import Measurement, prepare
@@ -36,7 +37,7 @@ def propagate(
     cotangent: str = GAUSSIAN,
     loss: str | Loss | None = None,
     seed: int = 0,
-    rngs: Any = None,
+    rngs: Any = ABSENT,
     mutable: Any = None,
     **kwargs: Any,
 ) -> Profile:
@@ -48,7 +49,8 @@ def propagate(
     and left as it was.
 
     where: the blocks to measure, a class, several, a class name, or a predicate `(path, module) -> bool`; the measured
-    value is the first floating-point array of what a block returns. Left out: the one class of repeated modules that
+    value is the first floating-point array of what a block returns. Left out: the innermost repeated classes that make
+    a residual addition (encoder and decoder: both), and where there are none the one class of repeated modules that
     have parts of their own. branch: likewise, the residual branch inside a block, or the attribute's name.
 
     The gradient starts at the last block's output with a cotangent drawn from N(0, 1), or, with `loss`, at a scalar
@@ -75,7 +77,7 @@ def propagate_seeds(
     branch: Where = "branch",
     cotangent: str = GAUSSIAN,
     loss: str | Loss | None = None,
-    rngs: Any = None,
+    rngs: Any = ABSENT,
     mutable: Any = None,
     **kwargs: Any,
 ) -> Profile:
@@ -118,7 +120,7 @@ def propagate_seeds(
 
 def noise(shape: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
     """An input of `propagate_seeds`: N(0, 1) noise of this shape, another for each seed."""
-    return lambda key: jax.random.normal(key, tuple(shape))
+    return lambda key: jax.random.normal(key, tuple(shape), jnp.float32)
 
 
 def profile(measurement: Measurement, seeds: Sequence[int], runs: Sequence[Mapping[str, np.ndarray]]) -> Profile:

@@ -1,0 +1,102 @@
+"""The JSON files of a workdir: what each of them holds. They are checked where they are read, and written in full or
+not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+from ml_collections import ConfigDict
+
+from nfjax import config as configs
+from nfjax import storage
+
+CONFIG = "config.json"
+DATA = "data.json"
+VERSIONS = "versions.json"
+
+
+class _Sections(msgspec.Struct):
+    """What makes a config.json one of ours."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    augment: dict[str, Any]
+    optim: dict[str, Any]
+    log: dict[str, Any]
+    checkpoint: dict[str, Any]
+
+
+class Start(msgspec.Struct):
+    """What an entry of versions.json has at least. config, data: `_digest` of what it was started with."""
+
+    started: str
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    packages: dict[str, str]
+    config: str | None = None
+    data: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What data.json tells of the images. identity: see `nfjax.data.identity`; of older runs empty."""
+
+    class_names: Annotated[list[str], msgspec.Meta(min_length=1)]
+    train_images: Annotated[int, msgspec.Meta(ge=1)]
+    test_images: Annotated[int, msgspec.Meta(ge=1)]
+    identity: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    skipped_files: dict[str, str] = dataclasses.field(default_factory=dict)
+    left_aside: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def read_config(folder: pathlib.Path) -> ConfigDict:
+    """The resolved config of the run in `folder`, locked; what was no field yet when it was written has its default.
+
+    Raises FileNotFoundError if there is none, storage.DamagedFileError if it is damaged.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run: there is no {path}; expected the --workdir of a training run")
+    config, settings = configs.base(), read_settings(folder)
+    try:
+        config.update(settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # whatever ConfigDict stumbles over
+        what = str(error).strip("'").partition(" Other fields present")[0][:200]
+        raise storage.DamagedFileError(f"{path} holds what this version of nfjax has no setting for: {what}") from error
+    return config
+
+
+def read_settings(folder: pathlib.Path) -> dict[str, Any]:
+    """config.json as it stands there. Raises storage.DamagedFileError, FileNotFoundError."""
+    way_out = "the training command of this run, started again, mends it"
+    storage.read_json(folder / CONFIG, _Sections, way_out)
+    return storage.read_json(folder / CONFIG, dict[str, Any], way_out)
+
+
+def read_data(folder: pathlib.Path) -> Described:
+    """What the run in `folder` was trained on. Raises storage.DamagedFileError, FileNotFoundError."""
+    return storage.read_json(folder / DATA, Described, "the training command of this run, started again, mends it")
+
+
+def read_starts(folder: pathlib.Path) -> list[Start]:
+    expected = Annotated[list[Start], msgspec.Meta(min_length=1)]
+    return storage.read_json(folder / VERSIONS, expected, "it only tells by what the run was started")
+
+
+def keep(path: pathlib.Path, read: Callable[[pathlib.Path], Any], value: Any) -> None:
+    """Writes a file unless it is there already; a damaged one is set aside."""
+    try:
+        read(path.parent)
+    except FileNotFoundError:
+        pass
+    except storage.DamagedFileError as error:
+        storage.set_aside(path, error)
+    else:
+        if json.loads(path.read_bytes()) == value:
+            return
+    storage.write_json(path, value)
