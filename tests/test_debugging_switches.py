@@ -82,6 +82,7 @@ def operations():
     return [apply(IMAGES, way) for way in ("nearest", "bilinear")], augment.choose(jax.random.key(0), 4, 2)
 
 
+@jax.jit
 def others():
     keys = jax.random.split(jax.random.key(0), 6)
     floats = augment.normalize(IMAGES, MEAN, STD)
@@ -117,12 +118,12 @@ EXACT = {
     "debug_infs": (lambda: jax.debug_infs(True), ALL),
     "enable_checks": (lambda: jax_config.enable_checks(True), ALL),
     "numpy_dtype_promotion=standard": (lambda: jax.numpy_dtype_promotion("standard"), (operations, *RANDOM)),
-    "default_matmul_precision=highest": (lambda: jax.default_matmul_precision("highest"), (signal, training_step)),
-    "explicit_sharding": (explicit_sharding, (kernels, signal, operations, others)),
+    "default_matmul_precision=highest": (lambda: jax.default_matmul_precision("highest"), (training_step,)),
+    "explicit_sharding": (explicit_sharding, (kernels, signal, operations)),
 }
 OTHER_NUMBERS = {
     "default_prng_impl=rbg": (lambda: jax_config.default_prng_impl("rbg"), RANDOM),
-    "threefry_partitionable=false": (lambda: jax.threefry_partitionable(False), RANDOM),
+    "threefry_partitionable=false": (lambda: jax.threefry_partitionable(False), (kernels, signal)),
 }
 
 

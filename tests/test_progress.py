@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging as standard_logging
 import os
 import pty
 import struct
@@ -38,7 +39,9 @@ def terminal(monkeypatch, columns):
     with os.fdopen(inner, "w", buffering=1) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         monkeypatch.setattr(sys, "stderr", stream)
-        monkeypatch.setattr(logging.get_absl_handler().python_handler, "stream", stream)
+        handler = logging.get_absl_handler()
+        monkeypatch.setattr(handler.python_handler, "stream", stream)
+        monkeypatch.setattr(standard_logging.getLogger(), "handlers", [handler])  # as in a program, not as in pytest
         yield written
     reader.join()
     os.close(outer)

@@ -110,8 +110,10 @@ def prepare(model: Runnable, where: Where | None, branch: Where, loss: str | Los
 
 
 def _check_branches(calls: Sequence[Call], blocks: Sequence[int], branches: Sequence[int], branch: Where) -> None:
-    """ValueError where `branch` was chosen and is nowhere; by default it is what a model may have or not."""
-    if branches or branch == "branch":
+    """ValueError where a name or class was chosen that is nowhere; the default is what a model may have or not, and a
+    predicate may mean none.
+    """
+    if branches or branch == "branch" or not isinstance(branch, str | type | tuple | list):
         return
     inside, names = set(blocks), {}
     for i, call in enumerate(calls):  # a call comes after its parent
