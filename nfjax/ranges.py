@@ -59,7 +59,7 @@ RANGES: dict[str, Range] = {
     "optim.reference_batch_size": _whole(1, 2**24, "must be positive, or none for no scaling"),
     "optim.warmup_epochs": Range(lambda value: value >= 0, "must be 0 or more"),
     "optim.momentum": _UP_TO_ONE,
-    "optim.weight_decay": Range(lambda value: value >= 0, "must be 0 (for none) or more: less would let weights grow"),
+    "optim.weight_decay": Range(lambda value: value >= 0, "must be 0 (for none) or more"),
     "optim.clip_norm": _CLIPPING,
     "optim.adaptive_clip": _CLIPPING,
     "optim.label_smoothing": _UP_TO_ONE,
@@ -102,8 +102,7 @@ def check_value(name: str, value: Any, default: Any, kind: type) -> None:
         _check_number(name, value, kind)
         span = RANGES.get(name)  # model.depth is a name in a table
         if span is not None and not span.fits(value):
-            colon = ":" if span.wanted.startswith("expected") else ""
-            raise ValueError(f"{name}={value}{colon} {span.wanted}{_such_as(name, default)}")
+            raise ValueError(f"{_wanted(name, value)}{_such_as(name, default)}")
     elif not isinstance(value, kind):
         wanted = {bool: "true or false", str: "a text"}[kind]
         raise ValueError(f"{name}={value!r}: expected {wanted}{_such_as(name, default)}")
@@ -116,8 +115,7 @@ def _check_number(name: str, value: Any, kind: type) -> None:
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise ValueError(f"{name}={value!r}: expected a {'whole ' if kind is int else ''}number")
     if kind is float and not abs(value) <= LARGEST:  # nor what is no number at all
-        hint = f"; {RANGES[name].wanted}" if name in RANGES else ""
-        raise ValueError(f"{name}={value}: expected a finite number of float32{hint}")
+        raise ValueError(f"{_wanted(name, value)}, and finite (in float32)")
 
 
 def _check_tuple(name: str, values: Any) -> None:
@@ -147,6 +145,11 @@ def _check_tuple(name: str, values: Any) -> None:
         scaled = ", ".join(f"{value / 255:.4f}" for value in values)
         hint = f"; on the scale from 0 to 255? divided by it: --config.{name}='({scaled})'" if max(values) > 1 else ""
         raise ValueError(f"{name}={values}: expected three numbers of pixels in [0, 1]{hint}")
+
+
+def _wanted(name: str, value: Any) -> str:
+    wanted = RANGES[name].wanted if name in RANGES else "expected numbers"
+    return f"{name}={value}{':' if wanted.startswith('expected') else ''} {wanted}"
 
 
 def _such_as(name: str, default: Any) -> str:

@@ -888,3 +888,33 @@ def test_a_monitor_compiles_once(monkeypatch, tiny):
     values = spp.scalars(second)
     assert values["forward_var/blocks/0"] == second.forward_var[0]
     assert len(values) == 8
+
+
+def test_a_branch_that_is_nowhere_is_refused_with_the_names_there_are():
+    model, x = Chain(), np.ones((2, 3), np.float32)
+    for branch, shown in (("brnch", "'brnch'"), (nnx.Conv, "Conv"), (["brnch"], r"\['brnch'\]")):
+        with pytest.raises(
+            ValueError, match=rf"branch={shown} selects no module inside a block; a block calls .*first"
+        ):
+            spp.propagate(model, x, where=Link, branch=branch)
+    assert np.isnan(spp.propagate(model, x, where=Link, branch=lambda path, module: False).branch_var).all()
+    assert np.isnan(spp.propagate(model, x, where=Link).branch_var).all()
+    assert np.isfinite(spp.propagate(model, x, where=Link, branch="first").branch_var).all()
+
+
+class Link(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.first(x)
+
+
+class Chain(nnx.Module):
+    def __init__(self):
+        self.links = nnx.List([Link(nnx.Rngs(i)) for i in range(2)])
+
+    def __call__(self, x):
+        for link in self.links:
+            x = link(x)
+        return x
