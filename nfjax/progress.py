@@ -74,8 +74,19 @@ def _zeros() -> dict[str, np.ndarray]:
 def say(text: str) -> None:
     """A line for a person, from the first process only."""
     if distributed.is_first():
-        tqdm.tqdm.write(text, file=streams.out())  # above a bar, if there is one
-        streams.out().flush()
+        _print(text, streams.out())
+
+
+_drawn: list[tqdm.tqdm] = []  # the bar that is on the terminal, if there is one
+
+
+def _print(text: str, stream: Any) -> None:
+    """A line, above the bar. `tqdm.write` knows only bars on the very stream that it writes to."""
+    for bar in _drawn:
+        bar.clear()
+    print(text, file=stream, flush=True)
+    for bar in _drawn:
+        bar.refresh()
 
 
 def _columns() -> int:
@@ -95,7 +106,7 @@ class _AboveBar(io.TextIOBase):
     def write(self, text: str) -> int:
         *lines, self._started = (self._started + text).split("\n")
         for line in lines:
-            tqdm.tqdm.write(line, file=self._stream)
+            _print(line, self._stream)
         return len(text)
 
     def flush(self) -> None:
@@ -140,6 +151,8 @@ class Bar:
         self.tqdm.set_description_str(f"epoch {int(self.progress.epoch) + 1}/{self.epochs}")
         self._above = contextlib.ExitStack()
         if not self.tqdm.disable:  # warnings and the log go where the bar is
+            _drawn.append(self.tqdm)
+            self._above.callback(_drawn.remove, self.tqdm)
             above, handler = _AboveBar(streams.err()), logging.get_absl_handler().python_handler
             self._above.callback(above.finish)
             self._above.enter_context(contextlib.redirect_stderr(above))
@@ -183,13 +196,12 @@ class Bar:
         if self.silent:
             return
         width = len(str(self.epochs))
-        tqdm.tqdm.write(
+        _print(
             f"epoch {values['epoch']:{width}d}/{self.epochs}  train loss {values['train_loss']:.4f} accuracy "
             f"{values['train_accuracy']:7.2%}   "
             f"test loss {values['test_loss']:.4f} accuracy {values['test_accuracy']:7.2%}   {self.rate:,.0f} images/s",
-            file=streams.out(),
+            streams.out(),
         )
-        streams.out().flush()
         self._since = time.perf_counter()
 
 
@@ -230,4 +242,4 @@ class Interrupts(contextlib.AbstractContextManager):
         for known, handler in self._before.items():
             signal.signal(known, handler)
         name = "Ctrl-C" if number == signal.SIGINT else self.pending.name
-        tqdm.tqdm.write(f"{name}: finishing this step and saving; once more to stop at once", file=streams.err())
+        _print(f"{name}: finishing this step and saving; once more to stop at once", streams.err())

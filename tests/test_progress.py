@@ -36,8 +36,8 @@ def terminal(monkeypatch, columns):
 
     reader = threading.Thread(target=read)
     reader.start()
-    with os.fdopen(inner, "w", buffering=1) as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
+    with os.fdopen(os.dup(inner), "w") as other, os.fdopen(inner, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", other)  # as in a program: two streams to one terminal
         monkeypatch.setattr(sys, "stderr", stream)
         handler = logging.get_absl_handler()
         monkeypatch.setattr(handler.python_handler, "stream", stream)
