@@ -41,7 +41,7 @@ class Mode:
         if self.running:
             parts.append(f"running statistics in {_number(self.running)}{self._initial()}")
         if self.dropout_on:
-            parts.append(f"dropout on in {_number(self.dropout_on)}")
+            parts.append(f"dropout on in {len(self.dropout_on)}")
         if self.dropout_off:
             parts.append(f"dropout off{f' in {len(self.dropout_off)}' if self.dropout_on else ''}")
         if self.random and not self.dropout_on:
