@@ -56,7 +56,7 @@ def load_images(folder: str | None, count: int) -> list[Image.Image]:
     paths = sorted(path for path in pathlib.Path(folder).rglob("*") if path.suffix.lower() in suffixes)
     if len(paths) < count:
         raise SystemExit(f"--images={folder} holds {len(paths)} images: {count} are needed (--count)")
-    return [Image.open(paths[i * len(paths) // count]).convert("RGB") for i in range(count)]
+    return [Image.open(paths[i * len(paths) // count], formats=("JPEG", "PNG")).convert("RGB") for i in range(count)]
 
 
 def resized(images: list[Image.Image], height: int, width: int) -> np.ndarray:

@@ -102,7 +102,9 @@ def pixel_difference(files: Files, count: int) -> tuple[float, float]:
         box = transform.box(height, width, position)
         factor = crops.reduction(box, SIZE)
         top, left, height, width = (n // factor * factor for n in box)
-        image = Image.open(io.BytesIO(data)).convert("RGB").crop((left, top, left + width, top + height))
+        image = (
+            Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB").crop((left, top, left + width, top + height))
+        )
         exact = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR), np.int16)
         differences.append(float(np.abs(transform(data, position) - exact).mean()))
     return statistics.mean(differences), max(differences)

@@ -91,7 +91,7 @@ class TorchFiles:
         from PIL import Image
 
         with open(self.paths[index], "rb") as file:
-            return self.transform(Image.open(file).convert("RGB"))
+            return self.transform(Image.open(file, formats=("JPEG",)).convert("RGB"))
 
 
 def dataloader(paths, workers):

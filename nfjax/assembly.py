@@ -176,8 +176,8 @@ def open_data(config: ConfigDict, directory: str) -> data.Dataset:
                 f"data.keep=disk: {config.data.source} has no image files to decode; set --config.data.keep=device"
             )
         return dataset
-    size = config.data.image_size
-    cut, middle = crops.CentreCrop(size, size), crops.CentreCrop(size, config.data.resize or size)
+    size, upright = config.data.image_size, _upright(config)
+    cut, middle = crops.CentreCrop(size, size, upright), crops.CentreCrop(size, config.data.resize or size, upright)
     return memory.decoded(dataset, cut, middle, config.data.max_skipped)
 
 
@@ -185,9 +185,14 @@ def make_transform(config: ConfigDict, name: str) -> stream.Transform:
     """What the host does to each encoded image of the split "train" or "test"."""
     size, scale = config.data.image_size, config.augment.resized_crop_scale
     if name == "train" and scale is not None:
-        return crops.RandomResizedCrop(size, tuple(scale), tuple(config.augment.resized_crop_ratio), config.seed)
+        ratio = tuple(config.augment.resized_crop_ratio)
+        return crops.RandomResizedCrop(size, tuple(scale), ratio, config.seed, _upright(config))
     resize = config.data.resize if name == "test" else None
-    return crops.CentreCrop(size, resize or size)
+    return crops.CentreCrop(size, resize or size, _upright(config))
+
+
+def _upright(config: ConfigDict) -> bool:
+    return getattr(config.data, "exif_orientation", False)  # runs of earlier versions do not have it
 
 
 def first_images(config: ConfigDict, split: data.Encoded) -> np.ndarray:
@@ -195,7 +200,7 @@ def first_images(config: ConfigDict, split: data.Encoded) -> np.ndarray:
 
     What cannot be read is named where training meets it. Raises ValueError where nothing can be read.
     """
-    middle, images = crops.CentreCrop(config.data.image_size, config.data.image_size), []
+    middle, images = crops.CentreCrop(config.data.image_size, config.data.image_size, _upright(config)), []
     for index in range(len(split)):
         with contextlib.suppress(Exception):  # any file may be bad in any way
             images.append(middle(split.reader(split.reference(index))[0]).copy())

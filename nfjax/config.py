@@ -47,6 +47,9 @@ def base() -> ConfigDict:
     # Short side in pixels to which test images are resized before the middle is cut out, none for image_size; paper,
     # section 4: "standard", which is 256 for ImageNet.
     config.data.resize = config_dict.placeholder(int)
+    # Whether images are turned and mirrored as the camera has noted (EXIF orientation), or as they are stored, which is
+    # what Pillow and torchvision give. Ours.
+    config.data.exif_orientation = False
     config.data.workers = config_dict.placeholder(int)  # processes that decode from the disk; none: one a core; ours
     # Batches decoded from the disk before they are asked for; none: two, or enough to keep all workers busy. Ours.
     config.data.ahead = config_dict.placeholder(int)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from nfjax import cost, data, distributed, metrics, mirror
 from nfjax import workdir as workdirs
 from nfjax.data import skips
+from nfjax.data.splits import left_aside
 
 
 def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, model: nnx.Module) -> str:
@@ -20,13 +21,14 @@ def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, mode
     spent = cost.count(model, (1, size, size, 3))
     norm = f" with {config.model.norm} norm" if config.model.norm else " without normalization"
     device = jax.devices()[0]
+    aside = f"; {left_aside(dataset.left_aside)}" if dataset.left_aside else ""
     return (
         f"model   ResNet-{config.model.depth} {config.model.residual}{norm}, {config.model.init}, width "
         f"{config.model.width}: "
         f"{spent.parameters:,} parameters, {spent.macs / 1e6:,.1f} M multiply-accumulates per image\n"
         f"data    {config.data.source} {config.data.dir}: {len(dataset.train):,} training and {len(dataset.test):,} "
         f"test images of {size}x{size}, "
-        f"{len(dataset.class_names)} classes\n"
+        f"{len(dataset.class_names)} classes{aside}\n"
         f"device  {jax.device_count()} x {device.device_kind}, {config.model.dtype}, batch {config.batch_size}\n"
         f"run     {mirror.shown(folder)}, {config.epochs} epochs"
     )

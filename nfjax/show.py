@@ -36,7 +36,8 @@ def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
             (batch,) = stream.stream(split, transform, shape, iter([order]), note, config.data.workers)
             return batch
 
-        batch, plain = made(assembly.make_transform(config, "train")), made(crops.CentreCrop(size, size))["image"]
+        middle = crops.CentreCrop(size, size, config.data.exif_orientation)
+        batch, plain = made(assembly.make_transform(config, "train")), made(middle)["image"]
     seen, partner, weight = _as_seen(config, batch, step)
     names = [dataset.class_names[label] for label in batch["label"]]
     titles = [

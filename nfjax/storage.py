@@ -7,17 +7,24 @@ and the way out.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import pathlib
 import stat
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from absl import logging
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 T = TypeVar("T")
+
+LARGEST = 1 << 28  # bytes of a JSON file that is read: the longest list of names that anyone has takes a tenth of it
 
 
 class DamagedFileError(ValueError):
@@ -29,17 +36,32 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
     Raises OSError that names the file; nothing is left beside it then.
     """
-    part = path.with_name(f".{path.name}.part")  # one name, so that what a kill leaves is replaced by the next write
     try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
+        with replacing(path) as part:
+            part.write_bytes(data)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, writer: str = "") -> Iterator[pathlib.Path]:
+    """A temporary path beside `path`, for whoever writes a file piece by piece: it takes the place of `path` when the
+    block has ended and all of it is on the disk. Where the block fails, nothing is left of it.
+
+    writer: tells processes apart that may do this to one path at the same time. What a kill leaves of them stays; where
+    there is one at a time, the next write replaces it.
+    """
+    part = path.with_name(f".{path.name}{writer and '.'}{writer}.part")
+    part.unlink(missing_ok=True)  # and a link that somebody put there is not followed
+    try:
+        yield part
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
+        raise
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -50,6 +72,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def write_json(path: pathlib.Path, value: Any, indent: int | None = 1) -> None:
     """`write_text` of a value as JSON, with a line end."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: pathlib.Path, rows: Iterable[Iterable[Any]]) -> None:
+    """`write_text` of rows of text and numbers, separated by commas."""
+    stream = io.StringIO(newline="")
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    write_text(path, stream.getvalue())
+
+
+def write_figure(path: pathlib.Path, figure: Figure, dpi: int) -> None:
+    """`write_bytes` of a picture, in the format that the name says."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format=path.suffix[1:], dpi=dpi)
+    write_bytes(path, stream.getvalue())
 
 
 def parse_json(data: str | bytes, expected: type[T] | Any, where: str, way_out: str) -> T:
@@ -85,9 +121,24 @@ def parse_json(data: str | bytes, expected: type[T] | Any, where: str, way_out: 
 def read_json(path: Any, expected: type[T] | Any, way_out: str) -> T:
     """`parse_json` of a file, a pathlib.Path or one in a bucket.
 
-    Raises DamagedFileError, and OSError where it cannot be read, FileNotFoundError where it is not there.
+    Raises DamagedFileError, also for what is no ordinary file or has more than `LARGEST` bytes, and OSError where it
+    cannot be read, FileNotFoundError where it is not there.
     """
-    return parse_json(path.read_bytes(), expected, str(path), way_out)
+    return parse_json(read_bytes(path, way_out), expected, str(path), way_out)
+
+
+def read_bytes(path: Any, way_out: str) -> bytes:
+    """The bytes of a small file, a pathlib.Path or one in a bucket. Raises as `read_json` does."""
+    status = path.stat()
+    if isinstance(status, os.stat_result):
+        mode, size = status.st_mode, status.st_size
+    else:  # etils's, whose mode a bucket leaves out
+        mode, size = status.mode or 0, status.length
+    if any(kind(mode) for kind in (stat.S_ISFIFO, stat.S_ISSOCK, stat.S_ISCHR, stat.S_ISBLK)):
+        raise DamagedFileError(f"{path} is a pipe or a device, which may never end: expected a file; {way_out}")
+    if size > LARGEST:
+        raise DamagedFileError(f"{path} has {size:,} bytes: expected at most {LARGEST:,}; {way_out}")
+    return path.read_bytes()
 
 
 def set_aside(path: pathlib.Path, reason: object) -> pathlib.Path:

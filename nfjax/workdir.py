@@ -105,7 +105,7 @@ def start(folder: pathlib.Path, config: ConfigDict, dataset: Dataset) -> None:
     """
     if _has_begun(folder):
         check_data(folder, dataset, ["class_names", "train_images"])
-    described = _described(dataset) | {"skipped_files": dataset.skipped}
+    described = _described(dataset) | {"skipped_files": dataset.skipped, "left_aside": dataset.left_aside}
     distributed.same_everywhere("the data set", hashlib.sha256(json.dumps(described).encode()).hexdigest())
     distributed.same_everywhere("the config", hashlib.sha256(json.dumps(_flat(config)).encode()).hexdigest())
     if not distributed.is_first():
@@ -132,7 +132,7 @@ def _described(dataset: Dataset) -> dict[str, Any]:
 
 
 def read_data(folder: pathlib.Path) -> dict[str, Any]:
-    """{"class_names", "train_images", "test_images", "skipped_files"} of the run in `folder`."""
+    """{"class_names", "train_images", "test_images", "skipped_files", "left_aside"} of the run in `folder`."""
     return json.loads((folder / DATA).read_text())
 
 

@@ -125,6 +125,154 @@ def test_not_a_model():
         cost.count(lambda x: x, (1,))
 
 
+# ---------------------------------------------------------------- parameters of normalization layers
+
+
+class FilterResponseNorm(linen.Module):
+    """A norm of somebody's own, 3 parameters for each channel."""
+
+    @linen.compact
+    def __call__(self, x):
+        y = x * jax.lax.rsqrt(jnp.square(x).mean(axis=(1, 2), keepdims=True) + 1e-6)
+        gamma, beta, threshold = (self.param(name, linen.initializers.ones, (1, 1, 1, 6)) for name in "gbt")
+        return jnp.maximum(gamma * y + beta, threshold)
+
+
+class Statistics(linen.Module):
+    """No name says so, but it keeps batch statistics."""
+
+    @linen.compact
+    def __call__(self, x):
+        scale, bias = (self.param(name, linen.initializers.ones, (6,)) for name in ("scale", "bias"))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (6,))
+        return (x - mean.value) * scale + bias
+
+
+class LayerScale(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return x * self.param("gamma", linen.initializers.ones, (6,))
+
+
+class PreNorm(linen.Module):
+    """No norm itself: one and a layer."""
+
+    inner: linen.Module
+
+    @linen.compact
+    def __call__(self, x):
+        return self.inner(linen.LayerNorm()(x))
+
+
+class NormFreeBlock(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return x * self.param("skip_gain", linen.initializers.ones, ())
+
+
+@pytest.fixture
+def others():
+    """Their layers rely on JAX's default promotion."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def normalization(layer):
+    return linen.Sequential([linen.Conv(6, (3, 3), use_bias=False), layer])
+
+
+@pytest.mark.parametrize(
+    ("layer", "of_norms", "beside", "unsure"),
+    [
+        (FilterResponseNorm(), 18, 0, ()),
+        (Statistics(), 12, 0, ()),
+        (LayerScale(), 0, 6, (("LayerScale", 6),)),
+        (PreNorm(linen.Dense(5)), 12, 35, ()),
+        (NormFreeBlock(), 0, 1, ()),
+        (linen.WeightNorm(linen.Dense(5)), 0, 40, ()),
+        (linen.SpectralNorm(linen.Dense(5)), 0, 35, ()),
+        (nnx.bridge.ToLinen(nnx.LayerNorm, (6,)), 12, 0, ()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_norms_of_linen(others, layer, of_norms, beside, unsure):
+    kwargs = {"update_stats": False} if isinstance(layer, linen.SpectralNorm) else {}
+    model = normalization(layer) if not kwargs else linen.Sequential([layer])
+    kernel = 9 * 3 * 6 if not kwargs else 0
+    spent = cost.count(model, (1, 8, 8, 3) if not kwargs else (1, 6), **kwargs)
+    assert (spent.parameters, spent.norm_parameters, spent.unsure) == (kernel + of_norms + beside, of_norms, unsure)
+
+
+class Affine(nnx.Module):
+    def __init__(self):
+        self.scale, self.shift = nnx.Param(jnp.ones((1, 1, 6))), nnx.Param(jnp.zeros(6))
+
+    def __call__(self, x):
+        return self.scale * x + self.shift
+
+
+class LayerNorm2d(nnx.LayerNorm):
+    """Flax's, with another name."""
+
+
+class Own(nnx.Module):
+    """Of batch norm, its parameters in a list."""
+
+    def __init__(self):
+        self.mean = nnx.BatchStat(jnp.zeros(6))
+        self.factors = nnx.List([nnx.Param(jnp.ones(6)), nnx.Param(jnp.ones(6))])
+
+    def __call__(self, x):
+        return (x - self.mean) * self.factors[0] + self.factors[1]
+
+
+class MyRMSNorm(nnx.Module):
+    def __init__(self):
+        self.weight = nnx.Param(jnp.ones((2, 3)))
+        self.linear = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.linear(x * self.weight.reshape(6))
+
+
+@pytest.mark.parametrize(
+    ("layer", "of_norms", "beside", "unsure"),
+    [
+        (Affine(), 0, 12, (("Affine", 12),)),
+        (LayerNorm2d(6, rngs=nnx.Rngs(0)), 12, 0, ()),
+        (Own(), 12, 0, ()),
+        (MyRMSNorm(), 6, 42, ()),
+        (nnx.bridge.ToNNX(linen.LayerNorm(), rngs=nnx.Rngs(0)).lazy_init(jnp.ones((1, 6))), 12, 0, ()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_norms_of_nnx(others, layer, of_norms, beside, unsure):
+    model = nnx.Sequential(nnx.Linear(3, 6, use_bias=False, rngs=nnx.Rngs(0)), layer)
+    spent = cost.count(model, (4, 3))
+    assert (spent.parameters, spent.norm_parameters, spent.unsure) == (18 + of_norms + beside, of_norms, unsure)
+
+
+def test_norms_that_are_named(others):
+    model = nnx.Sequential(nnx.Linear(3, 6, use_bias=False, rngs=nnx.Rngs(0)), Affine(), MyRMSNorm())
+    for norms in (Affine, "Affine", [Affine], (Affine, "Affine")):
+        spent = cost.count(model, (4, 3), norms=norms)
+        assert (spent.norm_parameters, spent.unsure) == (12 + 6, ())
+    assert cost.count(model, (4, 3), norms=(Affine, MyRMSNorm)).norm_parameters == 12 + 6 + 42  # all that is in it
+    assert spent.paper_parameters == round((18 + 12 + 48 - 18) / 1e6, 2)
+    with pytest.raises(ValueError, match="norms=Afine is no module of this model, which has Affine, Linear, "):
+        cost.count(model, (4, 3), norms="Afine")
+    with pytest.raises(TypeError, match="norms=3: expected a class, its name"):
+        cost.count(model, (4, 3), norms=[3])
+
+
+def test_shapes_of_inputs():
+    model = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    assert cost.count(model, (np.int64(2), 3)).macs == 30
+    for shape in ((None, 3), (-1, 3)):
+        with pytest.raises(ValueError, match=r"expected a shape of known sizes"):
+            cost.count(model, shape)
+
+
 @pytest.mark.parametrize(("row", "printed"), list((TABLE_1 | TABLE_2).items()), ids=lambda value: str(value))
 def test_the_papers_tables(row, printed):
     depth, scheme = row

@@ -1,12 +1,17 @@
 import dataclasses
+import io
+import os
 import pathlib
+import pickle
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax import data
-from nfjax.data import crops, memory, skips
+from nfjax import assembly, data, report, workdir
+from nfjax import config as configs
+from nfjax.data import crops, decode, memory, skips
 
 
 def test_every_epoch_visits_each_example_once():
@@ -135,6 +140,51 @@ def test_damaged_cache_is_made_again(tmp_path):
     assert len(in_memory(tmp_path / "set").train) == 8
 
 
+def test_a_cache_of_something_else_is_made_again(tmp_path, monkeypatch):
+    make_folder(tmp_path / "set")
+    whole = in_memory(tmp_path / "set")
+    (cached,) = pathlib.Path(tmp_path / "cache").iterdir()
+    content = cached.read_bytes()
+    with np.load(cached) as stored:
+        arrays = dict(stored)
+
+    def npz(**changes):
+        stream = io.BytesIO()
+        np.savez(stream, **arrays | changes)
+        return stream.getvalue()
+
+    stream = io.BytesIO()
+    np.save(stream, arrays["train_images"])
+    rng = np.random.default_rng(0)
+    damaged = [bytearray(content) for _ in range(20)]
+    for flipped in damaged:
+        flipped[int(rng.integers(len(flipped)))] ^= 1 << int(rng.integers(8))
+    lies = [b"", b"\x00\xff", b"[]", b"{}", b"5", stream.getvalue(), pickle.dumps({}), content[:-30], *damaged]
+    lies += [npz(skipped=np.array(text)) for text in ("", "[]", "{}", "5", '{"train": [], "test": {}}', '{"train": {')]
+    lies += [npz(train_labels=np.zeros(3, np.int32)), npz(train_images=arrays["train_images"].astype(float))]
+    lies += [npz(train_images=np.array([{}], object))]
+    warnings = []
+    monkeypatch.setattr(memory.logging, "warning", lambda text, *args: warnings.append(text % args))
+    for lie in lies:
+        cached.write_bytes(lie)
+        again = in_memory(tmp_path / "set")
+        np.testing.assert_array_equal(again.train.images, whole.train.images)
+        np.testing.assert_array_equal(again.test.labels, whole.test.labels)
+    assert len(lies) - 5 <= len(warnings) <= len(lies)  # a bit of the date of a file costs nothing
+    assert all(str(cached) in warning and warning.endswith("and is made again") for warning in warnings)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [cached.name]
+
+
+def test_a_full_disk_leaves_no_half_of_a_cache(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    make_folder(tmp_path / "set")
+    monkeypatch.setattr(os, "fsync", full)
+    assert len(in_memory(tmp_path / "set").train) == 8
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_unwritable_cache_is_no_obstacle(tmp_path, monkeypatch):
     make_folder(tmp_path / "set")
     (tmp_path / "file").write_text("")
@@ -147,10 +197,12 @@ def test_bad_files_are_left_out_and_named_with_the_cause(tmp_path):
     ant = tmp_path / "set" / "train" / "ant"
     (ant / "000.png").write_text("no image")
     (ant / "001.png").write_bytes((ant / "002.png").read_bytes()[:40])
+    (ant / "zero.png").write_text("")
     (ant / "notes.txt").write_text("")
     dataset = in_memory(tmp_path / "set")
-    assert set(dataset.skipped) == {"train/ant/000.png", "train/ant/001.png", "train/ant/notes.txt"}
-    assert dataset.skipped["train/ant/notes.txt"] == "empty file"
+    assert set(dataset.skipped) == {"train/ant/000.png", "train/ant/001.png", "train/ant/zero.png"}
+    assert dataset.left_aside == {".txt": 1}
+    assert dataset.skipped["train/ant/zero.png"] == "empty file"
     assert dataset.skipped["train/ant/000.png"] == "no image"
     assert len(dataset.train) == len(dataset.train.labels) == 298
     assert dataset.train.images[0, 0, 0].tolist() == [0, 0, 2]  # nothing took the place of another
@@ -244,3 +296,88 @@ def test_arrays_of_another_size_are_refused(monkeypatch):
 def test_images_checks_its_arrays():
     with pytest.raises(ValueError, match=r"expected uint8 \[N, H, W, 3\]"):
         data.Images(np.zeros((2, 8, 8, 3), np.float32), np.zeros(2, np.int32))
+
+
+def test_files_made_anew_with_the_same_size_and_time_are_decoded_anew(tmp_path):
+    """As rsync -t, tar and `os.utime` make them: only the time of change differs."""
+    make_folder(tmp_path / "set", suffix="bmp")
+    before = in_memory(tmp_path / "set").train.images
+    for file in (tmp_path / "set" / "train").rglob("*.bmp"):
+        status = file.stat()
+        pixels = 255 - np.asarray(Image.open(file))
+        for path in (file, file.with_suffix(".new")) if file.name == "000.bmp" else (file,):
+            Image.fromarray(pixels).save(path, "BMP")
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        if path != file:
+            path.replace(file)  # and another file in its place
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    np.testing.assert_array_equal(in_memory(tmp_path / "set").train.images, 255 - before)
+
+
+def test_skips_by_an_older_rule_are_not_served(tmp_path, monkeypatch):
+    """A file that did not count as an image under another `decode.RULE` is looked at again."""
+    make_folder(tmp_path / "set", per_class=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "RULE", decode.RULE - 1)
+        read = decode.size
+
+        def stricter(data):
+            if data == (tmp_path / "set/train/ant/000.png").read_bytes():
+                raise decode.BadImageError("damaged")
+            return read(data)
+
+        patch.setattr(decode, "size", stricter)
+        assert in_memory(tmp_path / "set").skipped == {"train/ant/000.png": "damaged"}
+        assert len(in_memory(tmp_path / "set").train) == 119
+    again = in_memory(tmp_path / "set")
+    assert again.skipped == {}
+    assert len(again.train) == 120
+
+
+def test_images_turned_upright_have_a_cache_of_their_own(tmp_path):
+    make_folder(tmp_path / "set", per_class=1)
+    noted = Image.Exif()
+    noted[0x0112] = 6
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[0, 0] = 255
+    Image.fromarray(pixels).save(tmp_path / "set" / "train" / "ant" / "000.png", exif=noted)
+    config = configs.base()
+    config.data.source, config.data.image_size = "folder", 8
+    for setting, corner in ((False, (0, 0)), (True, (0, 7)), (False, (0, 0))):
+        config.data.exif_orientation = setting
+        found = assembly.open_data(config, str(tmp_path / "set")).train.images[0, ..., 0]
+        assert np.argwhere(found == 255).tolist() == [list(corner)]
+    config.data.keep, config.augment.resized_crop_scale = "disk", (1.0, 1.0)
+    config.data.exif_orientation = True
+    for name in ("train", "test"):
+        assert assembly.make_transform(config, name).upright
+    assert assembly.first_images(config, assembly.open_data(config, str(tmp_path / "set")).train)[0, 0, 7, 0] == 255
+
+
+def test_other_files_do_not_stop_a_small_data_set(tmp_path):
+    make_folder(tmp_path / "set", per_class=3)
+    for name in ("Thumbs.db", "desktop.ini", "0.txt", "1.txt", "set.zip"):
+        for split in ("train", "test"):
+            (tmp_path / "set" / split / "bee" / name).write_text("no image")
+    dataset = in_memory(tmp_path / "set", max_skipped=0.0)
+    assert (len(dataset.train), len(dataset.test), dataset.skipped) == (6, 6, {})
+    assert dataset.left_aside == {".db": 2, ".ini": 2, ".txt": 4, ".zip": 2}
+
+
+def test_one_class_is_refused_whatever_the_source(monkeypatch):
+    one = dataclasses.replace(data.load("digits", "", 8), class_names=("0",))
+    monkeypatch.setitem(data.DATASETS, "one", lambda directory, size: one)
+    with pytest.raises(ValueError, match=r"the classes of one .*: 0; expected at least two"):
+        data.load("one", "", 8)
+
+
+def test_what_was_left_aside_stands_in_the_header_and_in_the_workdir(tmp_path, tiny_config):
+    make_folder(tmp_path / "set", per_class=3)
+    (tmp_path / "set" / "test" / "bee" / "Thumbs.db").write_text("no image")
+    dataset = in_memory(tmp_path / "set")
+    model = assembly.build_model(tiny_config, 2, jax.random.key(0))
+    header = report.header(tiny_config, tmp_path, dataset, model)
+    assert "6 test images of 8x8, 2 classes; 1 file that is no image is left aside (1 .db)" in header
+    (tmp_path / "run").mkdir()
+    workdir.start(tmp_path / "run", tiny_config, dataset)
+    assert workdir.read_data(tmp_path / "run")["left_aside"] == {".db": 1}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from nfjax.data import decode, jpeg
+from nfjax.data import crops, decode, jpeg
 
 PHOTO = load_sample_image("china.jpg")  # [427, 640, 3]
 
@@ -112,7 +112,7 @@ def test_reduced_regions(decoder, factor):
 def test_both_decoders_agree():
     data = encoded(quality=70)
     ours = jpeg.RegionDecoder()(data, 20, 30, 100, 90, 2, checked=False)
-    np.testing.assert_array_equal(ours, decode._with_simplejpeg(data, 2)[20:120, 30:120])
+    np.testing.assert_array_equal(ours, jpeg.WholeDecoder()(data, 20, 30, 100, 90, 2, checked=False))
 
 
 @pytest.mark.parametrize(
@@ -213,3 +213,90 @@ def test_threads_do_not_share_a_buffer():
     with concurrent.futures.ThreadPoolExecutor(4) as executor:
         for expected, pixels in enumerate(executor.map(lambda data: decode.decode(data).copy(), shades * 4)):
             assert np.abs(pixels.astype(int) - expected % 64 * 4).max() <= 1
+
+
+@pytest.mark.parametrize("maxval", [1, 15, 255, 1000, 1023, 4095, 65_535])
+@pytest.mark.parametrize("kind", [b"P2", b"P5", b"P3", b"P6"])
+def test_pgm_and_ppm_of_any_depth(kind, maxval):
+    """Levels are shares of the largest, and of 16 bits the high byte is kept, as of a PNG."""
+    levels = np.linspace(0, maxval, 12).round().astype(int)
+    values = np.repeat(levels, 3) if kind in (b"P3", b"P6") else levels
+    if kind in (b"P2", b"P3"):
+        raster = " ".join(map(str, values)).encode()
+    else:
+        raster = values.astype(">u2" if maxval > 255 else np.uint8).tobytes()
+    pixels = decode.decode(kind + b"\n# a comment\n4 3\n%d\n" % maxval + raster)
+    assert pixels.shape == (3, 4, 3)
+    if kind in (b"P2", b"P5") and maxval > 255:
+        expected = np.round(levels / maxval * 65_535).astype(int) >> 8
+    else:
+        expected = np.round(levels / maxval * 255)
+    np.testing.assert_array_equal(pixels.reshape(-1, 3), np.stack([expected] * 3, axis=-1))
+    assert pixels[0, 0, 0] == 0
+    assert pixels[2, 3, 0] == 255
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_the_same_in_every_format(kind):
+    deep = np.random.default_rng(0).integers(0, 65_536, (5, 7), dtype=np.uint16)
+    pixels = decode.decode(encoded(Image.fromarray(deep), kind))
+    np.testing.assert_array_equal(pixels, np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=-1))
+
+
+@pytest.fixture
+def no_programs(monkeypatch):
+    """Fails where Pillow starts a program."""
+    import subprocess
+
+    def started(*args, **kwargs):
+        raise AssertionError(f"{args} was started")
+
+    for name in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, name, started)
+    monkeypatch.setattr("os.system", started)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\n0 0 20 10 rectfill showpage\n%%EOF\n"
+
+
+def test_postscript_starts_no_program(no_programs, tmp_path, monkeypatch):
+    """Pillow gives Encapsulated PostScript to Ghostscript, whatever the file is called."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(tmp_path / "gs"))
+    with pytest.raises(AssertionError, match="was started"), Image.open(io.BytesIO(EPS)) as image:
+        image.load()  # the trap works
+    with pytest.raises(decode.BadImageError, match=r"no image: of a format that is read: JPEG, PNG, GIF"):
+        decode.size(EPS)
+    with pytest.raises(decode.BadImageError, match="no image"):
+        decode.region(EPS, (0, 0, 10, 20), 1)
+    with pytest.raises(decode.BadImageError, match="no image"):
+        crops.CentreCrop(8, 8, upright=True)(EPS)
+
+
+def test_only_listed_formats_are_opened():
+    """XBM and MSP are no formats of photographs; IPTC, for one, opens what it holds with any plugin."""
+    grey = Image.new("L", (8, 8), 9)
+    for kind in ("XBM", "MSP", "SPIDER", "PCX"):
+        buffer = io.BytesIO()
+        (grey.convert("1") if kind in ("XBM", "MSP") else grey).save(buffer, kind)
+        if kind == "PCX":
+            assert decode.decode(buffer.getvalue())[0, 0].tolist() == [9, 9, 9]
+        else:
+            with pytest.raises(decode.BadImageError, match="no image"):
+                decode.decode(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    "kind", ["GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "DIB", "ICO", "QOI", "SGI", "TGA"]
+)
+def test_every_format_that_is_listed(kind):
+    from nfjax.data import formats
+
+    image = Image.fromarray(PHOTO[:48, :64])
+    options = {"lossless": True} if kind == "WEBP" else {"sizes": [(64, 48)]} if kind == "ICO" else {}
+    data = encoded(image, kind, **options)
+    np.testing.assert_array_equal(decode.decode(data), pillow(data))
+    assert kind in formats.FORMATS
+    # DIB, SGI and TGA have no first bytes that tell; they go by their ending, and so do icons.
+    assert formats.begins_like_one(data[: formats.SNIFFED]) == (kind not in ("DIB", "SGI", "TGA", "ICO"))

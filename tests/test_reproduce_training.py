@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -123,7 +124,33 @@ def test_a_damaged_line_is_named(tmp_path, damage):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": None}, "epochs and settings must be objects"),
+        ({"epochs": None}, r"Expected `object`, got `null` - at `\$\.epochs`; remove or mend that line"),
+        ({"settings": 5}, r"Expected `object`, got `int` - at `\$\.settings`"),
+        ({"epochs": {name: ["0.5"] for name in records.PER_EPOCH}}, "Expected `float`, got `str`"),
+        ({"epochs": {name: [0.5, 0.5] for name in records.PER_EPOCH}}, "it has more epochs than its settings, 1"),
+        ({"epochs": {name: [93.5] for name in records.PER_EPOCH}}, "train_accuracy is 93.5, expected a share from 0"),
+        ({"epochs": {name: [0.5] * len(name) for name in records.PER_EPOCH}}, "a number per epoch in each"),
+        ({"images": [5]}, r"Expected `array` of length >= 2"),
+        ({"images": [5, -1]}, r"Expected `int` >= 1 - at `\$\.images\[1\]`"),
+        ({"classes": 0}, "Expected `int` >= 1"),
+        ({"seconds": -1}, r"Expected `float` >= 0"),
+        ({"curve": 5}, "Expected `str`, got `int`"),
+        ({"data": "\x1b[2J"}, r"'\\x1b\[2J' is no name that can be printed"),
+        ({"starts": [{}]}, r"missing required field `.*` - at `\$\.starts\[0\]`"),
+        ({"starts": [START | {"device": "cpu"}]}, r"Expected `object`, got `str` - at `\$\.starts\[0\]\.device`"),
+        (
+            {
+                "settings": {
+                    "seed": "0",
+                    "model.depth": 18,
+                    "model.residual": "",
+                    "model.norm": "",
+                    "model.init": "",
+                    "epochs": 1,
+                }
+            },
+            "settings have seed='0', expected a whole number",
+        ),
         ({"epochs": {"test_accuracy": [0.5]}}, "epochs must have train_loss"),
         ({"epochs": {name: [] for name in records.PER_EPOCH}}, "it has no epoch, and did not diverge"),
         ({"settings": {}}, "settings lack epochs, model.depth"),
@@ -134,6 +161,77 @@ def test_a_record_that_says_nothing_is_named(tmp_path, changes, message):
     (tmp_path / records.FILE).write_text(f"{line}\n")
     with pytest.raises(ValueError, match=f"line 1 is not the record of a run .*{message}"):
         records.read(tmp_path)
+
+
+def test_a_file_of_something_else_is_named(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(records.logging, "warning", lambda text, *args: warnings.append(text % args))
+    path = tmp_path / records.FILE
+    for content in (b"\x00\xff\n", b"\n", b"[" * 100_000 + b"\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{path}, line 1 is not the record of a run \(it is "):
+            records.read(tmp_path)
+    assert warnings == []
+    path.write_bytes(b"\x00\xff")  # which a crash may have left of a line
+    assert records.read(tmp_path) == []
+    assert warnings == [f"the last line of {path} was cut short; it is left out, and its run is not known"]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is a pipe or a device, which may never end"):
+        records.read(tmp_path)
+
+
+def test_a_full_disk_leaves_no_half_of_a_record(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    write(tmp_path, made(BASELINE, [0.5]))
+    before = (tmp_path / records.FILE).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=rf"{records.FILE} cannot be written \(No space left on device\)"):
+            write(tmp_path, made(CONVSHORT, [0.6]))
+    assert (tmp_path / records.FILE).read_bytes() == before
+    write(tmp_path, made(CONVSHORT, [0.6]))
+    assert [record.curve for record in records.read(tmp_path)] == [BASELINE, CONVSHORT]
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00\xff", b'[{"sta', b"{}", b"5", b"[5]", b'[{"started": 5}]', None])
+def test_a_run_is_recorded_without_what_cannot_be_read_of_its_starts(tmp_path, monkeypatch, data):
+    warnings = []
+    monkeypatch.setattr(runs.logging, "warning", lambda text, *args: warnings.append(text % args))
+    path = tmp_path / "versions.json"
+    path.write_text(json.dumps([START | {"step": 0, "python": "3.11.7"}]))
+    assert runs._starts(path) == [START | {"step": 0, "python": "3.11.7"}]
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    assert runs._starts(path) == []
+    assert len(warnings) == 1
+    assert str(path) in warnings[0]
+    group = [dataclasses.replace(made(BASELINE, [0.5]), starts=[])]
+    assert training._row("BatchNorm", group)[4] == "50.00 %"
+    assert training._versions(group) == ""
+
+
+def test_a_full_disk_leaves_tables_and_figures_as_they_were(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    write(tmp_path, made(BASELINE, [0.5]), made(CONVSHORT, [0.6]))
+    (figure,) = figures(tmp_path, changes={"epochs": 1})
+    written = figure.write(tmp_path / "figure7")
+    before = [path.read_bytes() for path in written]
+    assert [path.suffix for path in written] == [".md", ".png", ".csv"]
+    assert before[1].startswith(b"\x89PNG")
+    write(tmp_path, made(CONVSHORT, [0.7], seed=1))
+    (figure,) = figures(tmp_path, changes={"epochs": 1})
+    files = set(tmp_path.iterdir())
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"figure7_images_epochs1\.md cannot be written \(No space left on device\)"):
+        figure.write(tmp_path / "figure7")
+    assert [path.read_bytes() for path in written] == before
+    assert set(tmp_path.iterdir()) == files
 
 
 def test_a_last_line_without_its_end_is_kept(tmp_path):

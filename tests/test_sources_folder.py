@@ -9,7 +9,7 @@ import pytest
 from absl import logging
 from scipy import io
 
-from nfjax.data import cifar, folder
+from nfjax.data import cifar, folder, formats, splits
 
 
 @pytest.fixture
@@ -375,3 +375,130 @@ def test_a_flat_folder_without_labels_says_what_was_looked_for(tmp_path):
         str(tmp_path / "devkit" / "data"),
     ):
         assert part in str(caught.value)
+
+
+# What is no image, and folders that are one level off.
+
+PNG = b"\x89PNG\r\n\x1a\n and so on"
+
+
+def test_what_is_no_image_is_left_aside_and_counted(tmp_path):
+    """Found beside images: what systems, archives and labelling tools leave there."""
+    make_folder(tmp_path)
+    ant = tmp_path / "train" / "ant"
+    for name, content in {
+        "Thumbs.db": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+        "desktop.ini": b"[.ShellClassInfo]",
+        "0.txt": b"0 0.5 0.5 0.1 0.1",
+        "1.txt": b"P3 is no picture",
+        "images.zip": b"PK\x03\x04",
+        "README": b"BM is how a bitmap begins, and this text",
+        "empty": b"",
+        "figure.eps": b"%!PS-Adobe-3.0 EPSF-3.0",
+    }.items():
+        (ant / name).write_bytes(content)
+    (tmp_path / "test" / "bee" / "list.TXT").write_text("")
+    os.mkfifo(ant / "pipe")
+    dataset = folder.load(str(tmp_path))
+    assert [dataset.train.name(i) for i in range(4)] == [*(f"train/ant/{i}.jpg" for i in range(3)), "train/bee/0.jpg"]
+    assert (len(dataset.train), len(dataset.test)) == (6, 6)
+    assert dataset.left_aside == {".txt": 3, ".db": 1, ".ini": 1, ".zip": 1, "no ending": 3, ".eps": 1}
+    assert dataset.skipped == {}
+    assert splits.left_aside(dataset.left_aside).startswith(
+        "10 files that are no images are left aside (3 .txt, 3 no ending, 1 "
+    )
+    assert dataset.thinned(0.5).left_aside == dataset.left_aside
+
+
+def test_images_of_another_name_or_none_are_images(tmp_path):
+    make_folder(tmp_path)
+    ant = tmp_path / "train" / "ant"
+    beginnings = {
+        "photo": b"\xff\xd8\xff\xe0\x00\x10JFIF",
+        "photo.jpg.1": b"\xff\xd8\xff\xe1",
+        "cat.data": PNG,
+        "dog.bak": b"RIFF\x24\x00\x00\x00WEBPVP8 ",
+        "scan.1": b"II*\x00\x08\x00\x00\x00",
+        "map": b"P5\n# comment\n3 3\n",
+        "bitmap": b"BM" + (70).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + b"\x28\0\0\0",
+        "phone": b"\x00\x00\x00\x18ftypheic",
+    }
+    for name, content in beginnings.items():
+        (ant / name).write_bytes(content)
+    (ant / "broken.PNG").write_text("an image by its name, and a broken one")
+    dataset = folder.load(str(tmp_path))
+    listed = {dataset.train.name(i).removeprefix("train/ant/") for i in range(len(dataset.train))}
+    assert listed >= {*beginnings, "broken.PNG"}
+    assert dataset.left_aside == {}
+
+
+def test_images_by_their_ending_are_not_opened(tmp_path, monkeypatch):
+    """A listing of a million files would take minutes."""
+    make_folder(tmp_path)
+    monkeypatch.setattr(formats, "begins_like_one", lambda data: pytest.fail("it was opened"))
+    assert len(folder.load(str(tmp_path)).train) == 6
+
+
+def test_a_flat_test_folder_with_other_files_in_it(tmp_path):
+    make_flat(tmp_path)
+    make_devkit(tmp_path / "val", [1, 2, 3, 3, 1])
+    make(tmp_path, ["val/Thumbs.db", "val/readme.md"])
+    dataset = folder.load(str(tmp_path))
+    assert dataset.test.labels.tolist() == [2, 0, 1, 1, 2]
+    assert dataset.left_aside == {".db": 1, ".md": 1}  # and not the labels
+
+
+def test_one_class_is_refused(tmp_path):
+    make_folder(tmp_path, classes=("ant",))
+    with pytest.raises(
+        ValueError, match=r"the class folders of .*train: ant; expected at least two, for a network that"
+    ):
+        folder.load(str(tmp_path))
+
+
+def test_classes_one_level_too_deep(tmp_path):
+    make(tmp_path, [f"{split}/images/{name}/{i}.jpg" for split in ("train", "test") for name in "abcde" for i in "12"])
+    make(tmp_path, ["train/images/labels.txt"])
+    with pytest.raises(ValueError, match="expected at least two") as caught:
+        folder.load(str(tmp_path))
+    train = tmp_path / "train"
+    assert f"{train / 'images'} holds a, b, c, d and more" in str(caught.value)
+    assert f"move them to {train}/<class>" in str(caught.value)
+    make(tmp_path, ["train/images/train/a/1.jpg"])
+    with pytest.raises(ValueError, match=rf"did you mean --config\.data\.dir={train}/images\?"):
+        folder.load(str(tmp_path))
+
+
+def test_class_folders_of_folders_are_pointed_out(tmp_path, warnings):
+    """They may be meant so; a folder images within each class, as of Tiny ImageNet, says nothing."""
+    names = [f"{c}/images/{i}.jpg" for c in ("ant", "bee") for i in "12"]
+    make(tmp_path, [f"{split}/{name}" for split in ("train", "test") for name in names])
+    make(tmp_path, ["train/ant/boxes.txt"])
+    assert len(folder.load(str(tmp_path)).train) == 4
+    assert warnings == []
+    make(tmp_path, [f"{split}/cat/{kind}/1.jpg" for split in ("train", "test") for kind in ("tom", "felix")])
+    assert folder.load(str(tmp_path)).train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("1 of 3 class folders hold only folders, whose images count as one class: ")
+    assert f"{tmp_path}/train/cat holds felix, tom." in warnings[0]
+    make(tmp_path, ["train/cat/3.jpg"])
+    folder.load(str(tmp_path))
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("given", ["..", "train", "test"])
+def test_a_directory_one_level_off_is_named(tmp_path, given):
+    make_folder(tmp_path / "set")
+    wrong = (tmp_path / "set" / given).resolve()
+    with pytest.raises(FileNotFoundError, match=rf"did you mean --config\.data\.dir={tmp_path}/set\?"):
+        folder.load(str(wrong))
+
+
+def test_the_fingerprint_sees_files_made_anew_with_the_same_size_and_time(tmp_path):
+    make_folder(tmp_path)
+    file = tmp_path / "test" / "bee" / "2.jpg"
+    before, status = folder.load(str(tmp_path)).fingerprint(), file.stat()
+    file.write_bytes(bytes(len(file.read_bytes())))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert folder.load(str(tmp_path)).fingerprint() != before

@@ -117,16 +117,22 @@ def test_arrays_are_packed_without_loss(tmp_path):
 
 def test_bad_images_are_left_out_counted_and_named(tmp_path, source):
     (source / "train" / "ant" / "000.jpg").write_bytes(b"")
-    (source / "train" / "bee" / "zzz.txt").write_text("no image")
+    (source / "train" / "bee" / "zzz.jpg").write_text("no image")
     dataset = folder.load(str(source))
     with pytest.raises(
         ValueError, match=r"(?s)2 of the 13 images of train.*1 empty file.*more than 0.01 of them.*train/ant/000.jpg"
     ):
         pack.pack(dataset, str(tmp_path / "out"))
     manifest = pack.pack(dataset, str(tmp_path / "out"), max_skipped=0.5)  # goes on from there
-    assert set(manifest.skipped["train"]) == {"train/ant/000.jpg", "train/bee/zzz.txt"}
+    assert set(manifest.skipped["train"]) == {"train/ant/000.jpg", "train/bee/zzz.jpg"}
     assert manifest.labels["train"] == (5, 6)
     assert len(records.load(str(tmp_path / "out")).train) == 11
+
+
+def test_the_command_says_what_was_left_aside(tmp_path, source, capsys):
+    (source / "train" / "bee" / "Thumbs.db").write_text("no image")
+    assert command.main(["pack", "--source=folder", f"--dir={source}", f"--out={tmp_path}/out", "--no-verify"]) == 0
+    assert f"of {source}, 1 file that is no image is left aside (1 .db)" in capsys.readouterr().out
 
 
 def test_a_label_out_of_range_is_a_bad_image(tmp_path, source):

@@ -230,3 +230,25 @@ def test_from_a_bucket_through_a_local_copy(tmp_path, bucket, monkeypatch):  # n
     assert tfds.load("small", "gs://bucket/sets").train.reader(3) == dataset.train.reader(3)
     (copy,) = (tmp_path / "cache" / "mirror").iterdir()
     assert copy.name.startswith("bucket-sets-small-1-0-0-")
+
+
+def test_one_class_is_refused(tmp_path):
+    import tensorflow_datasets
+
+    features = {
+        "image": tensorflow_datasets.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+        "label": tensorflow_datasets.features.ClassLabel(names=["ant"]),
+    }
+    make_set(tmp_path, label=lambda i: 0, features=features)
+    with pytest.raises(ValueError, match=r"the classes of tfds:small: ant; expected at least two"):
+        tfds.load("small", str(tmp_path))
+
+
+def test_the_fingerprint_sees_a_shard_made_anew_with_the_same_size_and_time(tmp_path):
+    directory = make_set(tmp_path)
+    before = tfds.load("small", str(tmp_path)).fingerprint()
+    shard = sorted(directory.glob("*train*"))[0]
+    content, status = shard.read_bytes(), shard.stat()
+    shard.write_bytes(content[::-1])
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert tfds.load("small", str(tmp_path)).fingerprint() != before

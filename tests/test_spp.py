@@ -494,9 +494,9 @@ class Stage(nnx.Module):
         return x
 
 
-def test_an_unclear_choice_lists_the_candidates():
-    with pytest.raises(ValueError, match=r"such as where=Stage; candidates are Stage \(2 calls\), Block \(6 calls\)"):
-        spp.propagate(Model([Stage, Stage]), images(16, 8))
+def test_stages_are_no_blocks_and_an_unclear_choice_lists_the_candidates():
+    paths = spp.propagate(Model([Stage, Stage]), images(16, 8)).paths
+    assert paths == tuple(f"blocks/{i}/blocks/{j}" for i in range(2) for j in range(3))
     with pytest.raises(ValueError, match=r"Block \(1\), Linear \(3\)"):
         spp.propagate(Model([Block]), images(16, 8))
     assert len(spp.propagate(Model([Stage, Stage]), images(16, 8), where=(Stage, Block))) == 8

@@ -40,6 +40,24 @@ def linen_model():
 def needs_more(width):
     return model()
 
+def two_classes(seed=0, width=8, name="plain"):
+    rngs = nnx.Rngs(seed)
+    assert name in ("plain", "fancy"), name
+    return Switched([Block(rngs), Other(rngs), Block(rngs), Other(rngs)]), jax.numpy.ones((4, width))
+
+class Other(Block):
+    pass
+
+class Switched(nnx.Module):
+    def __init__(self, blocks):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, x, scale=1.0, skip=(), mode=None):
+        for i, block in enumerate(self.blocks):
+            if i not in skip:
+                x = block(x)
+        return x * scale
+
 CONSTANT = 3
 """
 
@@ -114,6 +132,26 @@ def test_a_model_of_the_users_own(run, arguments, expected):
     assert expected in run(*arguments)
 
 
+TWO = "--module=my_models:two_classes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "blocks"),
+    [
+        ([TWO], 4),
+        ([TWO, "--where=Other"], 2),
+        ([TWO, "--where=Other,Linear"], 2 + 8),
+        ([TWO, "--where=Other", "--where=Linear"], 2 + 8),
+        ([TWO, "--arg=skip=(1, 3)", "--arg=scale=0.5", "--arg=mode=None"], 2),
+        ([TWO, "--make=name='fancy'", "--make=width=8", "--seeds=2"], 4),
+        ([TWO, "--branch=b"], 4),
+        (["--module=my_models:needs_more", "--make=width=3", "--input-shape=4,8"], 3),
+    ],
+)
+def test_arguments_and_classes(run, arguments, blocks):
+    assert f"Profile of {blocks} blocks" in run(*arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,6 +174,19 @@ def test_a_model_of_the_users_own(run, arguments, expected):
         (["--module=my_models:model_and_input", "--seeds=2"], "takes no `seed`"),
         (["--module=my_models:model", "--input-shape=4,9"], "is its input what it expects?"),
         (["--module=my_models:model_and_input", "--where=Blok"], "it calls Block (3), Linear (6)"),
+        (["--module=my_models:model_and_input", "--where=Block,Blok"], "'Blok' selects no module"),
+        (["--module=my_models:model_and_input", "--where=Block,"], "--where has an empty name"),
+        (["--module=my_models:model_and_input", "--where=layers/1"], "'layers/1' is the path of a Block"),
+        (["--module=my_models:model_and_input", "--branch=brnch"], "in the blocks are 'a' (Linear), 'b' (Linear)"),
+        ([*SMALL, "--branch=brnch"], "in the blocks are "),
+        ([*SMALL, "--arg=train=False"], "--make, --arg, --input-shape and --where go with --module"),
+        ([TWO, "--arg=train"], "'train': expected NAME=VALUE, such as train=False"),
+        ([TWO, "--arg=mode=eval"], "'eval' is no Python literal; expected a number"),
+        ([TWO, "--arg=scale=2.0", "--arg=scale=3.0"], "--arg=scale=... is given more than once"),
+        ([TWO, "--arg=seeds=2"], "seeds is an argument of nfjax.spp.propagate_seeds"),
+        ([TWO, "--arg=scael=2.0"], "scael"),
+        ([TWO, "--make=wdth=2"], "has no such parameter; it has seed, width, name"),
+        ([TWO, "--make=seed=2"], "--seeds says how many"),
     ],
 )
 def test_wrong_input_gets_a_clear_error(run, arguments, message):

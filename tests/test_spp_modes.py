@@ -329,6 +329,24 @@ def test_a_linen_norm_of_somebody_elses():
         assert (mode.batch if train else mode.initial) == ("Norm_0", "Norm_1")
 
 
+def test_a_linen_module_inside_an_nnx_model():
+    class Net(nnx.Module):
+        def __init__(self):
+            module = nnx.bridge.ToNNX(linen.BatchNorm(use_running_average=True), nnx.Rngs(0))
+            self.norm = nnx.bridge.lazy_init(module, jnp.ones((1, 8)))
+            self.blocks = nnx.List([nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)])
+
+        def __call__(self, x):
+            x = self.norm(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    mode = spp.propagate(Net(), images(16, 8), where=nnx.Linear).mode
+    assert mode.running == mode.initial == ("norm",)
+    assert mode.mutable is None
+
+
 def test_dropout_of_attention():
     """A module that is not called Dropout, with a rate of its own."""
     x = images(2, 4, 8)

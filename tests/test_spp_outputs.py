@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 import typing
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from flax import linen, nnx, struct
 
 from nfjax import spp
+from nfjax.spp import __main__ as command
 
 
 def images(*shape, seed=0):
@@ -99,7 +101,7 @@ class Chain(nnx.Module):
 @pytest.mark.parametrize("how", HOW)
 def test_the_array_that_goes_on_is_measured(how):
     model, x = Chain(how), images(16, 8)
-    profile = spp.propagate(model, x, where=Returning)
+    profile = spp.propagate(model, x)  # these blocks are found, too
     y, expected = x, []
     for block in model.blocks:
         y = activation(block(y))
@@ -328,6 +330,47 @@ def test_a_name_that_is_asked_for(output):
 def test_an_array_that_is_not_there(output, message):
     with pytest.raises(ValueError, match=message):
         spp.propagate(Chain("bfloat16 first"), images(16, 8), where=Returning, output=output)
+
+
+def test_on_the_command_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "several.py").write_text("""
+import jax
+from flax import nnx
+
+class Block(nnx.Module):
+    def __init__(self, seed):
+        self.layer = nnx.Linear(8, 8, rngs=nnx.Rngs(seed))
+
+    def __call__(self, given):
+        y = given[1] + self.layer(given[1])
+        return (given[0] * y, given[0]), y
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.blocks = nnx.List([Block(0), Block(1)])
+
+    def __call__(self, x):
+        given = (x, x)
+        for block in self.blocks:
+            (a, b), y = block(given)
+            given = (a + b, y)
+        return given
+
+def make():
+    return Model(), jax.random.normal(jax.random.key(0), (4, 8))
+""")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for output in ("1", "0/0"):
+        monkeypatch.setattr(sys, "argv", ["spp", "--module=several:make", "--where=Block", f"--output={output}"])
+        command.main()
+        shown = capsys.readouterr().out
+        assert ("blocks/0[1]" if output == "1" else "blocks/0[0][0]") in shown
+    monkeypatch.setattr(sys, "argv", ["spp", "--depth=18", "--output=1"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--output goes with --module" in capsys.readouterr().err
+    sys.modules.pop("several")
 
 
 def test_what_was_measured_is_shown_and_written(tmp_path):

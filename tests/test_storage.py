@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 from typing import Annotated
 
 import msgspec
 import pytest
+from etils import epath
 
 from nfjax import storage
 
@@ -113,3 +115,47 @@ def test_pipes_and_folders_are_no_regular_files(tmp_path):
     (tmp_path / "file").touch()
     assert storage.regular_file(tmp_path / "file")
     assert not any(storage.regular_file(tmp_path / name) for name in ("pipe", ".", "missing"))
+
+
+@pytest.mark.parametrize("kind", [pathlib.Path, epath.Path])
+def test_what_would_never_end_is_not_read(tmp_path, monkeypatch, kind):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "large.json").write_text("[1, 2, 3]")
+    with pytest.raises(storage.DamagedFileError, match=r"pipe\.json is a pipe or a device.*; look elsewhere"):
+        storage.read_json(kind(tmp_path / "pipe.json"), list, "look elsewhere")
+    assert storage.read_json(kind(tmp_path / "large.json"), list, "") == [1, 2, 3]
+    monkeypatch.setattr(storage, "LARGEST", 8)
+    with pytest.raises(storage.DamagedFileError, match=r"large\.json has 9 bytes: expected at most 8; look elsewhere"):
+        storage.read_json(kind(tmp_path / "large.json"), list, "look elsewhere")
+
+
+def test_a_file_written_in_pieces_is_there_when_it_is_whole(tmp_path):
+    path, victim = tmp_path / "x", tmp_path / "victim"
+    path.write_text("before")
+    victim.write_text("mine")
+    (tmp_path / ".x.part").symlink_to(victim)  # somebody hopes that it is followed
+
+    def interrupted():
+        with storage.replacing(path) as part:
+            part.write_text("half of")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert path.read_text() == "before"
+    (tmp_path / ".x.part").symlink_to(victim)
+    with storage.replacing(path) as part:
+        part.write_text("whole")
+        assert path.read_text() == "before"
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"x": "whole", "victim": "mine"}
+
+
+def test_tables_and_pictures(tmp_path):
+    from matplotlib.figure import Figure
+
+    storage.write_csv(tmp_path / "x.csv", [["a", "b, c"], [1, 0.5], ["ä", 'say "x"']])
+    assert (tmp_path / "x.csv").read_bytes() == 'a,"b, c"\n1,0.5\nä,"say ""x"""\n'.encode()
+    for name, start in (("x.png", b"\x89PNG"), ("x.pdf", b"%PDF")):
+        storage.write_figure(tmp_path / name, Figure(figsize=(1, 1)), dpi=10)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    assert sorted(os.listdir(tmp_path)) == ["x.csv", "x.pdf", "x.png"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from nfjax.data import cifar, digits, folder, records, synthetic, tfds
 from nfjax.data.order import Order, epoch_end, eval_orders, train_indices, train_orders
-from nfjax.data.splits import Dataset, Encoded, Images
+from nfjax.data.splits import Dataset, Encoded, Images, check_classes
 
 DATASETS: dict[str, Callable[[str, int], Dataset]] = {
     "digits": digits.load,
@@ -49,6 +49,7 @@ def load(source: str, directory: str, image_size: int) -> Dataset:
     if image_size < 1:
         raise ValueError(f"data.image_size={image_size} must be a positive number of pixels")
     dataset = loader(source)(os.path.expanduser(directory), image_size)
+    check_classes(dataset.class_names, f"the classes of {source} {directory}")
     for split in (dataset.train, dataset.test):
         if isinstance(split, Images) and split.images.shape[1:3] != (image_size, image_size):
             height, width = split.images.shape[1:3]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from nfjax import data
 from nfjax.data import pack
+from nfjax.data.splits import left_aside
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,6 +80,8 @@ def _pack(args: argparse.Namespace) -> None:
         images, size = sum(shard.count for shard in shards), sum(shard.bytes for shard in shards)
         left_out = f", {len(manifest.skipped[split])} left out" if manifest.skipped[split] else ""
         print(f"{split:<6} {images:,} images in {len(shards)} shards, {size / 1e6:,.1f} MB{left_out}")
+    if dataset.left_aside:
+        print(f"of {args.dir}, {left_aside(dataset.left_aside)}")
     print(f"train from them with --config.data.source=records --config.data.dir={args.out}")
 
 

@@ -1,32 +1,38 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) as their author publishes them: found in a directory, or downloaded there.
 
 The archives hold pickles, which can run any code when they are read. Each file's checksum is compared with the
-published one, and the unpickler used here can build NumPy arrays and nothing else.
+published one, and the unpickler used here can build numbers, texts, lists, dictionaries and arrays of bytes, and
+nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
+import http.client
 import io
+import math
 import os
 import pathlib
 import pickle
+import platform
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tqdm
 
+from nfjax import storage
 from nfjax.data.splits import Dataset, Images
 
 PAGE = "https://www.cs.toronto.edu/~kriz/"
 BLOCK = 1 << 20
 TIMEOUT = 60.0  # seconds without an answer
+LARGEST = 200_000_000  # bytes; the archives have 170 MB, the largest file in them 155 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,25 +127,50 @@ def load(archive: Archive, directory: str) -> Dataset:
             _download(archive, root)
         contents = _from_tar(archive, root / archive.file)
     names = _field(archive, contents, archive.names, archive.names_key)
-    if not names or not all(isinstance(name, bytes) for name in names):
-        raise ValueError(f"{archive.title}: {archive.names} names no classes")
-    class_names = tuple(name.decode() for name in names)
+    if not isinstance(names, list) or not names or not all(isinstance(name, bytes) and name for name in names):
+        raise ValueError(f"{archive.title}: {archive.names} names no classes. {_by_hand(archive)}")
+    class_names = tuple(name.decode("utf-8", "backslashreplace") for name in names)
+    if len(set(class_names)) != len(class_names):
+        raise ValueError(f"{archive.title}: {archive.names} names a class twice. {_by_hand(archive)}")
     train, test = (_images(archive, contents, files, len(names)) for files in (archive.train, archive.test))
     digest = "-".join(archive.md5[name] for name in (*archive.train, *archive.test))
     return Dataset(train, test, class_names, fingerprint=lambda: hashlib.sha256(digest.encode()).hexdigest()[:16])
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds NumPy arrays, numbers, texts, lists and dictionaries, and refuses whatever else a pickle asks for."""
+class _Dtype:
+    """What stands for the type of an array in a pickle."""
+
+    def __init__(self, name: Any, *others: Any) -> None:
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and the like, which bytes do not have."""
+
+
+class _Array:
+    """What stands for an array in a pickle. NumPy's own, made from a state that lies, could read any memory."""
+
+    values: np.ndarray | None = None  # of an array of bytes that agrees with itself
+
+    def __init__(self, *arguments: Any) -> None:
+        """What an empty one is made of."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        is_bytes = isinstance(dtype, _Dtype) and dtype.name in ("u1", b"u1") and isinstance(data, bytes)
+        if is_bytes and all(type(size) is int and size >= 0 for size in shape) and math.prod(shape) == len(data):
+            self.values = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds arrays of bytes, numbers, texts, lists and dictionaries, and refuses whatever else a pickle asks for."""
 
     def find_class(self, module: str, name: str) -> Any:
         wanted = (module.replace("numpy._core", "numpy.core"), name)
-        if wanted == ("numpy.core.multiarray", "_reconstruct"):
-            return np.empty(0).__reduce__()[0]
-        if wanted == ("numpy", "ndarray"):
-            return np.ndarray
+        if wanted in (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray")):
+            return _Array
         if wanted == ("numpy", "dtype"):
-            return np.dtype
+            return _Dtype
         if wanted == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
             return _latin1
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
@@ -153,7 +184,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 def _unpickled(archive: Archive, name: str, data: bytes) -> dict[bytes, Any]:
     try:
-        content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+        content = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # unpicklers raise nearly anything on corrupt bytes
         raise ValueError(f"{archive.title}: {name} cannot be read: {error}. {_by_hand(archive)}") from error
     if not isinstance(content, dict):
@@ -172,11 +203,16 @@ def _images(archive: Archive, contents: dict[str, bytes], files: tuple[str, ...]
     images, labels = [], []
     for name in files:
         content = _unpickled(archive, name, contents[name])
-        pixels, numbers = content.get(b"data"), content.get(archive.labels_key)
-        shaped = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (3072,)
-        if not shaped or not isinstance(numbers, list) or len(numbers) != len(pixels):
+        array, numbers = content.get(b"data"), content.get(archive.labels_key)
+        pixels = array.values if isinstance(array, _Array) else None
+        if (
+            pixels is None
+            or pixels.shape[1:] != (3072,)
+            or not isinstance(numbers, list)
+            or len(numbers) != len(pixels)
+        ):
             raise ValueError(f"{archive.title}: {name} holds no images [N, 3072] with N labels. {_by_hand(archive)}")
-        wrong = [label for label in numbers if not isinstance(label, int) or not 0 <= label < num_classes]
+        wrong = [label for label in numbers if type(label) is not int or not 0 <= label < num_classes]
         if wrong:
             raise ValueError(f"{archive.title}: {name} has the label {wrong[0]!r}: expected 0 to {num_classes - 1}")
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
@@ -188,7 +224,7 @@ def _from_folder(archive: Archive, folder: pathlib.Path) -> dict[str, bytes]:
     contents = {}
     for name in (*archive.train, *archive.test, archive.names):
         try:
-            contents[name] = (folder / name).read_bytes()
+            contents[name] = storage.read_bytes(folder / name, f"unpack {archive.file} again")
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} lacks the file {name}: unpack {archive.file} again") from None
         _check(archive, name, hashlib.md5(contents[name], usedforsecurity=False).hexdigest(), folder / name)
@@ -196,6 +232,8 @@ def _from_folder(archive: Archive, folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def _from_tar(archive: Archive, file: pathlib.Path) -> dict[str, bytes]:
+    if not storage.regular_file(file):
+        raise ValueError(f"{file} is a folder, a pipe or a device: expected an archive. {_by_hand(archive)}")
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     _check(archive, archive.file, digest, file)
@@ -205,8 +243,10 @@ def _from_tar(archive: Archive, file: pathlib.Path) -> dict[str, bytes]:
         with tarfile.open(file) as tar:  # read in memory: nothing is unpacked to disk
             for member in tar:
                 if member.isfile() and member.name in wanted:
+                    if member.size > LARGEST:  # a few bytes can stand for any number of zeros
+                        raise tarfile.TarError(f"{member.name} has {member.size:,} bytes, expected at most {LARGEST:,}")
                     contents[wanted[member.name]] = tar.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         raise ValueError(f"{file} cannot be read: {error}. {_by_hand(archive)}") from error
     missing = sorted(set(wanted.values()) - contents.keys())
     if missing:
@@ -227,31 +267,31 @@ def _by_hand(archive: Archive) -> str:
 
 
 def _download(archive: Archive, root: pathlib.Path) -> None:
-    url, temporary = PAGE + archive.file, root / f"{archive.file}.{os.getpid()}.part"
-    digest = hashlib.md5(usedforsecurity=False)
+    url, target = PAGE + archive.file, root / archive.file
+    digest, copied = hashlib.md5(usedforsecurity=False), 0
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(url, timeout=TIMEOUT) as response,
-            open(temporary, "wb") as out,
-            tqdm.tqdm(
-                total=int(response.headers.get("Content-Length", 0)) or None,
-                desc=archive.file,
-                unit="B",
-                unit_scale=True,
-            ) as bar,
-        ):
-            while block := response.read(BLOCK):
-                out.write(block)
-                digest.update(block)
-                bar.update(len(block))
-        _check(archive, archive.file, digest.hexdigest(), temporary)
-        os.replace(temporary, root / archive.file)
-    except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+        with storage.replacing(target, f"{platform.node()}-{os.getpid()}") as part:
+            with (
+                urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+                open(part, "wb") as out,
+                tqdm.tqdm(
+                    total=int(response.headers.get("Content-Length", 0)) or None,
+                    desc=archive.file,
+                    unit="B",
+                    unit_scale=True,
+                ) as bar,
+            ):
+                while block := response.read(BLOCK):
+                    copied += len(block)
+                    if copied > LARGEST:
+                        raise ValueError(f"what comes has more than the {LARGEST:,} bytes that were expected at most")
+                    out.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+            _check(archive, archive.file, digest.hexdigest(), part)
+    except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise OSError(
             f"{archive.title} cannot be downloaded from {url} to {root}: {reason}. {_by_hand(archive)}"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

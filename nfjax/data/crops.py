@@ -30,6 +30,7 @@ class RandomResizedCrop:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     seed: int = 0
+    upright: bool = False  # whether the image is turned as EXIF says, first
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
@@ -41,12 +42,12 @@ class RandomResizedCrop:
 
     def __call__(self, data: bytes, position: int, checked: bool = False) -> np.ndarray:
         """The crop of the example at `position` of the run. checked: see `decode.region`. Raises BadImageError."""
-        height, width = decode.size(data)
-        box = self.box(height, width, position)
-        factor = reduction(box, self.size) if decode.is_jpeg(data) else 1
+        header = decode.header(data, self.upright)
+        box = self.box(header.height, header.width, position)
+        factor = reduction(box, self.size, header.reductions)
         if factor > 1:
             box = tuple(n // factor * factor for n in box)
-        return resize(decode.region(data, box, factor, checked), self.size)
+        return resize(decode.region(data, box, factor, checked, header.orientation), self.size)
 
     def box(self, height: int, width: int, position: int) -> tuple[int, int, int, int]:
         """(top, left, height, width) of the crop of an image of this size."""
@@ -79,6 +80,7 @@ class CentreCrop:
 
     size: int
     resize: int
+    upright: bool = False  # likewise
 
     def __post_init__(self) -> None:
         if self.resize < self.size:
@@ -92,30 +94,30 @@ class CentreCrop:
         from PIL import Image
 
         del position  # nothing is random
-        height, width = decode.size(data)
+        header = decode.header(data, self.upright)
+        height, width = header.height, header.width
         if (height, width) == (self.size, self.size) and self.resize == self.size:
-            return decode.region(data, (0, 0, height, width), 1, checked)
+            return decode.region(data, (0, 0, height, width), 1, checked, header.orientation)
         short = min(height, width)
         resized = [int(self.resize * n / short) for n in (height, width)]  # as torchvision rounds
         scale = [n / r for n, r in zip((height, width), resized, strict=True)]
         begin = [round((r - self.size) / 2) * s for r, s in zip(resized, scale, strict=True)]
         end = [min(b + self.size * s, n) for b, s, n in zip(begin, scale, (height, width), strict=True)]
-        factor = 1
-        if decode.is_jpeg(data):
-            factor = reduction((0, 0, int(end[0] - begin[0]), int(end[1] - begin[1])), self.size)
+        factor = reduction((0, 0, int(end[0] - begin[0]), int(end[1] - begin[1])), self.size, header.reductions)
         # What the resize reads: the square, and as much around it as its filter reaches.
         first = [max(0, int(b - 2 * s) // factor * factor) for b, s in zip(begin, scale, strict=True)]
         last = [min(n, math.ceil(e + 2 * s)) for e, s, n in zip(end, scale, (height, width), strict=True)]
         last = [min(n, -(-stop // factor) * factor) for stop, n in zip(last, (height, width), strict=True)]
-        pixels = decode.region(data, (first[0], first[1], last[0] - first[0], last[1] - first[1]), factor, checked)
+        square = (first[0], first[1], last[0] - first[0], last[1] - first[1])
+        pixels = decode.region(data, square, factor, checked, header.orientation)
         y0, x0, y1, x1 = ((v - f) / factor for v, f in zip((*begin, *end), (*first, *first), strict=True))
         box = (x0, y0, min(x1, pixels.shape[1]), min(y1, pixels.shape[0]))
         return np.asarray(Image.fromarray(pixels).resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
 
 
-def reduction(box: tuple[int, int, int, int], size: int) -> int:
-    """The largest of 8, 4, 2 and 1 by which the box can be reduced and still have `size` pixels a side."""
-    return next(factor for factor in (8, 4, 2, 1) if factor == 1 or min(box[2:]) >= factor * size)
+def reduction(box: tuple[int, int, int, int], size: int, allowed: tuple[int, ...] = decode.REDUCTIONS) -> int:
+    """The largest of those allowed by which the box can be reduced and still have `size` pixels a side."""
+    return next(factor for factor in allowed if factor == 1 or min(box[2:]) >= factor * size)
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:

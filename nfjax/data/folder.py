@@ -4,24 +4,29 @@
     DIR/test/<class>/*.jpg     or DIR/val/<class>/*.jpg,
                                or DIR/val/*.JPEG with a file of labels beside it (see `nfjax.data.labels`)
 
-Class names are the folder names, sorted. Any format that Pillow reads; files whose names begin with a dot are left
-alone. A directory that holds the CIFAR archives instead is read by `nfjax.data.cifar`.
+Class names are the folder names, sorted, two at least. What is an image is told by the ending of its name, and where
+that says nothing by its first bytes, see `nfjax.data.formats`; other files (Thumbs.db, lists, archives) are left aside
+and counted by their ending, and those whose names begin with a dot are left alone. The orientation that a camera has
+noted (EXIF) is ignored, as by Pillow and torchvision; --config.data.exif_orientation=True turns the images upright. A
+directory that holds the CIFAR archives instead is read by `nfjax.data.cifar`.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
 import hashlib
 import os
 import pathlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from absl import logging
 
-from nfjax.data import cifar, decode, labels
+from nfjax.data import cifar, decode, formats, labels
 from nfjax.data.skips import printable
-from nfjax.data.splits import Dataset
+from nfjax.data.splits import Dataset, check_classes, left_aside
 
 TEST_NAMES = ("test", "val")
 UNLABELLED_SHARE = 0.01
@@ -73,7 +78,7 @@ def load(directory: str) -> Dataset:
     """Lists `directory/train` and `directory/test` (or `val`).
 
     Raises FileNotFoundError, NotADirectoryError or ValueError that name the folder and the layout expected; a class of
-    train that test lacks is a warning.
+    train that test lacks is a warning, and so are class folders that look as if the classes were below them.
     """
     if not directory:
         raise ValueError(
@@ -95,20 +100,26 @@ def load(directory: str) -> Dataset:
     if not (root / "train").is_dir() or test_name is None:
         missing = "train" if not (root / "train").is_dir() else "test (or val)"
         found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(f"the data directory {root} has no folder {missing}: it holds {found}; {expected}")
+        raise FileNotFoundError(
+            f"the data directory {root} has no folder {missing}: it holds {found}; {expected}{_elsewhere(root)}"
+        )
 
     class_names = _classes(root / "train")
     if not class_names:
         raise FileNotFoundError(f"{root / 'train'} has no class folders; {expected}")
-    train = Files(directory, _listed(root, "train", class_names))
+    aside: collections.Counter[str] = collections.Counter()
+    train = Files(directory, _images(root, _listed(root, "train", class_names), aside))
     test_classes, skipped = _classes(root / test_name), {}
     if test_classes:
         _check_known(root, test_name, test_classes, class_names)
-        test = Files(directory, _listed(root, test_name, class_names, test_classes))
+        test = Files(directory, _images(root, _listed(root, test_name, class_names, test_classes), aside))
     else:
-        flat = [os.path.basename(path) for path in _walk(os.fsencode(root / test_name), b"")]
+        names = {os.fsencode(name) for name in labels.file_names(test_name)}
+        below = (path for path in _walk(os.fsencode(root / test_name), b"") if path not in names)
+        below = ((os.fsencode(test_name) + b"/" + path, 0) for path in below)
+        flat = [os.path.basename(path) for path, _ in _images(root, below, aside)]
         if not flat:
-            raise FileNotFoundError(f"{root / test_name} has no class folders and no files; {expected}")
+            raise FileNotFoundError(f"{root / test_name} has no class folders and no files; {expected}{_left(aside)}")
         numbers, skipped = labels.of_flat_folder(root, test_name, flat, class_names)
         if len(skipped) > UNLABELLED_SHARE * len(flat):
             raise ValueError(
@@ -119,10 +130,19 @@ def load(directory: str) -> Dataset:
         test = Files(directory, ((prefix + name, numbers[name]) for name in flat if name in numbers))
     for split, listed in (("train", train), (test_name, test)):
         if not len(listed):
-            raise FileNotFoundError(f"{root / split} has class folders but no files in them; {expected}")
+            raise FileNotFoundError(
+                f"{root / split} has class folders but no files in them that are images; {expected}{_left(aside)}"
+            )
+    too_deep = _one_level_too_deep(root, class_names)
+    check_classes(class_names, f"the class folders of {root / 'train'}", too_deep)
     _check_none_empty(root, train, class_names)
+    if too_deep:
+        logging.warning("%s", too_deep)
     _warn_of_missing(root / test_name, test, class_names)
-    return Dataset(train, test, class_names, skipped, fingerprint=lambda: _fingerprint(root, (train, test)))
+    if aside:
+        logging.info("%s%s", root, _left(aside))
+    fingerprint = functools.partial(_fingerprint, root, (train, test))
+    return Dataset(train, test, class_names, skipped, fingerprint, dict(aside))
 
 
 def _test_folder(root: pathlib.Path) -> str | None:
@@ -133,6 +153,60 @@ def _test_folder(root: pathlib.Path) -> str | None:
     by_class = [name for name in there if _classes(root / name)]
     labelled = [name for name in there if labels.has_its_own(root, name)]
     return next(iter(by_class + labelled + there[::-1]), None)
+
+
+def _images(root: pathlib.Path, listed: Iterable[Reference], aside: collections.Counter[str]) -> Iterator[Reference]:
+    """Those that are images; the others are counted by their ending."""
+    folder = os.fsencode(root)
+    for path, label in listed:
+        if formats.is_image(os.path.join(folder, path)):
+            yield path, label
+        else:
+            aside[printable(formats.ending(path)) or "no ending"] += 1
+
+
+def _left(aside: collections.Counter[str]) -> str:
+    return f"; {left_aside(aside)}" if aside else ""
+
+
+def _one_level_too_deep(root: pathlib.Path, class_names: tuple[str, ...]) -> str:
+    """Names the class folders that hold several folders and no image of their own: are those the classes?"""
+    found = {}
+    for name in class_names:
+        folders, images = [], False
+        with os.scandir(root / "train" / name) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.append(entry.name)
+                elif formats.is_image(entry.path):
+                    images = True
+                    break
+        if len(folders) > 1 and not images:
+            found[name] = sorted(folders)
+    if not found:
+        return ""
+    examples = "; ".join(
+        f"{root / 'train' / name} holds {', '.join(folders[:4])}{' and more' if len(folders) > 4 else ''}"
+        for name, folders in list(found.items())[:3]
+    )
+    return (
+        f"{len(found)} of {len(class_names)} class folders hold only folders, whose images count as one class: "
+        f"{examples}. If those are the classes, move them to {root / 'train'}/<class>"
+        f"{''.join(_did_you_mean(root / 'train' / name for name in found))}"
+    )
+
+
+def _elsewhere(root: pathlib.Path) -> str:
+    """Where the layout is instead: one level below, or above."""
+    above = [root.parent] if root.name in ("train", *TEST_NAMES) else []
+    return _did_you_mean([*(path for path in sorted(root.iterdir()) if not path.name.startswith(".")), *above])
+
+
+def _did_you_mean(places: Iterable[pathlib.Path]) -> str:
+    there = [place for place in places if (place / "train").is_dir()]
+    return "".join(f"\ndid you mean --config.data.dir={place}?" for place in there[:3])
 
 
 class _Numbers:
@@ -223,13 +297,17 @@ def _warn_of_missing(split: pathlib.Path, files: Files, class_names: tuple[str, 
 
 
 def _fingerprint(root: pathlib.Path, splits: tuple[Files, ...]) -> str:
-    digest = hashlib.sha256(f"2 {root.resolve()}".encode())
+    """Of names, labels, sizes and times. A file that was made anew may have the size of the one before, and its time of
+    modification is whatever a program sets it to; the time of change (of a POSIX file system) is set by nobody.
+    """
+    digest = hashlib.sha256(f"3 {root.resolve()}".encode("utf-8", "surrogateescape"))
     for files in splits:
         for index in range(len(files)):
             path, label = files.reference(index)
             try:
                 status = os.stat(os.path.join(files.reader.root, path))
-                digest.update(path + f" {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+                times = f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+                digest.update(path + f" {label} {status.st_size} {times}\n".encode())
             except OSError:  # a link to nowhere: reading will skip and name it
                 digest.update(path + b" unreadable\n")
     return digest.hexdigest()[:16]

@@ -1,19 +1,23 @@
-"""Decodes a part of a JPEG image with libjpeg-turbo 3, where that library is at hand.
+"""Decodes a part of a JPEG image with libjpeg-turbo 3, where that library is at hand, and else all of it.
 
 What lies outside the wanted rows and columns is not transformed, upsampled or converted, and the rows below them are
 not read at all where the file is known to be whole. `pip install "nfjax[turbo]"` brings the library; a system's own
-libturbojpeg of version 3 serves too. Without it `nfjax.data.decode` decodes whole images with simplejpeg: the same
-pixels, in a fifth more time.
+libturbojpeg of version 3 serves too. Without it whole images are decoded with simplejpeg: the same pixels, in a fifth
+more time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import functools
 import importlib.metadata
+from collections.abc import Iterator
 
 import numpy as np
+
+from nfjax.data.markers import MAX_SCANS
 
 
 class _Region(ctypes.Structure):
@@ -25,11 +29,19 @@ class _Factor(ctypes.Structure):
 
 
 # Of turbojpeg.h, version 3.
-_DECOMPRESS, _RGB = 1, 0
-_STOP_ON_WARNING, _SUBSAMPLING, _WIDTH, _HEIGHT, _COLORSPACE, _SCAN_LIMIT = 0, 4, 5, 6, 8, 13
+_DECOMPRESS, _RGB, _CMYK, _WARNING = 1, 0, 11, 0
+_STOP_ON_WARNING, _SUBSAMPLING, _WIDTH, _HEIGHT, _PRECISION, _COLORSPACE, _SCAN_LIMIT, _LOSSLESS = (
+    0,
+    4,
+    5,
+    6,
+    7,
+    8,
+    13,
+    15,
+)
 _BLOCK_WIDTHS = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32, 6: 8}  # pixels, by chroma subsampling: 4:4:4, 4:2:2, 4:2:0, …
-_YCBCR, _GRAY = 1, 2
-_MAX_SCANS = 100  # a progressive file of thousands of scans costs minutes
+_YCBCR, _GRAY, _CMYK_COLORS, _YCCK = 1, 2, 3, 4
 
 
 @functools.cache
@@ -49,6 +61,7 @@ def library() -> ctypes.CDLL | None:
         found.tj3SetCroppingRegion.argtypes = [handle, _Region]
         found.tj3Decompress8.argtypes = [*data, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         found.tj3GetErrorStr.argtypes, found.tj3GetErrorStr.restype = [handle], ctypes.c_char_p
+        found.tj3GetErrorCode.argtypes = [handle]
         found.tj3Destroy.argtypes, found.tj3Destroy.restype = [handle], None
         return found
     return None
@@ -64,53 +77,125 @@ def _candidates() -> list[str]:
     return packaged + ([system] if system else [])
 
 
+class DamagedError(ValueError):
+    """libjpeg warns of these data: what it makes of them may be anything."""
+
+
+class UnknownFormError(ValueError):
+    """Nothing is known of damage: these data are of a form that is not decoded here."""
+
+
 class RegionDecoder:
-    """Decodes regions of JPEG images; for one thread at a time. Raises RuntimeError where there is no `library`."""
+    """Decodes regions of JPEG images; for one thread at a time. Raises RuntimeError where there is no `library`.
+
+    Each image gets a handle of the library of its own, which takes some microseconds: one that was used before goes on
+    in the middle of the data that it failed at, and lends its tables to a file that lacks them.
+    """
 
     def __init__(self) -> None:
         self._library = library()
         if self._library is None:
             raise RuntimeError('no libturbojpeg of version 3 was found; pip install "nfjax[turbo]" brings one')
-        self._handle = self._library.tj3Init(_DECOMPRESS)
-        self._library.tj3Set(self._handle, _STOP_ON_WARNING, 1)
-        self._library.tj3Set(self._handle, _SCAN_LIMIT, _MAX_SCANS)
         self._buffer = np.empty(1 << 20, np.uint8)
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._library.tj3Destroy(self._handle)
 
     def __call__(
         self, data: bytes, top: int, left: int, height: int, width: int, factor: int, checked: bool
-    ) -> np.ndarray | None:
+    ) -> np.ndarray:
         """RGB uint8 [height, width, 3], a view that the next call overwrites, of the image at 1/factor of its size.
 
         factor: 1, 2, 4 or 8. checked: the file was decoded to its end before, without complaint: what lies below the
-        region is then not read. None for what this library reads otherwise: CMYK, unusual chroma subsampling.
-        Raises ValueError for damaged data.
+        region is then not read. Raises DamagedError, and UnknownFormError for what is to be read otherwise: CMYK,
+        unusual chroma subsampling, what the library does not decode.
         """
-        library, handle = self._library, self._handle
-        if library.tj3DecompressHeader(handle, data, len(data)):
-            self._fail()
-        block = _BLOCK_WIDTHS.get(library.tj3Get(handle, _SUBSAMPLING))
-        if block is None or library.tj3Get(handle, _COLORSPACE) not in (_YCBCR, _GRAY):
-            return None
-        full_width, full_height = library.tj3Get(handle, _WIDTH), library.tj3Get(handle, _HEIGHT)
-        # A region begins with a block; one more pixel on either side keeps the chroma between two pixels as it is.
-        block = max(1, block // factor)
-        start = max(left - 1, 0) // block * block
-        span = min(left + width + 1, -(-full_width // factor)) - start
-        # Damage garbles the rows behind it, but is noticed only where the data ends, too early or too late.
-        rows = height if checked else -(-full_height // factor) - top
-        library.tj3SetScalingFactor(handle, _Factor(1, factor))
-        if library.tj3SetCroppingRegion(handle, _Region(start, top, span, rows)):
-            self._fail()
-        size = rows * span * 3
+        with self._opened(data) as handle:
+            value = functools.partial(self._library.tj3Get, handle)
+            block = _BLOCK_WIDTHS.get(value(_SUBSAMPLING))
+            if block is None or value(_COLORSPACE) not in (_YCBCR, _GRAY):
+                raise UnknownFormError("of colours or a chroma subsampling that are not decoded by parts")
+            # A region begins with a block; one more pixel on either side keeps the chroma between two pixels as it is.
+            block = max(1, block // factor)
+            start = max(left - 1, 0) // block * block
+            span = min(left + width + 1, -(-value(_WIDTH) // factor)) - start
+            # Damage garbles the rows behind it, but is noticed only where the data ends, too early or too late.
+            rows = height if checked else -(-value(_HEIGHT) // factor) - top
+            self._decompress(handle, data, factor, _Region(start, top, span, rows), rows * span * 3, _RGB)
+        pixels = self._buffer[: rows * span * 3].reshape(rows, span, 3)
+        return pixels[:height, left - start : left - start + width]
+
+    def check(self, data: bytes) -> None:
+        """Decodes all of an image of any form to nothing. Raises DamagedError and UnknownFormError as above."""
+        with self._opened(data) as handle:
+            height, width = (-(-self._library.tj3Get(handle, side) // 8) for side in (_HEIGHT, _WIDTH))
+            colors = _CMYK if self._library.tj3Get(handle, _COLORSPACE) in (_CMYK_COLORS, _YCCK) else _RGB
+            self._decompress(handle, data, 8, _Region(0, 0, 0, 0), height * width * 4, colors)
+
+    @contextlib.contextmanager
+    def _opened(self, data: bytes) -> Iterator[int]:
+        """A handle that has read the header of these data."""
+        library = self._library
+        handle = library.tj3Init(_DECOMPRESS)
+        try:
+            library.tj3Set(handle, _STOP_ON_WARNING, 1)
+            library.tj3Set(handle, _SCAN_LIMIT, MAX_SCANS)
+            if library.tj3DecompressHeader(handle, data, len(data)):
+                self._fail(handle)
+            if library.tj3Get(handle, _LOSSLESS) or library.tj3Get(handle, _PRECISION) != 8:
+                raise UnknownFormError("lossless, or of more than 8 bits")  # not to be scaled: too large for the buffer
+            yield handle
+        finally:
+            library.tj3Destroy(handle)
+
+    def _decompress(self, handle: int, data: bytes, factor: int, region: _Region, size: int, colors: int) -> None:
+        library = self._library
         if self._buffer.size < size:
             self._buffer = np.empty(2 * size, np.uint8)
-        if library.tj3Decompress8(handle, data, len(data), self._buffer.ctypes.data, 0, _RGB):
-            self._fail()
-        return self._buffer[:size].reshape(rows, span, 3)[:height, left - start : left - start + width]
+        if (
+            library.tj3SetScalingFactor(handle, _Factor(1, factor))
+            or library.tj3SetCroppingRegion(handle, region)
+            or library.tj3Decompress8(handle, data, len(data), self._buffer.ctypes.data, 0, colors)
+        ):
+            self._fail(handle)
 
-    def _fail(self) -> None:
-        raise ValueError(self._library.tj3GetErrorStr(self._handle).decode(errors="replace"))
+    def _fail(self, handle: int) -> None:
+        warned = self._library.tj3GetErrorCode(handle) == _WARNING
+        message = self._library.tj3GetErrorStr(handle).decode(errors="replace")
+        raise DamagedError(message) if warned else UnknownFormError(message)
+
+
+class WholeDecoder:
+    """The same with simplejpeg, which decodes whole images, with a handle of its own for each."""
+
+    def __call__(
+        self, data: bytes, top: int, left: int, height: int, width: int, factor: int, checked: bool
+    ) -> np.ndarray:
+        """As `RegionDecoder`, but for the time."""
+        import simplejpeg
+
+        del checked
+        full_height, full_width, colors, _ = self._header(data)
+        if colors not in ("YCbCr", "Gray"):
+            raise UnknownFormError(f"of the colours {colors}")
+        smallest = {"min_height": -(-full_height // factor), "min_width": -(-full_width // factor)}
+        try:
+            pixels = simplejpeg.decode_jpeg(data, "RGB", **(smallest if factor > 1 else {}), min_factor=factor)
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
+        return pixels[top : top + height, left : left + width]
+
+    def check(self, data: bytes) -> None:
+        """As `RegionDecoder.check`."""
+        import simplejpeg
+
+        self._header(data)
+        try:
+            simplejpeg.decode_jpeg(data, "RGB", min_height=1, min_width=1)
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
+
+    def _header(self, data: bytes) -> tuple[int, int, str, str]:
+        import simplejpeg
+
+        try:
+            return simplejpeg.decode_jpeg_header(data, strict=False)
+        except (ValueError, KeyError) as error:  # the latter for colours that it has no name for
+            raise UnknownFormError(str(error)) from error

@@ -34,7 +34,7 @@ def of_flat_folder(
     or where the labels are not those of these files.
     """
     places = _places(root, folder)
-    names = (*_own(folder), "labels.csv", "LOC_val_solution.csv", GROUND_TRUTH)
+    *names, _ = file_names(folder)
     found = next((place / name for name in names for place in places if (place / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(
@@ -42,7 +42,7 @@ def of_flat_folder(
             f"looked for {', '.join(names)} in {', '.join(str(place) for place in places)}. A CSV file has rows of a "
             "file name and a class name; ImageNet's development kit has the last of these, and a meta.mat"
         )
-    files = [name for name in files if os.fsdecode(name) not in (*names, META)]
+    files = [name for name in files if os.fsdecode(name) not in file_names(folder)]
     if found.suffix == ".csv":
         labels = _of_csv(found, files, class_names)
     else:
@@ -53,6 +53,13 @@ def of_flat_folder(
         if name not in labels
     }
     return labels, skipped
+
+
+def file_names(folder: str) -> tuple[str, ...]:
+    """Of the files that may say what is in a flat folder, in the order in which they are looked for; `META` the last,
+    which says nothing alone.
+    """
+    return (*_own(folder), "labels.csv", "LOC_val_solution.csv", GROUND_TRUTH, META)
 
 
 def has_its_own(root: pathlib.Path, folder: str) -> bool:

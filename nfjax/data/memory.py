@@ -7,18 +7,18 @@ pixels.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
-import zipfile
+import platform
 
 import numpy as np
 import tqdm
 from absl import logging
 
-from nfjax.data import skips
+from nfjax import storage
+from nfjax.data import decode, skips
 from nfjax.data.crops import CentreCrop
 from nfjax.data.remote import cache_directory
 from nfjax.data.splits import Dataset, Encoded, Images
@@ -59,7 +59,7 @@ def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: 
             skips.check(name, skipped[name], len(split), max_skipped)
     images = {name: Images(arrays[f"{name}_images"], arrays[f"{name}_labels"]) for name in splits}
     named = dataset.skipped | skipped["train"] | skipped["test"]
-    return Dataset(images["train"], images["test"], dataset.class_names, named)
+    return Dataset(images["train"], images["test"], dataset.class_names, named, left_aside=dataset.left_aside)
 
 
 def _check_memory(splits: list[tuple[int, int]]) -> None:
@@ -75,7 +75,7 @@ def _check_memory(splits: list[tuple[int, int]]) -> None:
 
 def _key(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> str:
     fingerprint = dataset.fingerprint() if dataset.fingerprint else ""
-    return hashlib.sha256(f"3 {fingerprint} {train} {test}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"4 {decode.RULE} {fingerprint} {train} {test}".encode()).hexdigest()[:16]
 
 
 def _decode(split: Encoded, crop: CentreCrop, name: str) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
@@ -116,24 +116,25 @@ Stored = tuple[dict[str, np.ndarray], dict[str, dict[str, str]]]
 def _read(cache: pathlib.Path) -> Stored | None:
     try:
         with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in _ARRAYS}, json.loads(str(stored["skipped"]))
+            arrays, skipped = {name: stored[name] for name in _ARRAYS}, str(stored["skipped"])
+        skipped = storage.parse_json(skipped, dict[str, dict[str, str]], f"{cache}, skipped", "it is made again")
+        for split in ("train", "test"):
+            Images(arrays[f"{split}_images"], arrays[f"{split}_labels"])
+            skipped[split]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of zip files, arrays or JSON, whatever is wrong with them
         logging.warning("the cache %s cannot be read (%s) and is made again", cache, error)
         return None
+    return arrays, skipped
 
 
 def _write(cache: pathlib.Path, arrays: dict[str, np.ndarray], skipped: dict[str, dict[str, str]]) -> None:
-    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with storage.replacing(cache, f"{platform.node()}-{os.getpid()}") as part, open(part, "wb") as file:
             np.savez(file, **arrays, skipped=np.array(json.dumps(skipped)))
-        os.replace(temporary, cache)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         logging.warning(
             "the decoded images cannot be cached in %s (%s); the next run decodes them again", cache.parent, error
         )

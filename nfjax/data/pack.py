@@ -13,24 +13,40 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import json
+import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO, TypedDict
 
 import numpy as np
 import tqdm
 from absl import logging
 
+from nfjax import storage
 from nfjax.data import records, remote, shards
 from nfjax.data.contents import contents
 from nfjax.data.splits import Dataset, Images
 from nfjax.data.stream import default_workers
 
 STATE = "packing.json"  # the settings of a pack that is not finished
+LOCK = ".packing"  # held by the process that packs
+# What an unfinished pack consists of; `.part` is what a kill has left of a file.
+_SHARD = re.compile(rf"({'|'.join(records.SPLITS)})-\d{{5,}}-of-\d{{5,}}\.array_record(\.json)?")
+_OURS = re.compile(rf"{_SHARD.pattern}|{re.escape(STATE)}|{re.escape(LOCK)}|.*\.part")
 PER_SHARD = 4096
 MAX_SKIPPED = 0.01
 AHEAD = 4  # images a thread may be ahead of the writer
+
+
+class _Settings(TypedDict):
+    """What shards are packed with."""
+
+    source: str
+    short_side: int | None
+    quality: int | None
+    per_shard: int
+    fingerprint: str
 
 
 def pack(
@@ -74,10 +90,12 @@ def pack(
         else:
             logging.info("%s is packed already", local)
             _mend(dataset, local, manifest, convert, threads, verify_after)
+        for note in local.glob("*.array_record.json"):
+            note.unlink()
         if verify_after:
             verify(str(local))
     if remote.is_remote(out):
-        files = [shard.file for shards in manifest.shards.values() for shard in shards]
+        files = [shard.file for split in records.SPLITS for shard in manifest.shards[split]]
         remote.upload(local, out, [*files, records.MANIFEST])  # the manifest last: it says that the rest is there
         logging.info("%s can be removed", local)
     return manifest
@@ -86,10 +104,13 @@ def pack(
 def verify(directory: str) -> int:
     """Reads every byte and every record of a packed directory, and returns the number of records.
 
-    Raises ValueError that names the first shard or record that is not as it was written.
+    Raises ValueError, FileNotFoundError that name the first shard or record that is not as it was written.
     """
     manifest, _ = records.read_manifest(directory)
-    total = sum(shard.count for shards in manifest.shards.values() for shard in shards)
+    records.check_sizes(
+        directory, {shard.file: shard.bytes for split in records.SPLITS for shard in manifest.shards[split]}
+    )
+    total = sum(shard.count for split in records.SPLITS for shard in manifest.shards[split])
     with tqdm.tqdm(total=total, desc=f"verifying {directory}", unit=" images", mininterval=1) as bar:
         for split in records.SPLITS:
             found = np.zeros(len(manifest.class_names), int)
@@ -99,6 +120,7 @@ def verify(directory: str) -> int:
                         f"{directory}/{shard.file} is not as it was written: its SHA-256 differs; the same command "
                         "packs it again"
                     )
+                records.check_counts([(f"{directory}/{shard.file}", shard.count)])
                 reader = records.RecordReader(directory, (shard,), len(manifest.class_names))
                 for i in range(shard.count):
                     found[reader(i)[1]] += 1
@@ -125,32 +147,50 @@ def _locked(local: pathlib.Path) -> Iterator[None]:
     if (
         local.is_dir()
         and any(local.iterdir())
-        and not any((local / name).exists() for name in (records.MANIFEST, STATE))
+        and not any((local / name).exists() for name in (records.MANIFEST, STATE, LOCK))
     ):
         raise FileExistsError(f"{local} is not empty, and holds no pack: choose another directory, or empty it")
     local.mkdir(parents=True, exist_ok=True)
-    with open(local / STATE, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another process is packing to {local}: wait for it, or end it") from None
+    with _lock(local / LOCK):
         try:
             yield
         finally:
             if (local / records.MANIFEST).exists():
-                (local / STATE).unlink()
+                (local / STATE).unlink(missing_ok=True)
+                (local / LOCK).unlink()
+
+
+def _lock(path: pathlib.Path) -> TextIO:
+    """The open lock file, which this process holds until it is closed. Raises FileExistsError where another does."""
+    while True:
+        lock = open(path, "a")  # noqa: SIM115  it is the caller's
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except BlockingIOError:
+            lock.close()
+            raise FileExistsError(f"another process is packing to {path.parent}: wait for it, or end it") from None
+        lock.close()  # whoever held it has finished, and removed it since it was opened here
 
 
 def _begin(local: pathlib.Path, settings: dict[str, Any]) -> records.Manifest | None:
     """The manifest, if all is packed already; refuses a directory that was packed with other settings."""
-    manifest, before = None, (local / STATE).read_text()
+    manifest, found = None, None
     if (local / records.MANIFEST).exists():
         manifest, _ = records.read_manifest(str(local))
         found = manifest.settings
-    elif before:
-        found = json.loads(before)
-    else:
-        (local / STATE).write_text(json.dumps(settings))
+    elif (local / STATE).exists():
+        try:
+            found = storage.read_json(local / STATE, _Settings, "packing begins anew")
+        except storage.DamagedFileError as error:
+            if others := [file.name for file in local.iterdir() if not _OURS.fullmatch(file.name)]:
+                raise FileExistsError(
+                    f"{local} holds {others[0]!r} and a {STATE} that is none of a pack: choose another directory"
+                ) from error
+            logging.warning("%s", error)
+    if found is None:
+        _begin_anew(local, settings)
         return None
     differ = [
         f"{'the source (its files changed)' if key == 'fingerprint' else key}: {found.get(key)!r} there, {value!r} now"
@@ -160,9 +200,7 @@ def _begin(local: pathlib.Path, settings: dict[str, Any]) -> records.Manifest | 
     if manifest is None and found | {"fingerprint": None} == settings | {"fingerprint": None}:
         if differ:
             logging.warning("the source has changed since %s was begun: packing begins anew", local)
-            for file in local.glob("*.array_record*"):
-                file.unlink()
-            (local / STATE).write_text(json.dumps(settings))
+            _begin_anew(local, settings)
         return None
     if differ:
         raise ValueError(
@@ -170,6 +208,14 @@ def _begin(local: pathlib.Path, settings: dict[str, Any]) -> records.Manifest | 
             "directory, or remove it"
         )
     return manifest
+
+
+def _begin_anew(local: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Removes shards of which nobody knows with what settings they were packed."""
+    for file in local.iterdir():
+        if _SHARD.fullmatch(file.name):
+            file.unlink()
+    storage.write_json(local / STATE, settings)
 
 
 def _pack(
@@ -193,24 +239,23 @@ def _pack(
             bad: dict[str, str] = {}
             number = -(-len(examples) // settings["per_shard"])
             for k in range(number):
-                file = local / f"{split}-{k:05d}-of-{number:05d}.array_record"
+                file = local / records.shard_name(split, k, number)
                 indices = _indices(k, settings["per_shard"], len(examples))
-                note = shards.finished(file)
+                note = shards.finished(file, len(dataset.class_names))
                 if note is None:
                     example = functools.partial(shards.example, examples, convert, len(dataset.class_names))
                     note = shards.write(file, shards.in_order(pool, example, indices, AHEAD * threads), bar)
                 else:
                     bar.update(len(indices))
-                done.append(records.Shard(**note["shard"]))
-                counts += np.bincount(note["labels"], minlength=len(counts))
-                bad |= note["skipped"]
+                done.append(note.shard)
+                counts += np.bincount(np.array(note.labels, int), minlength=len(counts))
+                bad |= note.skipped
                 _stop_at(split, bad, len(examples), max_skipped)
             records.warn_of_missing_classes(f"{settings['source']} {split}", counts, dataset.class_names)
             listed[split], labels[split], skipped[split] = tuple(done), tuple(counts.tolist()), bad
     manifest = records.Manifest(dataset.class_names, listed, labels, skipped, settings)
-    shards.write_text(local / records.MANIFEST, manifest.to_json())
-    for note in local.glob("*.array_record.json"):
-        note.unlink()
+    manifest.check(str(local / records.MANIFEST))
+    storage.write_text(local / records.MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -243,8 +288,7 @@ def _mend(
                 concurrent.futures.ThreadPoolExecutor(threads) as pool,
             ):
                 note = shards.write(file, shards.in_order(pool, example, indices, AHEAD * threads), bar)
-            shards.note_of(file).unlink()
-            if records.Shard(**note["shard"]) != shard:
+            if note.shard != shard:
                 raise ValueError(
                     f"{file} was lost or damaged, and packed again it is not what {records.MANIFEST} says: other "
                     f"versions of the libraries encode otherwise. Remove {local} and pack it anew"

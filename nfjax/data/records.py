@@ -11,16 +11,21 @@ compressed, because JPEG and PNG are. Every chunk carries a hash, which is check
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
+import pathlib
 import resource
-from typing import Any
+from collections.abc import Iterable
+from typing import Annotated, Any
 
+import msgspec
 from absl import logging
 
+from nfjax import storage
 from nfjax.data import remote
 from nfjax.data.splits import Dataset
 
@@ -28,6 +33,9 @@ MANIFEST = "manifest.json"
 VERSION = 1
 OPTIONS = "group_size:1,uncompressed"
 SPLITS = ("train", "test")
+AGAIN = "copy it again, or pack again"  # the way out where packed files are not what the manifest says
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +43,9 @@ class Shard:
     """A file of records: its name, how many, its bytes and their SHA-256."""
 
     file: str
-    count: int
-    bytes: int
-    sha256: str
+    count: Count
+    bytes: Count
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Manifest:
 
     class_names: tuple[str, ...]
     shards: dict[str, tuple[Shard, ...]]
-    labels: dict[str, tuple[int, ...]]
+    labels: dict[str, tuple[Count, ...]]
     skipped: dict[str, dict[str, str]]
     settings: dict[str, Any]
     version: int = VERSION
@@ -60,19 +68,63 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
-        """Raises ValueError where this is no manifest, or one of a later version."""
+        """Raises ValueError where this is no manifest, one of a later version, or one that contradicts itself."""
         try:
-            fields = json.loads(text)
-            if fields["version"] != VERSION:
+            version = storage.parse_json(text, _Versioned, "it", "pack the data again").version
+            if version != VERSION:
                 raise ValueError(
-                    f"{where} has format version {fields['version']!r}, this nfjax reads version {VERSION}: update "
-                    "nfjax, or pack again"
+                    f"{where} has format version {version!r}, this nfjax reads version {VERSION}: update nfjax, or "
+                    "pack again"
                 )
-            shards = {split: tuple(Shard(**shard) for shard in fields["shards"][split]) for split in SPLITS}
-            labels = {split: tuple(fields["labels"][split]) for split in SPLITS}
-            return cls(tuple(fields["class_names"]), shards, labels, fields["skipped"], fields["settings"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where} is no manifest of packed records ({error!r}); pack the data again") from error
+            manifest = storage.parse_json(text, cls, "it", "pack the data again")
+        except storage.DamagedFileError as error:
+            fields = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise storage.DamagedFileError(
+                f"{where} is no manifest of packed records, an object of {fields}: {error}"
+            ) from error
+        manifest.check(where)
+        return manifest
+
+    def check(self, where: str) -> None:
+        """Raises ValueError unless the names are those that `pack` gives, and the numbers agree with each other."""
+        names = self.class_names
+        wrong = [name for name, times in collections.Counter(names).items() if not name or times > 1]
+        if wrong or not names:
+            named = f"{wrong[0]!r}, {names.count(wrong[0])} times," if wrong else "nothing"
+            raise storage.DamagedFileError(
+                f"{where} names {named} as a class: expected one or more, each with a name of its own; pack again"
+            )
+        for split in SPLITS:
+            if not all(split in fields for fields in (self.shards, self.labels, self.skipped)):
+                raise storage.DamagedFileError(f"{where} lacks the split {split}; pack again")
+            shards, labels = self.shards[split], self.labels[split]
+            for k, shard in enumerate(shards):
+                expected = shard_name(split, k, len(shards))
+                if storage.plain_name(shard.file, where) != expected:
+                    raise storage.DamagedFileError(
+                        f"{where} names the file {shard.file!r} as a shard of {split}: expected {expected}; pack again"
+                    )
+                if shard.count > shard.bytes:
+                    raise storage.DamagedFileError(
+                        f"{where} says that {shard.file} holds {shard.count:,} records in {shard.bytes:,} bytes; pack "
+                        "again"
+                    )
+            records = sum(shard.count for shard in shards)
+            if len(labels) != len(names) or sum(labels) != records:
+                raise storage.DamagedFileError(
+                    f"{where} counts {sum(labels):,} labels of {len(labels):,} classes in {split}: expected "
+                    f"{records:,}, as its shards hold, of {len(names):,}; pack again"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Versioned:
+    version: Any
+
+
+def shard_name(split: str, number: int, of: int) -> str:
+    """The name of shard `number`, from 0, of so many."""
+    return f"{split}-{number:05d}-of-{of:05d}.array_record"
 
 
 class RecordReader:
@@ -138,18 +190,22 @@ class Records:
 def load(directory: str) -> Dataset:
     """A directory that `pack` wrote, local or in a bucket (copied to the local disk first, see `remote.mirror`).
 
-    Raises FileNotFoundError, ValueError that name what is missing or damaged; shards are checked by size here, and
-    record by record where they are read. `pack.verify` checks all.
+    Raises FileNotFoundError, ValueError that name what is missing or damaged; shards are checked by size and number of
+    records here, and record by record where they are read. `pack.verify` checks all.
     """
     manifest, text = read_manifest(directory)
-    sizes = {shard.file: shard.bytes for shards in manifest.shards.values() for shard in shards}
+    sizes = {shard.file: shard.bytes for split in SPLITS for shard in manifest.shards[split]}
     version = hashlib.sha256(text.encode()).hexdigest()[:16]
     if remote.is_remote(directory):
-        checksums = {shard.file: shard.sha256 for shards in manifest.shards.values() for shard in shards}
+        checksums = {shard.file: shard.sha256 for split in SPLITS for shard in manifest.shards[split]}
         where = remote.mirror(directory, sizes, version, checksums)
     else:
         where = directory
-        _check_sizes(directory, sizes)
+        check_sizes(directory, sizes)
+    if not remote.is_remote(where):
+        check_counts(
+            (os.path.join(where, shard.file), shard.count) for split in SPLITS for shard in manifest.shards[split]
+        )
     left_out = sum(map(len, manifest.skipped.values()))
     if left_out:
         logging.info("%d images were left out when %s was packed: %s names them", left_out, directory, MANIFEST)
@@ -168,18 +224,20 @@ def read_manifest(directory: str) -> tuple[Manifest, str]:
         raise ValueError(
             "no data directory given (--config.data.dir=DIR): expected one that `python -m nfjax.data pack` wrote"
         )
-    file = remote.path(directory) / MANIFEST
+    where = f"{directory.rstrip('/')}/{MANIFEST}"
     try:
-        text = file.read_text()
+        text = storage.read_bytes(remote.path(directory) / MANIFEST, "pack again").decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{directory}/{MANIFEST} is no manifest of packed records ({error}); pack again") from error
+        raise storage.DamagedFileError(
+            f"{where} is no manifest of packed records: byte {error.start} is no UTF-8 text, expected JSON; pack again"
+        ) from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"{directory} holds no {MANIFEST}: expected a directory of records; pack one with\n"
             f"  python -m nfjax.data pack --source=folder --dir=IMAGES --out={directory}\n"
             "(a pack that was interrupted goes on when the same command is run again)"
         ) from error
-    return Manifest.from_json(text, f"{directory}/{MANIFEST}"), text
+    return Manifest.from_json(text, where), text
 
 
 def read(source: Any, index: int, name: Any) -> bytes:
@@ -197,8 +255,40 @@ def read(source: Any, index: int, name: Any) -> bytes:
 
 def check_label(label: Any, num_classes: int, name: Any) -> None:
     """Raises ValueError unless the label is a number of one of the classes."""
-    if not isinstance(label, int) or not 0 <= label < num_classes:
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_classes:
         raise ValueError(f"{name()} has the label {label!r}: expected 0 to {num_classes - 1}")
+
+
+def check_sizes(directory: str, sizes: dict[str, int]) -> None:
+    """Raises FileNotFoundError, ValueError unless the shards {name: bytes} lie in a local directory."""
+    for name, size in sizes.items():
+        file = pathlib.Path(directory, name)
+        if not file.exists():
+            raise FileNotFoundError(f"{directory} lacks the shard {name} that its {MANIFEST} lists: {AGAIN}")
+        if not storage.regular_file(file):
+            raise storage.DamagedFileError(f"{file} is a folder, a pipe or a device: expected a shard; {AGAIN}")
+        if (found := file.stat().st_size) != size:
+            raise storage.DamagedFileError(f"{file} has {found} bytes where {MANIFEST} says {size}: {AGAIN}")
+
+
+def check_counts(shards: Iterable[tuple[str, int]]) -> None:
+    """Raises ValueError where a shard, (path, number of records), holds another number.
+
+    What cannot be opened is left to whoever reads it, who names the record that is lost.
+    """
+    from array_record.python import array_record_module
+
+    for path, count in shards:
+        try:
+            reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+            found = reader.num_records()
+            reader.close()
+        except RuntimeError:  # how array_record reports every trouble
+            continue
+        if found != count:
+            raise storage.DamagedFileError(
+                f"{path} holds {found:,} records where the metadata beside it says {count:,}; {AGAIN}"
+            )
 
 
 def warn_of_missing_classes(what: str, counts: Any, class_names: tuple[str, ...]) -> None:
@@ -206,7 +296,8 @@ def warn_of_missing_classes(what: str, counts: Any, class_names: tuple[str, ...]
     missing = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        logging.warning("%s has no example of %d classes: %s%s", what, len(missing), ", ".join(missing[:8]), more)
+        named = ", ".join(name if name.isprintable() else ascii(name) for name in missing[:8])
+        logging.warning("%s has no example of %d classes: %s%s", what, len(missing), named, more)
 
 
 def allow_open_files(count: int) -> None:
@@ -224,17 +315,3 @@ def _open(directory: str, files: tuple[str, ...], counts: tuple[int, ...]) -> An
     # With the range of records in the path, the files are opened when they are needed, and not all at once here.
     paths = [f"{directory.rstrip('/')}/{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
     return array_record_data_source.ArrayRecordDataSource(paths)
-
-
-def _check_sizes(directory: str, sizes: dict[str, int]) -> None:
-    for file, size in sizes.items():
-        try:
-            found = os.path.getsize(os.path.join(directory, file))
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{directory} lacks the shard {file} that its {MANIFEST} lists: copy it again, or pack again"
-            ) from None
-        if found != size:
-            raise ValueError(
-                f"{directory}/{file} has {found} bytes where {MANIFEST} says {size}: copy it again, or pack again"
-            )

@@ -7,7 +7,6 @@ costs neither. Where the local disk is too small, array_record still reads gs://
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -15,10 +14,13 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tqdm
 from absl import logging
+
+from nfjax import storage
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what fsspec needs to speak each protocol
 SPARE = 1 << 30  # bytes of local disk that a copy leaves free
@@ -69,14 +71,20 @@ def mirror(directory: str, sizes: dict[str, int], version: str, checksums: dict[
     its name only when it is complete. Several processes of one machine copy once: the others wait.
 
     Returns `directory` itself where the local disk lacks the room and the protocol is gs://. Raises OSError where
-    nothing else is possible, or where a file arrives damaged.
+    nothing else is possible, where the bucket has other sizes, which is found before anything is copied, or where a
+    file arrives damaged; ValueError for names that are not plain.
     """
+    for name in sizes:
+        if storage.plain_name(name, directory).startswith("."):
+            raise storage.DamagedFileError(f"{directory} names the file {name!r}: expected one that is not hidden")
     key = hashlib.sha256(f"{directory} {version}".encode()).hexdigest()[:12]
     name = re.sub(r"\W+", "-", directory.partition("://")[2]).strip("-")[-60:]
     local = cache_directory() / "mirror" / f"{name}-{key}"
     local.mkdir(parents=True, exist_ok=True)
     with open(local / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for part in local.glob("*.part"):  # what a kill has left of a copy
+            part.unlink()
         missing = {name: size for name, size in sizes.items() if _size(local / name) != size}
         needed, free = sum(missing.values()), shutil.disk_usage(local).free
         if needed + SPARE > free:
@@ -86,6 +94,8 @@ def mirror(directory: str, sizes: dict[str, int], version: str, checksums: dict[
             )
             if not directory.startswith("gs://"):
                 raise OSError(f"{problem}; set NFJAX_CACHE to a directory on a larger disk")
+        _check_sizes(path(directory), missing)
+        if needed + SPARE > free:
             logging.warning("%s: records are read over the network; set NFJAX_CACHE to a larger disk", problem)
             return directory
         _copy(path(directory), local, missing, checksums or {})
@@ -119,43 +129,52 @@ def _size(file: pathlib.Path) -> int:
         return -1
 
 
-def _copy(source: Any, local: pathlib.Path, sizes: dict[str, int], checksums: dict[str, str]) -> None:
-    with (
-        tqdm.tqdm(
-            total=sum(sizes.values()), desc=f"copying {os.fspath(source)}", unit="B", unit_scale=True, mininterval=1,
-            disable=not sizes,
-        ) as bar,
-        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
-    ):  # fmt: skip
-        copies = [
-            pool.submit(_copy_one, source / name, local / name, size, checksums.get(name), bar)
-            for name, size in sizes.items()
-        ]
+def _check_sizes(source: Any, sizes: dict[str, int]) -> None:
+    """Raises OSError unless the files have these sizes."""
+
+    def check(name: str) -> None:
+        _check_size(source / name, (source / name).stat().length, sizes[name])
+
+    _in_parallel(check, sizes)
+
+
+def _check_size(file: Any, found: int, expected: int) -> None:
+    if found != expected:
+        raise OSError(
+            f"{os.fspath(file)} has {found} bytes instead of {expected}: it is damaged, or still written; pack it again"
+        )
+
+
+def _in_parallel(function: Callable[[str], None], names: Iterable[str]) -> None:
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        calls = [pool.submit(function, name) for name in names]
         try:
-            for copy in concurrent.futures.as_completed(copies):
-                copy.result()
+            for call in concurrent.futures.as_completed(calls):
+                call.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
+def _copy(source: Any, local: pathlib.Path, sizes: dict[str, int], checksums: dict[str, str]) -> None:
+    with tqdm.tqdm(
+        total=sum(sizes.values()), desc=f"copying {os.fspath(source)}", unit="B", unit_scale=True, mininterval=1,
+        disable=not sizes,
+    ) as bar:  # fmt: skip
+        _in_parallel(lambda name: _copy_one(source / name, local / name, sizes[name], checksums.get(name), bar), sizes)
+
+
 def _copy_one(source: Any, target: pathlib.Path, size: int, checksum: str | None, bar: tqdm.tqdm) -> None:
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
     digest, copied = hashlib.sha256(), 0
-    try:
-        with source.open("rb") as stream, open(temporary, "wb") as out:
-            while block := stream.read(BLOCK):
+    with storage.replacing(target) as part:
+        with source.open("rb") as stream, open(part, "wb") as out:
+            while (block := stream.read(BLOCK)) and copied <= size:
                 out.write(block)
                 digest.update(block)
                 copied += len(block)
                 bar.update(len(block))
-        if copied != size:
-            raise OSError(f"{os.fspath(source)} has {copied} bytes instead of {size}: it is damaged, or still written")
+        _check_size(source, copied, size)
         if checksum and digest.hexdigest() != checksum:
             raise OSError(
                 f"{os.fspath(source)} has another SHA-256 than the manifest says: it is damaged, pack it again"
             )
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()

@@ -9,18 +9,28 @@ import collections
 import dataclasses
 import hashlib
 import io
-import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgpack
 import numpy as np
+from absl import logging
 
+from nfjax import storage
 from nfjax.data import decode, records
 from nfjax.data.splits import Encoded, Images
 from nfjax.data.worker import explained
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What a shard holds. labels: of its images, in order; skipped: {name of an image left out: why}."""
+
+    shard: records.Shard
+    labels: tuple[records.Count, ...]
+    skipped: dict[str, str]
+
 
 Example = tuple[str, bytes, int, str]  # (name, image, label, "") or, of a bad one, (name, b"", 0, "cause: detail")
 
@@ -43,7 +53,9 @@ def example(examples: Images | Encoded, convert: Callable[[bytes], bytes], num_c
 
 
 def converted(data: bytes, short_side: int | None, quality: int) -> bytes:
-    """The image, decoded to see that it can be; reduced and encoded as JPEG where it is larger than `short_side`."""
+    """The image, decoded to see that it can be; reduced and encoded as JPEG where it is larger than `short_side`.
+    What EXIF says of its orientation is kept, for those who ask for it.
+    """
     pixels = decode.decode(data)
     short = min(pixels.shape[:2])
     if short_side is None or short <= short_side:
@@ -53,7 +65,8 @@ def converted(data: bytes, short_side: int | None, quality: int) -> bytes:
 
     height, width = (int(short_side * n / short) for n in pixels.shape[:2])  # as torchvision and `crops` round
     reduced = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-    return simplejpeg.encode_jpeg(reduced, quality=quality, colorspace="RGB", colorsubsampling="420")
+    packed = simplejpeg.encode_jpeg(reduced, quality=quality, colorspace="RGB", colorsubsampling="420")
+    return decode.with_orientation(packed, decode.header(data, upright=True).orientation)
 
 
 def in_order(pool: Any, function: Callable[[int], Any], indices: range, ahead: int) -> Iterator[Any]:
@@ -71,17 +84,16 @@ def in_order(pool: Any, function: Callable[[int], Any], indices: range, ahead: i
             future.cancel()
 
 
-def write(file: pathlib.Path, examples: Iterator[Example], bar: Any) -> dict[str, Any]:
-    """Writes a shard, and the note beside it: {"shard", "labels", "skipped"}. Raises OSError where it cannot."""
-    temporary = file.with_suffix(".part")
+def write(file: pathlib.Path, examples: Iterator[Example], bar: Any) -> Note:
+    """Writes a shard, and the note beside it. Raises OSError where it cannot; then nothing is left of it."""
     try:
-        labels, skipped = _write_records(temporary, examples, bar)
+        with storage.replacing(file) as part:
+            labels, skipped = _write_records(part, examples, bar)
+            shard = records.Shard(file.name, len(labels), part.stat().st_size, sha256(part))
     except RuntimeError as error:  # how array_record reports every trouble
-        raise OSError(f"{temporary} cannot be written: {error}; is the disk full?") from error
-    shard = records.Shard(file.name, len(labels), temporary.stat().st_size, sha256(temporary))
-    os.replace(temporary, file)
-    note = {"shard": dataclasses.asdict(shard), "labels": labels, "skipped": skipped}
-    write_text(note_of(file), json.dumps(note))
+        raise OSError(f"{file} cannot be written: {error}; is the disk full?") from error
+    note = Note(shard, tuple(labels), skipped)
+    storage.write_json(note_of(file), dataclasses.asdict(note), indent=None)
     return note
 
 
@@ -108,25 +120,31 @@ def _write_records(temporary: pathlib.Path, examples: Iterator[Example], bar: An
     return labels, skipped
 
 
-def finished(file: pathlib.Path) -> dict[str, Any] | None:
-    """The note of a shard that an earlier run completed."""
+def finished(file: pathlib.Path, num_classes: int) -> Note | None:
+    """The note of a shard that an earlier run completed; None, with a warning, for one that is not what it should be:
+    the shard is packed again.
+    """
     try:
-        note = json.loads(note_of(file).read_text())
-        return note if file.stat().st_size == note["shard"]["bytes"] else None
-    except (FileNotFoundError, json.JSONDecodeError):
+        note = storage.read_json(note_of(file), Note, "the shard is packed again")
+        size = file.stat().st_size
+    except FileNotFoundError:
         return None
+    except storage.DamagedFileError as error:
+        logging.warning("%s", error)
+        return None
+    if (
+        note.shard.file != file.name
+        or note.shard.count != len(note.labels)
+        or max(note.labels, default=0) >= num_classes
+    ):
+        logging.warning("%s is the note of another shard; the shard is packed again", note_of(file))
+        return None
+    return note if size == note.shard.bytes else None
 
 
 def note_of(file: pathlib.Path) -> pathlib.Path:
     """Where the note of a shard lies."""
     return file.with_name(file.name + ".json")
-
-
-def write_text(file: pathlib.Path, text: str) -> None:
-    """Writes a text file that is there in full or not at all."""
-    temporary = file.with_name(file.name + ".part")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, file)
 
 
 def sha256(file: pathlib.Path) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+
+from absl import logging
+
+from nfjax import storage
 
 FILE = "skipped.jsonl"
 GONE_AFTER = 32  # images that cannot be read, and not one in between that can: the data is gone
@@ -80,16 +85,41 @@ def summary(causes: Mapping[str, str]) -> str:
 
 
 def printable(name: str | bytes) -> str:
-    """A file name as text, whatever bytes it is made of."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file name as text, whatever bytes it is made of; what a terminal would obey is escaped."""
+    return _escaped(os.fsencode(name).decode("utf-8", "backslashreplace"))
+
+
+def _escaped(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    split: str
+    name: str
+    cause: str
 
 
 def read(folder: pathlib.Path, split: str | None = None) -> dict[str, str]:
-    """{name: cause} of all that was ever skipped in the run in `folder`, of one split or of all."""
+    """{name: cause} of all that was ever skipped in the run in `folder`, of one split or of all.
+
+    A line that is damaged is left out, with a warning: the image is met again. The last may have been cut short.
+    """
     path = folder / FILE
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut short
-    return {record["name"]: record["cause"] for record in records if split in (None, record["split"])}
+    found, damaged = {}, []
+    lines = path.read_bytes().split(b"\n")[:-1] if storage.regular_file(path) else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = storage.parse_json(line, _Line, f"{path}, line {number}", "it is left out")
+        except storage.DamagedFileError as error:
+            damaged.append(error)
+        else:
+            if split in (None, record.split):
+                found[_escaped(record.name)] = _escaped(record.cause)
+    if damaged:
+        more = f", as are {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        logging.warning("%s%s", damaged[0], more)
+    return found
 
 
 def _end_with_a_line(file: pathlib.Path) -> None:

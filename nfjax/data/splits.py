@@ -7,7 +7,7 @@ concern.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,8 +89,9 @@ class Part:
 class Dataset:
     """A training and a test split with the names of their classes, label 0 first.
 
-    skipped: {what could not be read: why}. fingerprint(): changes when the data does, and so names a cache of decoded
-    images; a function, because finding out may mean asking for the time and size of a million files.
+    skipped: {what could not be read: why}. left_aside: {ending: number of files that are no images}. fingerprint():
+    changes when the data does, and so names a cache of decoded images; a function, because finding out may mean asking
+    for the times and the size of a million files.
     """
 
     train: Images | Encoded
@@ -98,6 +99,7 @@ class Dataset:
     class_names: tuple[str, ...]
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     fingerprint: Callable[[], str] | None = None
+    left_aside: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def thinned(self, share: float) -> Dataset:
         """With the given share of both splits, at least one example of each, spread evenly: where a split is sorted by
@@ -113,4 +115,23 @@ class Dataset:
 
         whole = self.fingerprint
         fingerprint = None if whole is None else lambda: f"{whole()} {share}"
-        return Dataset(part(self.train), part(self.test), self.class_names, self.skipped, fingerprint)
+        return Dataset(part(self.train), part(self.test), self.class_names, self.skipped, fingerprint, self.left_aside)
+
+
+def check_classes(class_names: Sequence[str], where: str, more: str = "") -> None:
+    """Raises ValueError unless there are two classes at least: whatever a network learns, it is right about one.
+
+    where: what has these classes, the beginning of a sentence; more: its end.
+    """
+    if len(class_names) < 2:
+        raise ValueError(
+            f"{where}: {', '.join(class_names) or 'none'}; expected at least two, for a network that knows one answer "
+            f"is always right{f'. {more}' if more else ''}"
+        )
+
+
+def left_aside(counts: Mapping[str, int]) -> str:
+    """In words: "3 files that are no images are left aside (2 .txt, 1 .db)"."""
+    total = sum(counts.values())
+    each = ", ".join(f"{count:,} {ending}" for ending, count in sorted(counts.items(), key=lambda item: -item[1])[:8])
+    return f"{total:,} file{'s that are no images are' if total > 1 else ' that is no image is'} left aside ({each})"

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
+import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import logging
 
+from nfjax import storage
 from nfjax.data import records, remote
-from nfjax.data.splits import Dataset
+from nfjax.data.splits import Dataset, check_classes
 
 TEST_NAMES = ("test", "validation")
 FORMAT = "array_record"
 METADATA = ("dataset_info.json", "features.json")
+AGAIN = "copy it again, or prepare it again"
 INSTALL = 'pip install "nfjax[prepare]"'
+VERSION_NAME = re.compile(r"\d+\.\d+\.\d+")
+# The Python classes that metadata may name: tfds imports the module of any that it does not know.
+OWN_CLASS = re.compile(r"tensorflow_datasets\.core\.features(\.\w+)+")
 
 
 class TfdsReader:
@@ -75,13 +82,11 @@ def load(name: str, directory: str) -> Dataset:
     if remote.is_remote(builder_dir):
         builder_dir = _mirror(builder_dir)
     info = _builder(builder_dir, FORMAT).info
-    class_names = tuple(info.features["label"].names)
+    class_names = _class_names(builder_dir, info.features["label"])
+    check_classes(class_names, f"the classes of tfds:{name}")
 
     def split(of: str) -> records.Records:
-        if not remote.is_remote(builder_dir):
-            for file in info.splits[of].filepaths:
-                if not os.path.exists(file):
-                    raise FileNotFoundError(f"{file} is missing, a part of {name}: copy it, or prepare it again")
+        _check_shards(name, builder_dir, info.splits[of])
         return records.Records(TfdsReader(name, builder_dir, of, len(class_names)), info.splits[of].num_examples)
 
     sizes = {key: info.splits[key].num_examples for key in info.splits}
@@ -134,6 +139,7 @@ def _prepared(name: str, directory: str) -> str:
         root = remote.path(directory)
         if not root.exists():
             raise FileNotFoundError(f"the data directory {directory} does not exist. {_how(name, directory)}")
+    _check_metadata(name, directory)
     try:
         keywords = {"data_dir": directory} if directory else {}
         return os.fspath(read_only_builder.builder_from_files(name, **keywords).data_dir)
@@ -142,12 +148,116 @@ def _prepared(name: str, directory: str) -> str:
             f"{directory or 'the default directory of tfds'} holds no prepared data set {name}: expected "
             f"{directory or '~/tensorflow_datasets'}/{name.replace(':', '/')}/…/{METADATA[0]}. {_how(name, directory)}"
         ) from error
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise _unreadable(f"tfds:{name} in {directory or 'the default directory of tfds'}", error) from error
+
+
+def _check_metadata(name: str, directory: str) -> None:
+    """Raises ValueError where the metadata of any version of the data set is damaged, or names Python classes that are
+    not tfds's own. Before tfds sees them: it would import the modules of these, and so run what is in them.
+    """
+    from tensorflow_datasets.core.utils import file_utils
+
+    for root in file_utils.list_data_dirs(given_data_dir=directory or None):
+        for level in ("*", "*/*"):  # of versions, and of configs with versions
+            for folder in (remote.path(os.fspath(root)) / re.match(r"\w+", name)[0]).glob(level):
+                if VERSION_NAME.fullmatch(folder.name) and (folder / METADATA[1]).exists():
+                    for file in METADATA:
+                        _check_classes(folder / file)
+
+
+def _check_classes(file: Any) -> None:
+    try:
+        found = storage.read_json(file, dict[str, Any], AGAIN)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} is missing: {AGAIN}") from error
+    for named in _named_classes(found, legacy=file.name == METADATA[1]):
+        if not OWN_CLASS.fullmatch(named):
+            raise storage.DamagedFileError(
+                f"{file} names the Python class {named!r}: expected one of tensorflow_datasets.core.features, others "
+                "are not imported; prepare the data set with features of tfds"
+            )
+
+
+def _named_classes(content: dict[str, Any], legacy: bool) -> Iterator[str]:
+    """Every class that tfds might look up in a JSON object. legacy: also where it was called "type"."""
+    keys = ("pythonClassName", "python_class_name", *(["type"] if legacy else []))
+    waiting: list[Any] = [content]
+    while waiting:  # not by recursion, which is deeper than Python allows where somebody wants it to be
+        value = waiting.pop()
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(inner, (dict, list)):
+                waiting.append(inner)
+            elif isinstance(inner, str) and key in keys:
+                yield inner
+            elif isinstance(inner, str) and key == "json":  # JSON within JSON
+                try:
+                    waiting.append([json.loads(inner)])
+                except (ValueError, RecursionError):
+                    continue  # tfds cannot read it either
+
+
+def _class_names(builder_dir: str, label: Any) -> tuple[str, ...]:
+    """Read here, because tfds takes a damaged file for none, and its classes for numbers."""
+    file = remote.path(builder_dir) / "label.labels.txt"
+    try:
+        lines = storage.read_bytes(file, AGAIN).decode().split("\n")
+    except FileNotFoundError:  # of classes that are numbers
+        names = list(label.names)
+    except UnicodeDecodeError as error:
+        raise storage.DamagedFileError(
+            f"{file} is damaged: byte {error.start} is no UTF-8 text, expected a class in each line; {AGAIN}"
+        ) from error
+    else:
+        names = [line.strip() for line in lines if line.strip()]
+    if not names or len(set(names)) != len(names) or len(names) != label.num_classes:
+        raise storage.DamagedFileError(
+            f"{file} names {len(names)} classes, {len(set(names))} of them different: expected the "
+            f"{label.num_classes} of {METADATA[1]}; {AGAIN}"
+        )
+    return tuple(names)
+
+
+def _check_shards(name: str, builder_dir: str, split: Any) -> None:
+    """Raises ValueError, FileNotFoundError unless the shards lie in `builder_dir`, each once, with so many examples."""
+    files, lengths = [os.fspath(file) for file in split.filepaths], list(split.shard_lengths)
+    where = f"{builder_dir}/{METADATA[0]}"
+    for file in files:
+        folder, _, base = file.rpartition("/")
+        if folder != builder_dir.rstrip("/"):
+            raise storage.DamagedFileError(f"{where} names the shard {file!r}: expected one in {builder_dir}; {AGAIN}")
+        storage.plain_name(base, where)
+    if len(set(files)) != len(files) or len(lengths) != len(files) or any(length < 0 for length in lengths):
+        raise storage.DamagedFileError(
+            f"{where} counts {lengths} examples in the shards {[os.path.basename(file) for file in files]} of "
+            f"{split.name}: expected a number of each; {AGAIN}"
+        )
+    if remote.is_remote(builder_dir):
+        return
+    for file in files:
+        if not os.path.exists(file):
+            raise FileNotFoundError(f"{file} is missing, a part of {name}: copy it, or prepare it again")
+        if not storage.regular_file(pathlib.Path(file)):
+            raise storage.DamagedFileError(f"{file} is a folder, a pipe or a device: expected a shard; {AGAIN}")
+    records.check_counts(zip(files, lengths, strict=True))
+
+
+def _unreadable(what: str, error: Exception) -> storage.DamagedFileError:
+    reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    return storage.DamagedFileError(f"the metadata of {what} cannot be read by tfds ({reason}): {AGAIN}")
 
 
 def _builder(builder_dir: str, file_format: str | None = None) -> Any:
     from tensorflow_datasets.core import read_only_builder
 
-    return read_only_builder.builder_from_directory(builder_dir, file_format=file_format)
+    try:
+        return read_only_builder.builder_from_directory(builder_dir, file_format=file_format)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise _unreadable(builder_dir, error) from error
 
 
 def _open(builder_dir: str, split: str) -> tuple[Any, Callable[[bytes], dict[str, Any]]]:
@@ -177,6 +287,7 @@ def _mirror(builder_dir: str) -> str:
     """A local copy of a prepared data set: its metadata and its shards."""
     root = remote.path(builder_dir)
     files = [file for file in root.iterdir() if file.name.endswith((".json", ".txt")) or FORMAT in file.name]
+    files = [file for file in files if not file.name.startswith(".") and not file.is_dir()]
     version = hashlib.sha256(b"".join((root / file).read_bytes() for file in METADATA)).hexdigest()
     return remote.mirror(builder_dir, {file.name: file.stat().length for file in files}, version)
 
@@ -189,5 +300,8 @@ def _fingerprint(builder_dir: str) -> str:
     for file in sorted(root.iterdir()):
         if FORMAT in file.name:
             status = file.stat()
-            digest.update(f"{file.name} {status.length} {status.mtime}\n".encode())
+            digest.update(f"{file.name} {status.length} {status.mtime}".encode())
+            if not remote.is_remote(builder_dir):  # mtime is in whole seconds, and whatever a program sets it to
+                digest.update(f" {(local := os.stat(file)).st_mtime_ns} {local.st_ctime_ns}".encode())
+            digest.update(b"\n")
     return digest.hexdigest()[:16]

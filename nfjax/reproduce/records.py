@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
+from absl import logging
+
+from nfjax import storage
 
 FILE = "training.jsonl"
 # The settings in which the runs of one comparison differ; in all others they are equal.
 COMPARED = ("seed", "model.depth", "model.residual", "model.norm", "model.init")
 PER_EPOCH = ("train_loss", "train_accuracy", "train_grad_norm", "test_loss", "test_accuracy")
+
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Device(TypedDict):
+    """What a run was trained on."""
+
+    kind: str
+    platform: str
+    count: int
+
+
+class Start(TypedDict):
+    """An entry of a run's versions.json."""
+
+    started: str
+    step: NotRequired[int]
+    python: NotRequired[str]
+    packages: dict[str, str]
+    device: Device
+    commit: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,26 +58,35 @@ class Record:
     dataset: str
     data: str
     fingerprint: str
-    images: tuple[int, int]
-    classes: int
+    images: Annotated[Sequence[Count], msgspec.Meta(min_length=2, max_length=2)]
+    classes: Count
     curve: str
     settings: Mapping[str, Any]
     epochs: Mapping[str, Sequence[float]]
     diverged: str | None
-    seconds: float
-    starts: Sequence[Mapping[str, Any]]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    starts: Sequence[Start]
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot be read off a run."""
-        if not isinstance(self.epochs, Mapping) or not isinstance(self.settings, Mapping):
-            raise ValueError("epochs and settings must be objects")
-        lengths = {len(self.epochs[name]) for name in PER_EPOCH if isinstance(self.epochs.get(name), (list, tuple))}
+        lengths = {len(self.epochs[name]) for name in PER_EPOCH if name in self.epochs}
         if set(PER_EPOCH) - self.epochs.keys() or len(lengths) != 1:
             raise ValueError(f"epochs must have {', '.join(PER_EPOCH)}, a number per epoch in each")
         if lengths == {0} and self.diverged is None:
             raise ValueError("it has no epoch, and did not diverge")
         if missing := {*COMPARED, "epochs"} - self.settings.keys():
             raise ValueError(f"settings lack {', '.join(sorted(missing))}")
+        for name in ("seed", "model.depth", "epochs"):
+            if type(self.settings[name]) is not int:
+                raise ValueError(f"settings have {name}={self.settings[name]!r}, expected a whole number")
+        if lengths.pop() > self.settings["epochs"]:
+            raise ValueError(f"it has more epochs than its settings, {self.settings['epochs']}")
+        for name in ("train_accuracy", "test_accuracy"):
+            if wrong := [value for value in self.epochs[name] if not 0 <= value <= 1]:
+                raise ValueError(f"{name} is {wrong[0]!r}, expected a share from 0 to 1")
+        for text in (self.dataset, self.data, self.curve):
+            if not text.isprintable():
+                raise ValueError(f"{text!r} is no name that can be printed")
 
     @property
     def depth(self) -> int:
@@ -94,20 +131,24 @@ def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def read(out: pathlib.Path) -> list[Record]:
     """The records in `out`, none if there is no such file; of a run that stands there twice the later one.
 
-    Raises ValueError for a line that is no record; one cut short by a crash, which can only be the last, is left out.
+    Raises ValueError for a line that is no record; one cut short by a crash, which can only be the last, is left out,
+    with a warning.
     """
     path = out / FILE
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        *lines, last = storage.read_bytes(path, "move it away").split(b"\n")
+    except FileNotFoundError:
+        return []
+    if last and not _is_json(last):
+        logging.warning("the last line of %s was cut short; it is left out, and its run is not known", path)
+    elif last:  # an editor left it without its end
+        lines.append(last)
     records: list[Record] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = Record(**json.loads(line))
-        except (ValueError, TypeError) as error:  # ValueError: no JSON, no text, or no such run
-            if number == len(lines) and not _is_json(line):
-                continue
-            raise ValueError(
-                f"{path}, line {number} is not the record of a run ({error}): remove or mend it"
-            ) from error
+            record = storage.parse_json(line, Record, "it", "remove or mend that line")
+        except storage.DamagedFileError as error:
+            raise storage.DamagedFileError(f"{path}, line {number} is not the record of a run ({error})") from error
         same = [known for known in records if _same_run(known, record)]
         records = [known for known in records if known not in same] + [record]
     return records
@@ -116,7 +157,7 @@ def read(out: pathlib.Path) -> list[Record]:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -126,20 +167,27 @@ def _same_run(one: Record, other: Record) -> bool:
 
 
 def append(out: pathlib.Path, record: Record) -> None:
-    """Adds a line, in one piece, also where several processes do; a line that a crash cut short is ended first."""
-    with open(out / FILE, "a+b") as stream:
+    """Adds a line, in one piece, also where several processes do; a line that a crash cut short is ended first.
+
+    Raises OSError where it cannot be written; then nothing of it is.
+    """
+    path = out / FILE
+    with open(path, "a+b", buffering=0) as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        size = stream.seek(0, os.SEEK_END)
-        if size:
-            stream.seek(size - 1)
-            if stream.read(1) != b"\n":
-                stream.seek(0)
-                before, end, last = stream.read().rpartition(b"\n")
-                if _is_json(last):  # an editor left the last line without its end
-                    stream.write(b"\n")
-                else:
-                    stream.truncate(len(before + end))
-        stream.write(json.dumps(dataclasses.asdict(record)).encode() + b"\n")
+        stream.seek(0)
+        before, end, last = stream.read().rpartition(b"\n")
+        line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
+        if _is_json(last):  # an editor left the last line without its end
+            before, end, line = before + end + last, b"", b"\n" + line
+        whole = len(before + end)
+        stream.truncate(whole)
+        try:
+            if stream.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(stream.fileno())
+        except OSError as error:
+            stream.truncate(whole)
+            raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
 
 
 def groups(records: Iterable[Record]) -> list[list[Record]]:

@@ -12,16 +12,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
-from nfjax import assembly, metrics, train
+from nfjax import assembly, metrics, storage, train
 from nfjax import config as configs
 from nfjax import workdir as workdirs
 from nfjax.data.contents import contents
 from nfjax.reproduce import records
 from nfjax.reproduce.curves import CURVES
 from nfjax.reproduce.grids import Cell, Grid
-from nfjax.reproduce.records import Record
+from nfjax.reproduce.records import Record, Start
 from nfjax.settings import check_known, set_none
 
 
@@ -238,5 +239,14 @@ def _measured(workdir: pathlib.Path, run: Run, diverged: str | None) -> dict[str
         "epochs": {name: [float(f"{line[name]:.6g}") for line in ended] for name in records.PER_EPOCH},
         "diverged": diverged,
         "seconds": round(seconds, 1),
-        "starts": json.loads((workdir / "versions.json").read_text()),
+        "starts": _starts(workdir / "versions.json"),
     }
+
+
+def _starts(path: pathlib.Path) -> list[Start]:
+    """None, with a warning, where they cannot be read: what was measured is worth more."""
+    try:
+        return storage.read_json(path, list[Start], "the record of the run does without")
+    except (FileNotFoundError, storage.DamagedFileError) as error:
+        logging.warning("%s", error)
+        return []

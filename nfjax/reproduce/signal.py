@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from nfjax import resnet, spp
+from nfjax import resnet, spp, storage
 from nfjax.reproduce.curves import CURVES, styles
 from nfjax.reproduce.tables import Table
 
@@ -70,19 +70,19 @@ class PropagationFigure:
     def write(self, path: pathlib.Path) -> list[pathlib.Path]:
         """PATH.md with the ratios; for each depth PATH_resnetN.png, and .csv with every seed's values."""
         written = [path.with_suffix(".md")]
-        written[0].write_text(self.table().markdown())
+        storage.write_text(written[0], self.table().markdown())
         for depth, profiles in self.profiles.items():
             stem = path.with_name(f"{path.name}_resnet{depth}")
             figure = spp.plot(
                 profiles, self.predictions[depth], title=f"{self.title}, ResNet-{depth}", style=styles(list(profiles))
             )
-            figure.savefig(stem.with_suffix(".png"), dpi=120)
-            with open(stem.with_suffix(".csv"), "w", newline="") as stream:
-                writer = csv.writer(stream, lineterminator="\n")
-                for i, (name, profile) in enumerate(profiles.items()):
-                    head, *rows = profile.rows()
-                    writer.writerows([["curve", *head]] if i == 0 else [])
-                    writer.writerows([name, *row] for row in rows)
+            storage.write_figure(stem.with_suffix(".png"), figure, dpi=120)
+            rows: list[list[Any]] = []
+            for name, profile in profiles.items():
+                head, *values = profile.rows()
+                rows += [] if rows else [["curve", *head]]
+                rows += [[name, *row] for row in values]
+            storage.write_csv(stem.with_suffix(".csv"), rows)
             written += [stem.with_suffix(".png"), stem.with_suffix(".csv")]
         return written
 

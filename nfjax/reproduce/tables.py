@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import pathlib
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 
 from flax import nnx
 
-from nfjax import cost, resnet
+from nfjax import cost, resnet, storage
 
 INPUT = (1, 32, 32, 3)  # the paper's input resolution, one image
 CLASSES = 10
@@ -96,9 +95,8 @@ class Table:
 
     def write(self, path: pathlib.Path) -> list[pathlib.Path]:
         """To `path` with .csv (plain numbers) and .md; returns both."""
-        with open(path.with_suffix(".csv"), "w", newline="") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([self.columns, *self.rows])
-        path.with_suffix(".md").write_text(self.markdown())
+        storage.write_csv(path.with_suffix(".csv"), [self.columns, *self.rows])
+        storage.write_text(path.with_suffix(".md"), self.markdown())
         return [path.with_suffix(".csv"), path.with_suffix(".md")]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfjax import spp
+from nfjax import spp, storage
 from nfjax.reproduce import grids, records, runs
 from nfjax.reproduce.curves import styles
 from nfjax.reproduce.grids import Cell, Grid
@@ -90,15 +89,14 @@ class TrainingFigure:
         parts = [f"{name.rpartition('.')[2]}{value}" for name, value in differing.items()]
         stem = path.with_name("_".join([path.name, *map(runs.slug, [self.first.data, *parts])]))
         written = [stem.with_suffix(suffix) for suffix in (".md", ".png", ".csv")]
-        written[0].write_text(self.table().markdown())
-        self.plot().savefig(written[1], dpi=120)
-        with open(written[2], "w", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["network", "seed", "epoch", *records.PER_EPOCH])
-            for label, group in self.found.items():
-                for record in group:
-                    columns = zip(*(record.epochs[name] for name in records.PER_EPOCH), strict=True)
-                    writer.writerows([label, record.seed, epoch, *values] for epoch, values in enumerate(columns, 1))
+        storage.write_text(written[0], self.table().markdown())
+        storage.write_figure(written[1], self.plot(), dpi=120)
+        rows: list[list[Any]] = [["network", "seed", "epoch", *records.PER_EPOCH]]
+        for label, group in self.found.items():
+            for record in group:
+                columns = zip(*(record.epochs[name] for name in records.PER_EPOCH), strict=True)
+                rows += [[label, record.seed, epoch, *values] for epoch, values in enumerate(columns, 1)]
+        storage.write_csv(written[2], rows)
         return written
 
     def _diverged(self) -> str:

@@ -1,6 +1,6 @@
 """python -m nfjax.spp --depth=101 --residual=idshort --init=brock --seeds=5 --out=plot.png
 
-python -m nfjax.spp --module=my_package.my_module:make_model --out=plot.png
+python -m nfjax.spp --module=my_package.my_module:make_model --where=Encoder,Decoder --arg=train=False --out=plot.png
 
 Signal propagation of one of the paper's networks, or of a model of your own: a table, a verdict, a picture.
 """
@@ -8,6 +8,7 @@ Signal propagation of one of the paper's networks, or of a model of your own: a 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import inspect
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from flax import errors as linen_errors
 from flax import linen, nnx
 
 from nfjax import compilation, initializers, residual, resnet, spp
@@ -25,6 +27,14 @@ from nfjax.data.crops import CentreCrop
 PLOTS = (".png", ".svg", ".pdf")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 NETWORK = ("depth", "residual", "norm", "init", "stem", "width", "image_size", "input", "batch")
+
+
+# The model's own arguments of these names cannot be told from those of the measurement.
+RESERVED = [
+    p.name
+    for p in inspect.signature(spp.propagate_seeds).parameters.values()
+    if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+]
 
 
 class UsageError(Exception):
@@ -55,8 +65,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--module", metavar="PACKAGE.MODULE:FUNCTION",
         help="a function that returns an nnx.Module, a Linen module, or (model, input); it may take `seed`",
     )  # fmt: skip
+    own.add_argument(
+        "--make", action="append", default=[], type=_setting, metavar="NAME=VALUE",
+        help="an argument of that function, VALUE as Python writes it: width=64, name='\"small\"'; may be repeated",
+    )  # fmt: skip
+    own.add_argument(
+        "--arg", action="append", default=[], type=_setting, metavar="NAME=VALUE",
+        help="a keyword argument of the model's call, likewise: train=False; may be repeated",
+    )  # fmt: skip
     own.add_argument("--input-shape", metavar="1,32,32,3", help="of N(0, 1) noise, where the function gives no input")
-    own.add_argument("--where", metavar="CLASS", help="the class of the blocks (the one that repeats)")
+    own.add_argument(
+        "--where", action="append", metavar="CLASS[,CLASS]",
+        help="the class of the blocks, or several; may be repeated (those that repeat and add to their input)",
+    )  # fmt: skip
+    own.add_argument(
+        "--output", metavar="INDEX|PATH",
+        help="of blocks that return several arrays, which one: 1, or 0/hidden (the one that is used)",
+    )  # fmt: skip
     own.add_argument("--branch", metavar="NAME", default="branch", help="name or class of a block's residual branch")
     parser.add_argument("--loss", choices=["cross_entropy"], help="start of the gradient (N(0, 1) at the last block)")
     parser.add_argument("--seeds", type=_positive, default=1, help="how many (1)")
@@ -73,8 +98,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--depth is missing, such as --depth=50; or --module=PACKAGE.MODULE:FUNCTION for a model of your own"
         )
-    if not arguments.module and (arguments.input_shape or arguments.where):
-        parser.error("--input-shape and --where go with --module")
+    if not arguments.module and (arguments.input_shape or arguments.where or arguments.make or arguments.arg):
+        parser.error("--make, --arg, --input-shape and --where go with --module")
+    if not arguments.module and arguments.output is not None:
+        parser.error("--output goes with --module")
+    if arguments.where is not None:
+        arguments.where = tuple(name.strip() for given in arguments.where for name in given.split(","))
+        if not all(arguments.where):
+            parser.error("--where has an empty name: expected a class or several, such as --where=Encoder,Decoder")
+    for option in ("make", "arg"):
+        names = [name for name, _ in getattr(arguments, option)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            parser.error(f"--{option}={twice[0]}=... is given more than once")
     if not arguments.tolerance > 1:
         parser.error("--tolerance must be more than 1: it is a factor")
     for path in map(pathlib.Path, arguments.out):
@@ -92,6 +127,20 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE with a Python literal."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, such as train=False")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: {value!r} is no Python literal; expected a number, True, False, None, a tuple or the like, or "
+            f"a string in quotes of its own, which the shell leaves on: '{name}=\"{value}\"'"
+        ) from None
 
 
 def paper_network(arguments: argparse.Namespace) -> tuple[str, spp.Profile, spp.Prediction | None]:
@@ -117,8 +166,16 @@ def paper_network(arguments: argparse.Namespace) -> tuple[str, spp.Profile, spp.
 def own_model(arguments: argparse.Namespace) -> tuple[str, spp.Profile, None]:
     """Title and profile of what the user's function returns."""
     make = load_function(arguments.module)
+    settings, kwargs = dict(arguments.make), dict(arguments.arg)
+    if "seed" in settings:
+        raise UsageError("--make=seed=...: seeds are counted from 0, --seeds says how many")
+    if taken := [name for name in kwargs if name in RESERVED]:
+        raise UsageError(
+            f"--arg={taken[0]}=...: {taken[0]} is an argument of nfjax.spp.propagate_seeds and does not reach the "
+            "model; let the function of --module return a model that sets it"
+        )
     takes_seed = "seed" in inspect.signature(make).parameters
-    first = _call(make, arguments.module, {"seed": 0} if takes_seed else {})
+    first = _call(make, arguments.module, settings | ({"seed": 0} if takes_seed else {}))
     model, x = first if isinstance(first, tuple) and len(first) == 2 else (first, None)
     if not isinstance(model, nnx.Module | linen.Module):
         raise UsageError(
@@ -138,13 +195,14 @@ def own_model(arguments: argparse.Namespace) -> tuple[str, spp.Profile, None]:
         x = spp.noise(_shape(arguments.input_shape))
 
     def again(seed: int) -> Any:
-        made = first if seed == 0 or not takes_seed else _call(make, arguments.module, {"seed": seed})
+        made = first if seed == 0 or not takes_seed else _call(make, arguments.module, settings | {"seed": seed})
         return made[0] if isinstance(made, tuple) else made
 
     inputs = x if isinstance(x, tuple) else (x,)
     profile = spp.propagate_seeds(
-        again, *inputs, seeds=arguments.seeds, where=arguments.where, branch=arguments.branch, loss=arguments.loss
-    )
+        again, *inputs, seeds=arguments.seeds, where=arguments.where, branch=arguments.branch, loss=arguments.loss,
+        output=arguments.output, **kwargs,
+    )  # fmt: skip
     return type(model).__name__, profile, None
 
 
@@ -172,15 +230,19 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any:
-    needed = [
-        parameter.name
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and parameter.name not in kwargs
-    ]
-    if needed:
-        raise UsageError(f"--module={name}: the function needs {_names(needed)}; it may take `seed` and nothing else")
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed := [p.name for p in named if p.default is p.empty and p.name not in kwargs]:
+        raise UsageError(
+            f"--module={name}: the function needs {_names(needed)}; give it with --make={needed[0]}=..., only `seed` "
+            "comes by itself"
+        )
+    by_name = [p.name for p in named if p.kind is not p.POSITIONAL_ONLY]
+    unknown = [key for key in kwargs if key not in by_name]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise UsageError(
+            f"--make={unknown[0]}=...: the function {name} has no such parameter; it has {_names(by_name) or 'none'}"
+        )
     return function(**kwargs)
 
 
@@ -231,7 +293,7 @@ def main() -> None:
                 spp.plot({"measured": profile}, prediction, title=title).savefig(path, dpi=150)
             print(f"\n{path}", end="")
         print()
-    except (UsageError, ValueError, TypeError, OSError) as error:
+    except (UsageError, ValueError, TypeError, OSError, linen_errors.FlaxError) as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()) if "nfjax" in note)
         sys.exit(f"nfjax: {error}{notes}")
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
+from nfjax._flax import bind
 from nfjax.spp import losses, outputs, tracing, variables
 from nfjax.spp.diagnosis import IDENTITY
 from nfjax.spp.evaluation import BLOCK, FIELDS, Statistics, check_supported, evaluate
@@ -125,7 +126,7 @@ def _prepare(
     if not jaxpr.out_avals:
         raise ValueError(f"{model.name} returns no array: is there a return statement missing?")
     reached = calls_of(executions_of(jaxpr.jaxpr))
-    blocks = select(calls, reached, where)
+    blocks = select(jaxpr.jaxpr, calls, reached, where)
     roles = outputs.choose(traced, blocks, select_branches(calls, reached, blocks, branch), output, loss)
     check_supported(jaxpr.jaxpr, calls, roles)
     ran = order(jaxpr.jaxpr, roles)
@@ -148,7 +149,7 @@ def _prepare(
 
     try:
         # Unused arguments stay, so that equal programs have equal arguments.
-        lowered = jax.jit(measure, keep_unused=True).lower(leaves, jax.random.key(0))
+        lowered = jax.jit(bind(measure, traced.axes), keep_unused=True).lower(leaves, jax.random.key(0))
     except ValueError as error:
         if "everse-mode differentiation" in str(error):  # JAX's message for a while loop, a callback and the like
             raise ValueError(f"{model.name} cannot be differentiated: {error}") from error

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nfjax._flax import ABSENT
 from nfjax.spp import tracing
 from nfjax.spp.losses import Loss
 from nfjax.spp.measuring import Measurement, prepare
@@ -46,7 +47,7 @@ class Monitor:
         self._measurement: Measurement | None = None
         self._network: Runnable | None = None
 
-    def __call__(self, model: Any, variables: Any = None, rngs: Any = None) -> Profile:
+    def __call__(self, model: Any, variables: Any = None, rngs: Any = ABSENT) -> Profile:
         """The profile of the model as it is now, for Linen with `variables`. Another network, or another mode of it,
         compiles again.
         """

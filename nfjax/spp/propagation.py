@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
+from nfjax._flax import ABSENT
 from nfjax.spp import tracing
 from nfjax.spp.losses import Loss
 from nfjax.spp.measuring import Measurement, Run, prepare
@@ -41,7 +42,7 @@ def propagate(
     cotangent: str = GAUSSIAN,
     loss: str | Loss | None = None,
     seed: int = 0,
-    rngs: Any = None,
+    rngs: Any = ABSENT,
     mutable: Any = None,
     **kwargs: Any,
 ) -> Profile:
@@ -53,6 +54,7 @@ def propagate(
     and left as it was.
 
     where: the blocks to measure, a class, several, a class name, or a predicate `(path, module) -> bool`. Left out: the
+    innermost repeated classes that make a residual addition (encoder and decoder: both), and where there are none the
     one class of repeated modules that have parts of their own. branch: likewise, the residual branch inside a block, or
     the attribute's name.
 
@@ -87,7 +89,7 @@ def propagate_seeds(
     output: Output | None = None,
     cotangent: str = GAUSSIAN,
     loss: str | Loss | None = None,
-    rngs: Any = None,
+    rngs: Any = ABSENT,
     mutable: Any = None,
     **kwargs: Any,
 ) -> Profile:

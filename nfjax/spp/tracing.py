@@ -1,37 +1,35 @@
 """A model's forward pass as a jaxpr in which the outputs of every module call are tagged.
 
-The user's model is left alone. An NNX model is copied (split and merged) inside the trace, and for the length of it the
-`__call__` of its modules' classes tags what it returns; Linen's `intercept_methods` does the same for a Linen module. A
-tag is an identity operation with a name, which survives whatever JAX transformation surrounds it: `remat`, `scan`,
+A tag is an identity operation with a name, which survives whatever JAX transformation surrounds it: `remat`, `scan`,
 `vmap`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import errors as linen_errors
 from flax import linen, nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from nfjax._calls import class_name, within
+from nfjax._calls import recorder as _recorder
+from nfjax._flax import Runnable, attempt, explained
+from nfjax._flax import runnable as runnable
 from nfjax.spp.mode import dropping
 
 _TAG = "nfjax.spp/"
 # Each trace has a context of its own, part of the key of JAX's caches: a function that the model jits is traced anew,
 # and its tagged trace is never served to anybody else.
 _trace_context = jax.make_user_context(None)
-_recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
 
 
 class Tag(NamedTuple):
@@ -102,27 +100,14 @@ class Call:
 class Trace:
     """jaxpr: of the flat arrays to the flat output. calls: the module calls; the tags of the jaxpr are indices into it.
     out_tree: the structure of the model's output. mutable: Linen's filter of the collections that the model could
-    write, None for a model that is not Linen's.
+    write, None for a model that is not Linen's. axes: the axis names that are to be bound where it runs.
     """
 
     jaxpr: Any
     calls: Sequence[Call]
     out_tree: Any
     mutable: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Runnable:
-    """A model with its inputs as a function of arrays. arrays: parameters, other variables and inputs, a pytree.
-    function: `arrays -> output`. network: what decides, together with the arrays' shapes, which function it is.
-    modules: the user's own by path, where the function runs copies of them.
-    """
-
-    function: Callable[[Any], Any]
-    arrays: Any
-    name: str
-    network: Any
-    modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    axes: tuple[str, ...] = ()
 
 
 class Recorder:
@@ -140,7 +125,7 @@ class Recorder:
         parent = self._active[-1] if self._active else None
         args, kwargs = getattr(function, "args", ()), getattr(function, "keywords", {})
         self.calls.append(Call(path, module, parent, None, dropping=dropping(module, args, kwargs)))
-        given = [leaf for leaf in jax.tree.leaves((args, kwargs), is_leaf=_opaque) if isinstance(leaf, jax.core.Tracer)]
+        given = filter(_traced, jax.tree.leaves((args, kwargs), is_leaf=_opaque))
         for number, leaf in enumerate(filter(_floating, given)):
             # The module gets what it was given, and not the tagged one: it may compare or keep it.
             checkpoint_name(leaf, Tag(index, number, entry=True).name)
@@ -170,7 +155,7 @@ class Recorder:
             self.mutable = scope.mutable
         if context.method_name != "__call__" or not path or _recorder.get() is not self:
             return call(*args, **kwargs)
-        return self.call("/".join(path), context.module, functools.partial(call, *args, **kwargs))
+        return self.call(within(path), context.module, functools.partial(call, *args, **kwargs))
 
 
 def _tagged(output: Any, index: int) -> tuple[Any, tuple[Any, ...], Any]:
@@ -178,7 +163,7 @@ def _tagged(output: Any, index: int) -> tuple[Any, tuple[Any, ...], Any]:
     places, tree = jax.tree_util.tree_flatten_with_path(output)
     leaves = [leaf for _, leaf in places]
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray) and _floating(leaf)]
-    traced = [leaf for leaf in arrays if isinstance(leaf, jax.core.Tracer)]
+    traced = list(filter(_traced, arrays))
     numbers: dict[int, int] = {}
     for leaf in traced or arrays:  # beside others, a constant stays what it is
         numbers.setdefault(id(leaf), len(numbers))
@@ -196,6 +181,10 @@ def _tagged(output: Any, index: int) -> tuple[Any, tuple[Any, ...], Any]:
     return jax.tree.unflatten(tree, leaves), tuple(returned), tree
 
 
+def _traced(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array)
+
+
 def _floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
@@ -204,139 +193,13 @@ def _opaque(value: Any) -> bool:
     return isinstance(value, nnx.Module | nnx.Variable)
 
 
-def runnable(
-    model: Any,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    variables: Mapping[str, Any] | None,
-    rngs: Any,
-    mutable: Any,
-    key: jax.Array,
-) -> Runnable:
-    """The model called as `model(*inputs, **kwargs)`, NNX or Linen; for Linen with its variables, by default drawn from
-    `key`.
-    """
-    if isinstance(model, nnx.Module) and rngs is not None:
-        kwargs, rngs = {**kwargs, "rngs": rngs}, None  # an argument like any other
-    leaves, tree = jax.tree.flatten((tuple(inputs), dict(kwargs)))
-    dynamic = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-    arrays = [leaf for leaf, is_array in zip(leaves, dynamic, strict=True) if is_array]
-
-    def arguments(arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = iter(arrays)
-        return jax.tree.unflatten(
-            tree, [next(given) if is_array else leaf for leaf, is_array in zip(leaves, dynamic, strict=True)]
-        )
-
-    if isinstance(model, nnx.Module):
-        if variables is not None:
-            raise TypeError("variables= belongs to Linen modules; an nnx.Module holds its own")
-        return _nnx(model, arguments, arrays)
-    if isinstance(model, linen.Module):
-        return _linen(model, arguments, arrays, variables, rngs, mutable, key)
-    given = f"the class {model.__name__}" if isinstance(model, type) else class_name(model)
-    raise TypeError(f"expected a Flax model, an nnx.Module or a linen.Module instance, not {given}")
-
-
-def _nnx(model: nnx.Module, arguments: Callable[[Any], Any], arrays: Sequence[Any]) -> Runnable:
-    graph, state = nnx.split(model)
-    originals = {_join(path): node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
-
-    def function(tree: Any) -> Any:
-        state, arrays = tree
-        copy = nnx.merge(graph, state)
-        modules = [(path, node) for path, node in nnx.iter_graph(copy) if isinstance(node, nnx.Module)]
-        for path, node in modules:
-            # A static attribute of the copy: it survives the splits and merges of nnx.remat, nnx.scan and the like.
-            object.__setattr__(node, _PATH, _join(path))
-        args, kwargs = arguments(arrays)
-        with _recorded({type(node) for _, node in modules}):
-            return copy(*args, **kwargs)
-
-    return Runnable(function, (state, list(arrays)), class_name(model), graph, originals)
-
-
-_PATH = "_spp_path"
-_patching = threading.RLock()
-
-
-@contextlib.contextmanager
-def _recorded(classes: Iterable[type]) -> Iterator[None]:
-    """Calls of these classes' instances are noted by the recorder of this context, if it has one; as long as this
-    lasts.
-    """
-    classes = [cls for cls in classes if any("__call__" in vars(base) for base in cls.__mro__)]
-    with _patching:
-        resolved = {cls: cls.__call__ for cls in classes}
-        own = {cls: vars(cls).get("__call__") for cls in classes}
-        try:
-            for cls, call in resolved.items():
-                cls.__call__ = _recording(cls, call)
-            yield
-        finally:
-            for cls, call in own.items():
-                if call is None:
-                    del cls.__call__  # it was inherited
-                else:
-                    cls.__call__ = call
-
-
-def _recording(cls: type, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        recorder, call = _recorder.get(), functools.partial(function, self, *args, **kwargs)
-        # Held in a closure or made during the call, a module has no path in the model.
-        path = vars(self).get(_PATH, f"(outside)/{cls.__name__}")
-        # A subclass that comes here by super() was noted already, as itself.
-        if recorder is None or type(self) is not cls or not path:
-            return call()
-        return recorder.call(path, recorder.modules.get(path, self), call)
-
-    return __call__
-
-
-def _linen(
-    model: linen.Module,
-    arguments: Callable[[Any], Any],
-    arrays: Sequence[Any],
-    variables: Mapping[str, Any] | None,
-    rngs: Any,
-    mutable: Any,
-    key: jax.Array,
-) -> Runnable:
-    if model.scope is not None:
-        model, bound = model.unbind()
-        variables = bound if variables is None else variables
-    # Linen falls back on the "params" stream for any other that is missing: dropout and the like.
-    rngs = {"params": key, **(rngs or {})}
-
-    def initialize(arrays: Any) -> Any:
-        args, kwargs = arguments(arrays)
-        return model.init(rngs, *args, **kwargs)
-
-    if variables is None:
-        with explained(class_name(model)):
-            variables = jax.jit(initialize)(list(arrays))
-
-    def function(tree: Any, mutable: Any) -> Any:
-        variables, rngs, arrays = tree
-        args, kwargs = arguments(arrays)
-        output = model.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
-        return output if mutable is False else output[0]  # what it writes is dropped
-
-    tree = (variables, rngs, list(arrays))
-    if mutable is None:
-        mutable = False
-        try:
-            with explained(class_name(model)):
-                jax.eval_shape(functools.partial(function, mutable=False), tree)
-        except linen_errors.ModifyScopeVariableError:  # batch norm in training mode writes its statistics
-            mutable = linen.DenyList("params")
-    return Runnable(functools.partial(function, mutable=mutable), tree, class_name(model), (model, repr(mutable)))
-
-
 def trace(model: Runnable) -> Trace:
-    """Traces the model once, every module call tagged; nothing is computed."""
+    """Traces the model, every module call tagged; nothing is computed."""
+    traced, axes = attempt(model, _trace)
+    return dataclasses.replace(traced, axes=axes)
+
+
+def _trace(model: Runnable) -> Trace:
     leaves, tree = jax.tree.flatten(model.arrays)
 
     def flat(*leaves: Any) -> Any:
@@ -352,16 +215,6 @@ def trace(model: Runnable) -> Trace:
     return Trace(jaxpr, tuple(recorder.calls), jax.tree.structure(out), recorder.mutable)
 
 
-@contextlib.contextmanager
-def explained(name: str) -> Iterator[None]:
-    """Notes with an error from inside the model where it was raised."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"(raised by the model {name} while nfjax.spp traced it; is its input what it expects?)")
-        raise
-
-
 def tag(eqn: Any) -> Tag | None:
     """What this equation tags, if it is a tag."""
     name = eqn.params.get("name") if eqn.primitive.name == "name" else None
@@ -369,11 +222,3 @@ def tag(eqn: Any) -> Tag | None:
         return None
     call, kind, number = re.split("([<>])", name.removeprefix(_TAG))
     return Tag(int(call), int(number), kind == "<")
-
-
-def class_name(module: Any) -> str:
-    return type(module).__name__
-
-
-def _join(path: Sequence[Any]) -> str:
-    return "/".join(map(str, path))
