@@ -85,6 +85,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--where", action="append", metavar="CLASS[,CLASS]",
         help="the class of the blocks, or several; may be repeated (those that repeat and add to their input)",
     )  # fmt: skip
+    own.add_argument(
+        "--output", metavar="INDEX|PATH",
+        help="of blocks that return several arrays, which one: 1, or 0/hidden (the one that is used)",
+    )  # fmt: skip
     own.add_argument("--branch", metavar="NAME", default="branch", help="name or class of a block's residual branch")
     parser.add_argument("--loss", choices=["cross_entropy"], help="start of the gradient (N(0, 1) at the last block)")
     parser.add_argument("--seeds", type=_positive, default=1, help="how many (1)")
@@ -108,6 +112,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if not arguments.module and (arguments.input_shape or arguments.where or arguments.make or arguments.arg):
         parser.error("--make, --arg, --input-shape and --where go with --module")
+    if not arguments.module and arguments.output is not None:
+        parser.error("--output goes with --module")
     if arguments.where is not None:
         arguments.where = tuple(name.strip() for given in arguments.where for name in given.split(","))
         if not all(arguments.where):
@@ -207,7 +213,7 @@ def own_model(arguments: argparse.Namespace) -> tuple[str, spp.Profile, None]:
     inputs = x if isinstance(x, tuple) else (x,)
     profile = spp.propagate_seeds(
         again, *inputs, seeds=arguments.seeds, where=arguments.where, branch=arguments.branch, loss=arguments.loss,
-        **kwargs,
+        output=arguments.output, **kwargs,
     )  # fmt: skip
     return type(model).__name__, profile, None
 
