@@ -52,6 +52,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
         "nfjax.workdir",
         "nfjax.main",
         "nfjax.report",
+        "nfjax.ranges",
         "nfjax.settings",
         "nfjax.evaluate",
         "nfjax.reproduce.runs",

@@ -216,7 +216,7 @@ def test_config_files_that_are_none(tmp_path, text, message, override):
             r"--config.data.mean\[0\]: config.data.mean is set as a whole, --config.data.mean='\(0.485",
         ),
         ("data[0]=1", r"unknown config field 'data\[0\]': config has "),
-        ("model=3", "--config.model: model has fields of its own, "),
+        ("model=3", "--config.model=3: model has fields of its own, "),
         ("epochs.x=3", r"unknown config field 'epochs.x': config.epochs has nothing below it"),
         (".epochs=3", r"unknown config field '.epochs': config has "),
         ("augment.flip=perhaps", r"config.augment.flip=perhaps"),
