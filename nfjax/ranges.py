@@ -35,7 +35,7 @@ _SHARE = Range(lambda value: 0 <= value <= 1, "must be a share, from 0 to 1")
 _MIXING = Range(lambda value: value >= 0, "expected 0, for no mixing, or a positive number")
 _CLIPPING = Range(lambda value: np.float32(value) > 0, "must be positive, or none for no clipping")
 _UP_TO_ONE = Range(lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
-_INTERVAL = _whole(1, LAST_STEP)
+_INTERVAL = _whole(1, LAST_STEP, f"must be positive, and at most {LAST_STEP}")
 
 RANGES: dict[str, Range] = {
     "seed": _whole(0, 2**32 - 1, f"must be from 0 to {2**32 - 1}"),
@@ -136,7 +136,7 @@ def _check_tuple(name: str, values: Any) -> None:
     if name in PAIRS:
         share = name == PAIRS[0]
         if not 0 < values[0] <= values[1] or (share and values[1] > 1):
-            wanted = "0 < smallest <= largest" + (" <= 1, shares of the area" if share else ", width / height")
+            wanted = "0 < low <= high" + (" <= 1, shares of the area" if share else ", width / height")
             raise ValueError(f"{name}={values}: expected {wanted}")
         return
     if name == COLOURS[1] and min(np.float32(values)) <= 0:

@@ -127,7 +127,7 @@ def test_means_of_levels_are_given_back_divided():
     ("changes", "message"),
     [
         ({"augment.crop_padding": 32}, r"augment.crop_padding=32 must be less than data.image_size=32"),
-        ({"data.resize": 16}, r"data.resize=16 must be at least data.image_size=32"),
+        ({"data.resize": 16}, r"data.resize=16: a square of 32 pixels cannot be cut out"),
         ({"train.state_shards": 7}, r"train.state_shards=7: the state cannot be divided over 7"),
         ({"model.width": 65536}, r"model.width=65536, model.depth=18: .* parameters .* GiB, of .* choose less"),
         ({"batch_size": 2**24, "data.image_size": 512}, r"batch_size=16777216, data.image_size=512: .* GiB, of "),
@@ -216,7 +216,7 @@ def test_config_files_that_are_none(tmp_path, text, message, override):
             r"--config.data.mean\[0\]: config.data.mean is set as a whole, --config.data.mean='\(0.485",
         ),
         ("data[0]=1", r"unknown config field 'data\[0\]': config has "),
-        ("model=3", "--config.model: model has fields of its own, "),
+        ("model=3", "--config.model=3: model has fields of its own, "),
         ("epochs.x=3", r"unknown config field 'epochs.x': config.epochs has nothing below it"),
         (".epochs=3", r"unknown config field '.epochs': config has "),
         ("augment.flip=perhaps", r"config.augment.flip=perhaps"),

@@ -255,7 +255,7 @@ def test_divergence_names_the_last_good_checkpoint(tiny_config, tmp_path, monkey
     train.train(tiny_config, str(tmp_path))
     tiny_config.epochs = 2
     monkeypatch.setattr(workdirs, "MAY_CHANGE", (*workdirs.MAY_CHANGE, "epochs", "optim."))
-    tiny_config.optim.learning_rate = float("inf")
+    tiny_config.optim.learning_rate = 3e38
     with pytest.raises(train.TrainingDivergedError, match="the last good checkpoint is at step 16"):
         train.train(tiny_config, str(tmp_path))
 
