@@ -12,7 +12,6 @@ import pytest
 from flax import linen, nnx, struct
 
 from nfjax import spp
-from nfjax.spp import __main__ as command
 
 
 def images(*shape, seed=0):
@@ -333,6 +332,8 @@ def test_an_array_that_is_not_there(output, message):
 
 
 def test_on_the_command_line(monkeypatch, tmp_path, capsys):
+    from nfjax.spp import __main__ as command
+
     (tmp_path / "several.py").write_text("""
 import jax
 from flax import nnx
