@@ -23,6 +23,7 @@ from nfjax.spp.flow import INLINED, REMATERIALIZED, SCAN, executions, executions
 from nfjax.spp.tracing import Call, Tag, tag
 
 FIELDS = 5  # reached, scale; of the channels' means: mean square and variance; mean of the channels' variances
+UNKNOWN = -1.0  # of a share: a NaN would stop a program under JAX's debugging switch
 BLOCK, BRANCH = "block", "branch"  # the roles of what is tapped
 
 
@@ -102,16 +103,19 @@ class Taken:
 
 
 def change(given: Sequence[jax.Array], out: jax.Array, measured: jax.Array) -> jax.Array:
-    """Var[out - x] / Var[out] for the array x, of those given to a block, that lies closest to its output; NaN where
-    none has the output's shape. measured: `statistics` of the output.
+    """Var[out - x] / Var[out] for the array x, of those given to a block, that lies closest to its output;
+    `UNKNOWN` where none has the output's shape, or the output has no variance. measured: `statistics` of the output.
     """
     _, scale, _, between, within = measured
-    shares = [jnp.float32(jnp.nan)]
+    variances = []
     for x in given:
         difference = out.astype(jnp.float32) / scale - x.astype(jnp.float32) / scale
-        variance = jnp.square(difference).mean() - jnp.square(difference.mean())
-        shares.append(jnp.maximum(variance, 0.0) / (between + within))
-    return functools.reduce(jnp.fmin, shares)
+        variances.append(jnp.maximum(jnp.square(difference).mean() - jnp.square(difference.mean()), 0.0))
+    if not variances:
+        return jnp.float32(UNKNOWN)
+    total = between + within
+    share = functools.reduce(jnp.fmin, variances) / jnp.where(total > 0, total, 1.0)
+    return jnp.where(total > 0, share, UNKNOWN)
 
 
 def evaluate(

@@ -17,7 +17,7 @@ from flax import linen
 from nfjax._flax import bind
 from nfjax.spp import losses, outputs, tracing, variables
 from nfjax.spp.diagnosis import IDENTITY
-from nfjax.spp.evaluation import BLOCK, FIELDS, Statistics, check_supported, evaluate
+from nfjax.spp.evaluation import BLOCK, FIELDS, UNKNOWN, Statistics, check_supported, evaluate
 from nfjax.spp.flow import calls_of, executions_of, order
 from nfjax.spp.losses import Loss
 from nfjax.spp.mode import Mode
@@ -67,6 +67,7 @@ class Measurement:
         block, branch = (Statistics.of(forward[list(rows)]) for rows in (self._blocks, self._branches))
         has_branch = np.array([row >= 0 for row in self._branches])
         change = np.asarray(changes, np.float64)
+        change = np.where(change == UNKNOWN, np.nan, change)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             share = np.where(has_branch, branch.var / block.var, change)
         # What is called a branch may be scaled where it is added: an output that equals the input decides.
