@@ -893,7 +893,7 @@ def test_a_monitor_compiles_once(monkeypatch, tiny):
 
 def test_a_branch_that_is_nowhere_is_refused_with_the_names_there_are():
     model, x = Chain(), np.ones((2, 3), np.float32)
-    for branch, shown in (("brnch", "'brnch'"), (nnx.Conv, "Conv"), (["brnch"], r"\['brnch'\]")):
+    for branch, shown in (("brnch", "'brnch'"), (nnx.Conv, "Conv"), (["brnch"], r"\('brnch'\)")):
         with pytest.raises(
             ValueError,
             match=rf"branch={shown} means no module inside the blocks: .*; in the blocks are 'first' \(Linear\)",
