@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from nfjax.spp.profile import Profile
+from nfjax.spp.mode import Mode
 
 # Blocks of which the branch makes up less than this share of the output's variance are the identity, as far as a
 # signal goes. A hundred pre-normalized blocks, each of which adds as much as the first, still have ten times that.
 IDENTITY = 1e-3
+
+
+class Measured(Protocol):
+    """What a verdict is drawn from: a `Profile`."""
+
+    paths: tuple[str, ...]
+    mode: Mode
+    zeros: Mapping[str, tuple[str, ...]]
+
+    @property
+    def forward_var(self) -> np.ndarray: ...
+    @property
+    def backward_var(self) -> np.ndarray: ...
+    @property
+    def branch_share(self) -> np.ndarray: ...
+    @property
+    def stages(self) -> list[slice]: ...
+    def __len__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +96,7 @@ class Diagnosis:
         return "\n".join([str(self.forward), str(self.backward), *ran, *(f"note: {note}" for note in self.notes)])
 
 
-def diagnose(profile: Profile, tolerance: float) -> Diagnosis:
+def diagnose(profile: Measured, tolerance: float) -> Diagnosis:
     if not tolerance > 1:
         raise ValueError(f"tolerance={tolerance} must be more than 1: it is a factor")
     forward = _direction(profile, profile.forward_var, tolerance, "activation")
@@ -88,7 +105,7 @@ def diagnose(profile: Profile, tolerance: float) -> Diagnosis:
     return Diagnosis(forward, backward, str(profile.mode), tuple(filter(None, notes)))
 
 
-def _identities(profile: Profile, forward: Direction, backward: Direction) -> str | None:
+def _identities(profile: Measured, forward: Direction, backward: Direction) -> str | None:
     """Where blocks that add nothing preserve a signal."""
     preserved = [way.quantity for way in (forward, backward) if way.verdict == "preserved"]
     number = int((profile.branch_share < IDENTITY).sum())
@@ -103,7 +120,7 @@ def _identities(profile: Profile, forward: Direction, backward: Direction) -> st
     )
 
 
-def _zeros(profile: Profile) -> list[str]:
+def _zeros(profile: Measured) -> list[str]:
     """Where a variance is zero because a parameter is."""
     notes = []
     still, paths = np.flatnonzero(profile.forward_var == 0), ("", *profile.paths)
@@ -125,7 +142,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + more
 
 
-def _direction(profile: Profile, variances: np.ndarray, tolerance: float, quantity: str) -> Direction:
+def _direction(profile: Measured, variances: np.ndarray, tolerance: float, quantity: str) -> Direction:
     forward = quantity == "activation"
 
     def along(values: Sequence[Any]) -> list[Any]:
