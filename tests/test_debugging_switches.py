@@ -102,7 +102,7 @@ def training_step():
     def preprocess(key, images):
         return augment.normalize(augment.random_flip(key, images), MEAN, STD)
 
-    step = jax.jit(steps.make_train_step(model, optimizer, preprocess, jax.random.key(1), 0.1, accumulate=2))
+    step = jax.jit(steps.make_train_step(model, optimizer, preprocess, jax.random.key(1), 0.1))
     batch = {"image": IMAGES[:4], "label": np.arange(4, dtype=np.int32), "mask": np.ones(4, np.float32)}
     return step(steps.initial_state(params, batch_stats, optimizer), batch | {"step": np.int32(0)})
 
