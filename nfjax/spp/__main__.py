@@ -27,10 +27,10 @@ from flax import errors as linen_errors
 from flax import linen, nnx
 
 from nfjax import compilation, initializers, residual, resnet, spp
+from nfjax.data import formats
 from nfjax.data.crops import CentreCrop
 
 PLOTS = (".png", ".svg", ".pdf")
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 NETWORK = ("depth", "residual", "norm", "init", "stem", "width", "image_size", "input", "batch")
 
 
@@ -271,9 +271,9 @@ def load_images(folder: pathlib.Path, count: int, size: int) -> np.ndarray:
     """
     if not folder.is_dir():
         raise UsageError(f"--input={folder}: there is no such folder; expected a folder of images, or noise")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and formats.is_image(path))
     if not paths:
-        raise UsageError(f"--input={folder}: no images in it or below ({_names(IMAGES)})")
+        raise UsageError(f"--input={folder}: no images in it or below")
     if len(paths) < count:
         raise UsageError(
             f"--input={folder}: {len(paths)} images, fewer than the batch of {count}; pass --batch={len(paths)}"
