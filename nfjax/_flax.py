@@ -199,7 +199,8 @@ def _linen(
     if variables is None:
         run = jax.eval_shape if abstract else lambda function, *args: jax.jit(function)(*args)
         try:
-            with explained(name, reader):
+            # Without jit, JAX's scan draws other parameters: those of the compiled network are meant.
+            with jax.disable_jit(False), explained(name, reader):
                 variables, axes = _with_axes(lambda axes: run(bind(initialize, axes), rngs, arrays))
         except Exception as error:
             if inputs and isinstance(inputs[0], Mapping) and isinstance(inputs[0].get("params"), Mapping):

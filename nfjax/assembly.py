@@ -62,8 +62,8 @@ def check(config: ConfigDict) -> None:
         )
     if config.data.resize is not None and config.data.resize < config.data.image_size:
         raise ValueError(
-            f"data.resize={config.data.resize} must be at least data.image_size={config.data.image_size}, which is cut "
-            "out of it, or none"
+            f"data.resize={config.data.resize}: a square of {config.data.image_size} pixels cannot be cut out of an "
+            f"image whose short side has {config.data.resize}; expected at least data.image_size, or none for it"
         )
     every = config.log.signal_every_steps
     if every is not None and every % config.log.every_steps:

@@ -114,7 +114,8 @@ def count(
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if context.module.scope is not None:
-            ran[_key(within(context.module.path))] = context.module
+            # Unbound: the scope of a bound module holds traced values, which must not outlive their trace.
+            ran[_key(within(context.module.path))] = context.module.clone(parent=None)
         return call(*args, **kwargs)
 
     def trace(called: Runnable) -> Any:

@@ -6,6 +6,7 @@ Scores the best checkpoint of a run, or a chosen one, on the run's test images: 
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 from typing import Any
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nfjax.evaluate", description=__doc__.split("\n\n")[1])
     parser.add_argument("--workdir", required=True, help="of a training run")
     parser.add_argument("--step", type=int, help="of the checkpoint; by default the one with the best test accuracy")
-    parser.add_argument("--data-dir", help="where the images are now, if they have moved")
+    parser.add_argument("--data-dir", type=os.path.expanduser, help="where the images are now, if they have moved")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
     compilation.keep()

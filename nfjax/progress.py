@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import signal
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import tqdm
+from absl import logging
 
 from nfjax import data, distributed, exits, metrics, streams
 
@@ -71,7 +74,54 @@ def _zeros() -> dict[str, np.ndarray]:
 def say(text: str) -> None:
     """A line for a person, from the first process only."""
     if distributed.is_first():
-        print(text, file=streams.out(), flush=True)
+        _print(text, streams.out())
+
+
+_drawn: list[tqdm.tqdm] = []  # the bar that is on the terminal, if there is one
+
+
+def _print(text: str, stream: Any) -> None:
+    """A line, above the bar. `tqdm.write` knows only bars on the very stream that it writes to."""
+    for bar in _drawn:
+        bar.clear()
+    print(text, file=stream, flush=True)
+    for bar in _drawn:
+        bar.refresh()
+
+
+def _columns() -> int:
+    """Of the terminal that the bar is on; 0 where it does not tell."""
+    try:
+        return os.get_terminal_size(streams.err().fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+class _AboveBar(io.TextIOBase):
+    """A stream that prints whole lines to `stream`, above the bar there."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._started = stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._started = (self._started + text).split("\n")
+        for line in lines:
+            _print(line, self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def finish(self) -> None:
+        """Prints what is left of a last line."""
+        if self._started:
+            self.write("\n")
 
 
 class Bar:
@@ -86,9 +136,10 @@ class Bar:
         self.tqdm = tqdm.tqdm(
             total=progress.total,
             initial=progress.step,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",  # at most 80 columns
             disable=self.silent or None,  # None: shown only on a terminal
-            dynamic_ncols=True,
+            dynamic_ncols=_columns() > 0,
+            ncols=None if _columns() else 80,
             leave=False,
             file=streams.err(),
         )
@@ -98,11 +149,21 @@ class Bar:
 
     def __enter__(self) -> Bar:
         self.tqdm.set_description_str(f"epoch {int(self.progress.epoch) + 1}/{self.epochs}")
+        self._above = contextlib.ExitStack()
+        if not self.tqdm.disable:  # warnings and the log go where the bar is
+            _drawn.append(self.tqdm)
+            self._above.callback(_drawn.remove, self.tqdm)
+            above, handler = _AboveBar(streams.err()), logging.get_absl_handler().python_handler
+            self._above.callback(above.finish)
+            self._above.enter_context(contextlib.redirect_stderr(above))
+            self._above.callback(handler.setStream, handler.stream)
+            handler.setStream(above)
         self._since = time.perf_counter()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.tqdm.close()
+        self._above.close()
 
     def advance(self, steps: int) -> None:
         """Steps that were dispatched."""
@@ -125,8 +186,8 @@ class Bar:
             f"epoch {min(int(values['epoch']) + 1, self.epochs)}/{self.epochs}", refresh=False
         )
         self.tqdm.set_postfix_str(
-            f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.1%}, {self.rate:,.0f} images/s"
-            + (f", {values['data_wait']:.0%} waiting for data" if values["data_wait"] >= 0.05 else "")
+            f"loss {values['loss']:.3f} acc {values['accuracy']:.1%} {self.rate:,.0f} img/s"
+            + (f" wait {values['data_wait']:.0%}" if values["data_wait"] >= 0.05 else "")  # for data
         )
         self._since = time.perf_counter()
 
@@ -135,13 +196,12 @@ class Bar:
         if self.silent:
             return
         width = len(str(self.epochs))
-        tqdm.tqdm.write(
+        _print(
             f"epoch {values['epoch']:{width}d}/{self.epochs}  train loss {values['train_loss']:.4f} accuracy "
             f"{values['train_accuracy']:7.2%}   "
             f"test loss {values['test_loss']:.4f} accuracy {values['test_accuracy']:7.2%}   {self.rate:,.0f} images/s",
-            file=streams.out(),
+            streams.out(),
         )
-        streams.out().flush()
         self._since = time.perf_counter()
 
 
@@ -182,4 +242,4 @@ class Interrupts(contextlib.AbstractContextManager):
         for known, handler in self._before.items():
             signal.signal(known, handler)
         name = "Ctrl-C" if number == signal.SIGINT else self.pending.name
-        tqdm.tqdm.write(f"{name}: finishing this step and saving; once more to stop at once", file=streams.err())
+        _print(f"{name}: finishing this step and saving; once more to stop at once", streams.err())

@@ -35,7 +35,7 @@ _SHARE = Range(lambda value: 0 <= value <= 1, "must be a share, from 0 to 1")
 _MIXING = Range(lambda value: value >= 0, "expected 0, for no mixing, or a positive number")
 _CLIPPING = Range(lambda value: np.float32(value) > 0, "must be positive, or none for no clipping")
 _UP_TO_ONE = Range(lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
-_INTERVAL = _whole(1, LAST_STEP)
+_INTERVAL = _whole(1, LAST_STEP, f"must be positive, and at most {LAST_STEP}")
 
 RANGES: dict[str, Range] = {
     "seed": _whole(0, 2**32 - 1, f"must be from 0 to {2**32 - 1}"),
@@ -59,7 +59,7 @@ RANGES: dict[str, Range] = {
     "optim.reference_batch_size": _whole(1, 2**24, "must be positive, or none for no scaling"),
     "optim.warmup_epochs": Range(lambda value: value >= 0, "must be 0 or more"),
     "optim.momentum": _UP_TO_ONE,
-    "optim.weight_decay": Range(lambda value: value >= 0, "must be 0 (for none) or more: less would let weights grow"),
+    "optim.weight_decay": Range(lambda value: value >= 0, "must be 0 (for none) or more"),
     "optim.clip_norm": _CLIPPING,
     "optim.adaptive_clip": _CLIPPING,
     "optim.label_smoothing": _UP_TO_ONE,
@@ -104,8 +104,7 @@ def check_value(name: str, value: Any, default: Any, kind: type) -> None:
         _check_number(name, value, kind)
         span = RANGES.get(name)  # model.depth is a name in a table
         if span is not None and not span.fits(value):
-            colon = ":" if span.wanted.startswith("expected") else ""
-            raise ValueError(f"{name}={value}{colon} {span.wanted}{_such_as(name, default)}")
+            raise ValueError(f"{_wanted(name, value)}{_such_as(name, default)}")
     elif not isinstance(value, kind):
         wanted = {bool: "true or false", str: "a text"}[kind]
         raise ValueError(f"{name}={value!r}: expected {wanted}{_such_as(name, default)}")
@@ -118,8 +117,7 @@ def _check_number(name: str, value: Any, kind: type) -> None:
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise ValueError(f"{name}={value!r}: expected a {'whole ' if kind is int else ''}number")
     if kind is float and not abs(value) <= LARGEST:  # nor what is no number at all
-        hint = f"; {RANGES[name].wanted}" if name in RANGES else ""
-        raise ValueError(f"{name}={value}: expected a finite number of float32{hint}")
+        raise ValueError(f"{_wanted(name, value)}, and finite (in float32)")
 
 
 def _check_tuple(name: str, values: Any) -> None:
@@ -143,7 +141,7 @@ def _check_tuple(name: str, values: Any) -> None:
     if name in PAIRS:
         share = name == PAIRS[0]
         if not 0 < values[0] <= values[1] or (share and values[1] > 1):
-            wanted = "0 < smallest <= largest" + (" <= 1, shares of the area" if share else ", width / height")
+            wanted = "0 < low <= high" + (" <= 1, shares of the area" if share else ", width / height")
             raise ValueError(f"{name}={values}: expected {wanted}")
         return
     if name == COLOURS[1] and min(np.float32(values)) <= 0:
@@ -162,6 +160,11 @@ def _check_stages(values: Any) -> None:
             f"{STAGES}={tuple(values)}: expected the blocks of one to eight stages, {MOST_BLOCKS} in all at most, such "
             f"as --config.{STAGES}='(2, 2, 2)'"
         )
+
+
+def _wanted(name: str, value: Any) -> str:
+    wanted = RANGES[name].wanted if name in RANGES else "expected numbers"
+    return f"{name}={value}{':' if wanted.startswith('expected') else ''} {wanted}"
 
 
 def _such_as(name: str, default: Any) -> str:

@@ -122,8 +122,11 @@ class _FileParser(flags.ArgumentParser):
     def parse(self, text: str) -> ConfigDict:
         try:
             config = load(text)
-            for match in filter(None, map(_OVERRIDE.match, self._argv)):
-                check_known(config, match[1])
+            for argument in self._argv:
+                if match := _OVERRIDE.match(argument):
+                    node = check_known(config, match[1])
+                    if isinstance(node, ConfigDict):
+                        raise ValueError(f"{argument}: {match[1]} has fields of its own, {', '.join(node)}")
         except (ValueError, OSError) as error:
             raise _ConfigError(str(error)) from error
         return config
@@ -148,8 +151,8 @@ def set_none(config: ConfigDict, path: str) -> None:
     node[name] = None
 
 
-def check_known(config: ConfigDict, path: str) -> None:
-    """Raises ValueError, which says what there is, where `path` is no field that can be set."""
+def check_known(config: ConfigDict, path: str) -> Any:
+    """What `path` leads to. Raises ValueError, which says what there is, where it is no field."""
     node = config
     for i, name in enumerate(path.split(".")):
         plain, bracket, _ = name.partition("[")
@@ -161,8 +164,7 @@ def check_known(config: ConfigDict, path: str) -> None:
             known = ", ".join(node) if isinstance(node, ConfigDict) else "nothing below it"
             raise ValueError(f"unknown config field {path!r}: {above} has {known}")
         node = node[name]
-    if isinstance(node, ConfigDict):
-        raise ValueError(f"--config.{path}: {path} has fields of its own, {', '.join(node)}")
+    return node
 
 
 def listed() -> str:

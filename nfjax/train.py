@@ -246,6 +246,8 @@ class Runner:
         if self._per_dispatch is None:
             many_pay = config.data.keep == "device" and jax.default_backend() != "cpu"
             self._per_dispatch = config.log.every_steps if many_pay else 1
+        # A report or the end of an epoch ends a dispatch: more room would be taken for nothing.
+        self._per_dispatch = min(self._per_dispatch, config.log.every_steps, -(-size // config.batch_size))
         if self._per_dispatch > 1:
             self._many = feed.many(train_step, self._per_dispatch, _tell_memory)
         else:

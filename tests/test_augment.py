@@ -217,3 +217,70 @@ def test_alpha_zero_mixes_nothing():
 def test_arguments_that_cannot_work(call, message):
     with pytest.raises(ValueError, match=message):
         call(images(4))
+
+
+KEYED = {
+    "random_crop": lambda key, x: augment.random_crop(key, x, 2),
+    "random_flip": augment.random_flip,
+    "random_erasing": augment.random_erasing,
+    "rand_augment": augment.rand_augment,
+    "cutmix": lambda key, x: augment.cutmix(key, x, 1.0),
+    "mixup": lambda key, x: augment.mixup(key, augment.normalize(x, (0.5,) * 3, (0.5,) * 3), 1.0),
+}
+PLAIN = {
+    "normalize": lambda x: augment.normalize(x, (0.5,) * 3, (0.5,) * 3),
+    "apply": lambda x: augment.apply(x, "rotate", 9),
+}
+
+
+@pytest.mark.parametrize("name", [*KEYED, *PLAIN])
+def test_what_is_no_batch_of_images_is_refused(name):
+    call = PLAIN.get(name) or (lambda x: KEYED[name](jax.random.key(0), x))
+    call(images(2))
+    with pytest.raises(ValueError, match=r"shape \(8, 8, 3\): expected \[B, H, W, C\].*images\[None\]"):
+        call(images(2)[0])
+    with pytest.raises(ValueError, match=r"shape \(8, 8\): expected \[B, H, W, C\]"):
+        call(np.zeros((8, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"images of type list: expected an array \[B, H, W, C\]"):
+        call(images(2).tolist())
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_what_is_no_key_is_refused(name):
+    for key, shown in ((0, "int"), (None, "NoneType"), (np.zeros(2, np.int32), "int32"), (jnp.float32(3), "float32")):
+        with pytest.raises(ValueError, match=rf"key of type {shown}.*: expected one key, such as jax.random.key\(0\)"):
+            KEYED[name](key, images(2))
+    with pytest.raises(ValueError, match="expected one key"):
+        KEYED[name](jax.random.split(jax.random.key(0)), images(2))
+    old, new = KEYED[name](jax.random.PRNGKey(3), images(2)), KEYED[name](jax.random.key(3), images(2))
+    jax.tree.map(np.testing.assert_array_equal, old, new)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: augment.normalize(x.astype(jnp.float32), (0.5,) * 3, (0.5,) * 3), r"dtype float32: expected uint8"),
+        (lambda x: augment.normalize(x.astype(jnp.int32), (0.5,) * 3, (0.5,) * 3), "dtype int32: expected uint8"),
+        (lambda x: augment.normalize(x, (124.0, 116.0, 104.0), (0.5,) * 3), "mean=.*0 to 1.*divided by 255"),
+        (lambda x: augment.normalize(x, (0.5,) * 3, (58.0, 57.0, 57.0)), "std=.*more than 0 to 1.*divided by 255"),
+        (lambda x: augment.normalize(x, (0.5,) * 3, (0.5, 0.0, 0.5)), r"std=\(0.5, 0.0, 0.5\): expected more than 0"),
+        (lambda x: augment.normalize(x, (0.5,) * 3, (0.5, float("nan"), 0.5)), "std=.*expected more than 0 to 1"),
+        (lambda x: augment.normalize(x, (0.5, 0.5), (0.5,) * 3), r"mean=\(0.5, 0.5\): expected 3 numbers"),
+        (lambda x: augment.normalize(x, 0.5, (0.5,) * 3), "mean=0.5: expected 3 numbers, one per channel"),
+        (lambda x: augment.normalize(x[..., :1], (0.5,) * 3, (0.5,) * 3), "expected 1 numbers, one per channel"),
+        (lambda x: augment.random_crop(jax.random.key(0), x, 8), "padding=8: expected 0 to 7, less than the image's"),
+        (lambda x: augment.random_crop(jax.random.key(0), x, -1), "padding=-1: expected 0 to 7"),
+        (lambda x: augment.random_crop(jax.random.key(0), x, 1.5), "padding=1.5: expected a Python integer"),
+        (lambda x: augment.cutmix(jax.random.key(0), x, float("nan")), "alpha=nan: expected 0, for no mixing"),
+        (lambda x: augment.cutmix(jax.random.key(0), x, 1.0, jnp.ones(3)), r"mask of shape \(3,\): expected .*\[4\]"),
+    ],
+)
+def test_more_arguments_that_cannot_work(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(images(4))
+
+
+def test_a_mean_of_zero_and_a_deviation_of_one_give_pixels_from_0_to_1():
+    batch = images(2)
+    given = augment.normalize(batch, (0.0,) * 3, (1.0,) * 3)
+    np.testing.assert_allclose(given, np.asarray(batch) / 255.0, rtol=1e-6)

@@ -103,7 +103,7 @@ def leaves(config, prefix=""):
 def test_every_leaf_is_read_where_something_is_built(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(assembly, "check", lambda config: None)  # these two only look
     monkeypatch.setattr(train.report, "header", lambda *args: "")
-    for name in ("open_for", "start"):  # they read all fields, to compare them and to write them down
+    for name in ("open_for", "start", "note_start"):  # they read all fields, to compare them and to write them down
         monkeypatch.setattr(train.workdirs, name, lambda *args: tmp_path)
     from test_data import make_folder
 

@@ -53,6 +53,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
         "nfjax.workdir_files",
         "nfjax.main",
         "nfjax.report",
+        "nfjax.ranges",
         "nfjax.settings",
         "nfjax.evaluate",
         "nfjax.reproduce.runs",

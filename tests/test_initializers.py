@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from nfjax import initializers
+from nfjax import initializers, resnet
 from nfjax.initializers import INITIALIZERS, effective_taps, gain
 
 SHAPES = [(64, 32), (200_000, 4), (5, 8, 16), (3, 3, 16, 32), (1, 1, 64, 16), (3, 3, 3, 4, 8), (3, 3, 128, 256)]
@@ -220,3 +220,145 @@ def test_effective_fan_out_variance():
     bound = initializers.at_layer(INITIALIZERS["he_effective_fan_out"], 2, 1, 32)
     np.testing.assert_array_equal(bound(jax.random.key(0), (3, 3, 16, 32)), kernel)
     assert initializers.at_layer(INITIALIZERS["brock"], 2, 1, 32) is INITIALIZERS["brock"]
+
+
+# ---------------------------------------------------------------- wrong arguments
+
+
+def returns_a_list(key, shape, dtype):
+    return [0.0]
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        jax.nn.initializers.he_normal,
+        jax.nn.initializers.variance_scaling,
+        jax.nn.initializers.orthogonal,
+        jax.nn.initializers.constant,
+        nnx.initializers.lecun_normal,
+        initializers.he_normal,
+        initializers.brock_normal,
+        initializers.he_effective_fan_out,
+        returns_a_list,
+        lambda key: jnp.zeros((3, 3, 2, 2)),
+        jax.nn.relu,
+    ],
+    ids=lambda init: init.__name__,
+)
+def test_initializers_that_were_not_called(init):
+    for accept in (
+        initializers.get,
+        lambda init: initializers.standardize(init, variance=1.0),
+        lambda init: resnet.PreActResNet(18, init=init, width=2, rngs=nnx.Rngs(0)),
+    ):
+        with pytest.raises(ValueError, match=r"init=.*(was it not called|draws a kernel by \(key, shape, dtype\))"):
+            accept(init)
+
+
+def test_initializers_of_any_origin_are_accepted():
+    def only_dense(key, shape, dtype):
+        assert len(shape) == 2
+        return jax.random.normal(key, shape, dtype)
+
+    class Callable:
+        def __call__(self, key, shape, dtype=jnp.float32, out_sharding=None):
+            return jax.random.normal(key, shape, dtype)
+
+    known = (jax.nn.initializers.zeros, jax.nn.initializers.he_normal(), nnx.initializers.normal(0.1))
+    for init in (*known, only_dense, Callable(), lambda *args: np.ones(args[1], np.float32)):
+        assert initializers.get(init) is init
+        initializers.standardize(init, variance=1.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, int, bool, jnp.complex64, np.dtype("int64"), "int16"])
+def test_dtypes_that_hold_no_kernel(dtype):
+    for init in (*INITIALIZERS.values(), initializers.he_normal()):
+        with pytest.raises(
+            ValueError, match="cannot hold a kernel, whose weights are fractions: expected a floating-p"
+        ):
+            init(jax.random.key(0), (3, 3, 4, 8), dtype)
+    for good in (None, jnp.float16, jnp.bfloat16, np.float32, "float32", float):
+        assert jnp.issubdtype(INITIALIZERS["he_fan_out"](jax.random.key(0), (4, 8), good).dtype, jnp.floating)
+
+
+def test_a_draw_of_another_shape_and_a_variance_that_is_none():
+    other = initializers.standardize(lambda key, shape, dtype: jnp.arange(6.0).reshape(2, 3), variance=1.0)
+    with pytest.raises(ValueError, match=r"drew an array of shape \(2, 3\): expected an array of shape \(4, 4\)"):
+        other(jax.random.key(0), (4, 4))
+    for variance in (-1.0, 0.0, math.nan, math.inf):
+        init = initializers.standardize(jax.nn.initializers.normal(), variance=lambda shape, v=variance: v)
+        with pytest.raises(ValueError, match=r"of a kernel of shape \(4, 4\) must be finite and positive"):
+            init(jax.random.key(0), (4, 4))
+
+
+# ---------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize("groups", [1, 4, 64])
+@pytest.mark.parametrize("factory", [initializers.he_normal, initializers.he_effective_fan_out])
+def test_grouped_convolutions_keep_the_gradients_variance(factory, groups):
+    """Behind a ReLU half of the gradient passes: He's fan-out has the variance 2 on the way back to its input."""
+    mode = {"mode": "fan_out"} if factory is initializers.he_normal else {"padding": "CIRCULAR"}
+    init = initializers.standardize(factory(**mode, feature_group_count=groups))
+    conv = nnx.Conv(
+        64, 128, (3, 3), padding="CIRCULAR", feature_group_count=groups, use_bias=False, kernel_init=init,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    assert conv.kernel.shape == (3, 3, 64 // groups, 128)
+    assert float(conv.kernel[...].var()) == pytest.approx(2 / (9 * 128 / groups), rel=1e-6)
+    x, gradient = (
+        jax.random.normal(key, (8, 8, 8, n))
+        for key, n in zip(jax.random.split(jax.random.key(1)), (64, 128), strict=True)
+    )
+    _, pull = jax.vjp(conv, x)
+    assert float(pull(gradient)[0].var()) == pytest.approx(2, rel=0.06)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 64])
+def test_grouped_convolutions_keep_the_signals_second_moment(groups):
+    for init in (INITIALIZERS["he_fan_in"], initializers.he_normal("fan_in", feature_group_count=groups)):
+        conv = nnx.Conv(
+            64, 128, (3, 3), padding="CIRCULAR", feature_group_count=groups, use_bias=False, kernel_init=init,
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        x = jax.nn.relu(jax.random.normal(jax.random.key(1), (8, 8, 8, 64)))
+        assert float(jnp.square(conv(x)).mean()) == pytest.approx(1, rel=0.1)
+
+
+def test_depthwise_without_being_told_is_too_small():
+    told, not_told = initializers.he_normal("fan_out", feature_group_count=64), initializers.he_normal("fan_out")
+    assert told.variance((3, 3, 1, 64)) == pytest.approx(2 / 9)
+    assert not_told.variance((3, 3, 1, 64)) == pytest.approx(2 / 576)
+
+
+def test_channels_on_other_axes():
+    ours = initializers.he_normal("fan_in", "linear", in_axis=-1, out_axis=-2)
+    assert ours.variance((3, 3, 16, 32)) == pytest.approx(1 / (9 * 32))
+    theirs = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
+    kernel = theirs(jax.random.key(0), (3, 3, 64, 128))
+    assert float(kernel.var()) == pytest.approx(ours.variance((3, 3, 64, 128)), rel=0.05)
+    init = initializers.standardize(initializers.he_normal("fan_out", in_axis=-1, out_axis=-2))
+    conv = nnx.ConvTranspose(
+        32, 64, (3, 3), padding="CIRCULAR", transpose_kernel=True, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0)
+    )
+    _, pull = jax.vjp(conv, jax.random.normal(jax.random.key(1), (8, 8, 8, 32)))
+    gradient = pull(jax.random.normal(jax.random.key(2), (8, 8, 8, 64)))[0]
+    assert float(gradient.var()) == pytest.approx(2, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: initializers.he_normal("fan_out", feature_group_count=3)(jax.random.key(0), (3, 3, 1, 64)), "divide"),
+        (lambda: initializers.he_effective_fan_out(feature_group_count=5).variance((3, 3, 1, 64)), "does not divide"),
+        (lambda: initializers.he_normal(feature_group_count=0), "feature_group_count=0 must be a positive integer"),
+        (lambda: initializers.he_normal(feature_group_count=2.0), "feature_group_count=2.0 must be a positive integer"),
+        (lambda: initializers.he_normal(feature_group_count=True), "feature_group_count=True must be a positive"),
+        (lambda: initializers.he_normal(in_axis=-1), "in_axis=-1, out_axis=-1: expected two different axes"),
+        (lambda: initializers.he_normal(in_axis=5)(jax.random.key(0), (4, 8)), "axis 5 does not exist in a kernel"),
+    ],
+)
+def test_groups_and_axes_that_cannot_be(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

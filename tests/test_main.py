@@ -1,5 +1,6 @@
 """The command lines, as a user types them: in processes of their own, with right and with wrong input."""
 
+import importlib
 import pathlib
 import signal
 import subprocess
@@ -163,11 +164,78 @@ def test_wrong_input_gets_one_message(tmp_path, arguments, message):
     assert not (tmp_path / "run" / "config.json").exists()  # the next try is not refused
 
 
-@pytest.mark.parametrize("module", ["main", "evaluate", "reproduce"])
+@pytest.mark.parametrize("module", ["main", "evaluate", "reproduce", "data", "spp"])
 def test_help(module):
-    _, out, errors = run(module, "--help")
-    assert "--workdir" in out or "table1" in out
-    assert errors == ""
+    code, out, errors = run(module, "--help")
+    assert "--workdir" in out or "table1" in out or "pack" in out or "--depth" in out
+    assert (code, errors) == (0, "")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort", "--helpfull"])
+def test_help_tells_the_flags_and_where_settings_are_listed(monkeypatch, capsys, flag):
+    monkeypatch.setattr(sys, "argv", ["nfjax"])
+    main = importlib.import_module("nfjax.main")
+    with pytest.raises(SystemExit) as ended:
+        main.parse(["nfjax", "--config=configs/nope.py", flag, "--config.no.such=field"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for name in ("config", "workdir", "coordinator", "processes", "process", "[no]traceback"):
+        assert f"--{name}: " in out
+    assert "Settings are --config.FIELD=VALUE, behind --config=FILE; nfjax/config.py tells" in out
+    for field in ("model.depth=18", "optim.learning_rate=0.01", "augment.resized_crop_scale=None", "data.dir="):
+        assert field in out
+    assert ("--verbosity" in out) == (flag == "--helpfull")
+
+
+def test_home_in_every_path(monkeypatch, tmp_path):
+    """What the commands call their paths is expanded where it is parsed, or where a library function takes it."""
+    from nfjax import data, mirror
+    from nfjax.data import __main__ as data_command
+    from nfjax.reproduce import __main__ as reproduce_command
+    from nfjax.spp import __main__ as spp_command
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert mirror.pull("~/run", "test") == tmp_path / "run"  # --workdir of main and evaluate
+    with pytest.raises(FileNotFoundError, match=rf"the data directory {tmp_path}/set does not exist"):
+        data.load("folder", "~/set", 32)  # --config.data.dir, --data-dir of evaluate
+    packed = data_command.parse(["pack", "--source=folder", "--dir=~/set", "--out=~/records"])
+    assert (packed.dir, packed.out) == (f"{tmp_path}/set", f"{tmp_path}/records")
+    shown = data_command.parse(["show", "--config=~/c.py", "--out=~/sheet.png"])
+    assert shown.out == f"{tmp_path}/sheet.png"
+    (tmp_path / "c.py").write_text("raise SystemError('found')")
+    assert data_command.main(["show", "--config=~/c.py"]) == 1
+    measured = spp_command.parse(["--depth=18", "--input=~/set", "--out=~/a.png", "--out=~/b.csv"])
+    assert (measured.input, measured.out) == (f"{tmp_path}/set", [f"{tmp_path}/a.png", f"{tmp_path}/b.csv"])
+    monkeypatch.setattr(sys, "argv", ["reproduce", "table1", "--out=~/results"])
+    reproduce_command.main()
+    assert (tmp_path / "results" / "table1.md").exists()
+
+
+def test_traceback_is_offered_for_errors_only(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nfjax"])
+    main = importlib.import_module("nfjax.main")
+    from nfjax import distributed, train
+
+    codes = []
+    monkeypatch.setattr(distributed, "leave", codes.append)
+    monkeypatch.setattr(distributed, "initialize", lambda *args: None)
+    main.flags.FLAGS(["nfjax"])
+    for error, code, offered in (
+        (train.TrainingInterruptedError("interrupted: saved"), 130, False),
+        (train.TrainingPreemptedError("stopped by SIGTERM: saved"), 75, False),
+        (train.TrainingDivergedError("the loss is nan"), 1, True),
+        (ValueError("epochs=0"), 1, True),
+    ):
+
+        def fail(config, workdir, error=error):
+            raise error
+
+        monkeypatch.setattr(train, "train", fail)
+        main.main(["nfjax"])
+        assert codes[-1] == code
+        errors = capsys.readouterr().err
+        assert f"nfjax: {error}" in errors
+        assert ("--traceback" in errors) == offered
 
 
 def test_traceback_on_request(tmp_path):

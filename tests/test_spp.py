@@ -758,7 +758,7 @@ def made(forward, backward, shapes=None):
     forward, backward = np.array(forward, np.float64), np.array(backward, np.float64)
     n = len(forward)
     nan = np.full(n, np.nan)
-    samples = dict(zip(spp.profile.STATISTICS, (forward, backward, nan, nan, nan), strict=True))
+    samples = dict(zip(spp.profile.STATISTICS, (forward, backward, nan, nan, nan, nan), strict=True))
     return spp.Profile(
         tuple(f"blocks/{i}" for i in range(n)),
         tuple(shapes or [(4, 8)] * n),
@@ -810,7 +810,8 @@ def test_profiles_are_written_and_shown(tmp_path, tiny):
     profile = spp.propagate_seeds(tiny, images(4, 8, 8, 3), seeds=2)
     profile.to_csv(tmp_path / "p.csv")
     lines = (tmp_path / "p.csv").read_text().splitlines()
-    assert lines[0] == "seed,index,path,shape,dtype,forward_var,backward_var,channel_sq_mean,channel_var,branch_var"
+    statistics = "forward_var,backward_var,channel_sq_mean,channel_var,branch_var,branch_share"
+    assert lines[0] == f"seed,index,path,shape,dtype,{statistics},output,mode"
     assert len(lines) == 1 + 2 * 4
     assert float(lines[6].split(",")[5]) == pytest.approx(profile.samples["forward_var"][1, 1], rel=1e-6)
     assert json.loads(profile.to_json(tmp_path / "p.json")) == json.loads((tmp_path / "p.json").read_text())
@@ -887,3 +888,34 @@ def test_a_monitor_compiles_once(monkeypatch, tiny):
     values = spp.scalars(second)
     assert values["forward_var/blocks/0"] == second.forward_var[0]
     assert len(values) == 8
+
+
+def test_a_branch_that_is_nowhere_is_refused_with_the_names_there_are():
+    model, x = Chain(), np.ones((2, 3), np.float32)
+    for branch, shown in (("brnch", "'brnch'"), (nnx.Conv, "Conv"), (["brnch"], r"\('brnch'\)")):
+        with pytest.raises(
+            ValueError,
+            match=rf"branch={shown} means no module inside the blocks: .*; in the blocks are 'first' \(Linear\)",
+        ):
+            spp.propagate(model, x, where=Link, branch=branch)
+    assert np.isnan(spp.propagate(model, x, where=Link, branch=lambda path, module: False).branch_var).all()
+    assert np.isnan(spp.propagate(model, x, where=Link).branch_var).all()
+    assert np.isfinite(spp.propagate(model, x, where=Link, branch="first").branch_var).all()
+
+
+class Link(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.first(x)
+
+
+class Chain(nnx.Module):
+    def __init__(self):
+        self.links = nnx.List([Link(nnx.Rngs(i)) for i in range(2)])
+
+    def __call__(self, x):
+        for link in self.links:
+            x = link(x)
+        return x

@@ -85,6 +85,7 @@ class EffectiveFanOutVariance:
 def he_normal(
     mode: Mode = "fan_in",
     activation: str | Callable[[jax.Array], jax.Array] = "relu",
+    *,
     feature_group_count: int = 1,
     in_axis: int = -2,
     out_axis: int = -1,
@@ -204,6 +205,7 @@ def he_effective_fan_out(
     padding: Padding = "SAME",
     spatial_size: int | Sequence[int] | None = None,
     activation: str | Callable[[jax.Array], jax.Array] = "relu",
+    *,
     feature_group_count: int = 1,
 ) -> EffectiveFanOut:
     """Variance 2 / n_out with n_out counted, not assumed: the mean number of outputs that one input element feeds.
@@ -248,6 +250,8 @@ def check_initializer(init: Any, what: str = "init") -> None:
         raise ValueError(f"{what}={name}: expected an initializer, a function (key, shape, dtype) -> kernel")
     advice = f"an initializer draws a kernel by (key, shape, dtype); was it not called, as in {name}()?"
     shape, found = (3, 3, 2, 2), []
+    if init in (he_normal, brock_normal, he_effective_fan_out, standardize):
+        raise ValueError(f"{what}={name}: {advice}")
     try:
         inspect.signature(init).bind(None, shape, jnp.float32)
     except TypeError as error:

@@ -7,13 +7,15 @@ spp.plot(profile).savefig("plot.png")
 
 from __future__ import annotations
 
+from nfjax.spp.diagnosis import Diagnosis, Direction
+from nfjax.spp.mode import Mode
 from nfjax.spp.monitor import Monitor, scalars
 from nfjax.spp.plotting import Style, plot
-from nfjax.spp.profile import Diagnosis, Direction, Profile
+from nfjax.spp.profile import Profile
 from nfjax.spp.propagation import noise, propagate, propagate_seeds
 from nfjax.spp.theory import Prediction, predict
 
 __all__ = [
-    "Diagnosis", "Direction", "Monitor", "Prediction", "Profile", "Style", "noise", "plot", "predict", "propagate",
-    "propagate_seeds", "scalars",
+    "Diagnosis", "Direction", "Mode", "Monitor", "Prediction", "Profile", "Style", "noise", "plot", "predict",
+    "propagate", "propagate_seeds", "scalars",
 ]  # fmt: skip

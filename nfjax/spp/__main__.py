@@ -27,10 +27,10 @@ from flax import errors as linen_errors
 from flax import linen, nnx
 
 from nfjax import compilation, initializers, residual, resnet, spp
+from nfjax.data import formats
 from nfjax.data.crops import CentreCrop
 
 PLOTS = (".png", ".svg", ".pdf")
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 NETWORK = ("depth", "residual", "norm", "init", "stem", "width", "image_size", "input", "batch")
 
 
@@ -85,6 +85,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--where", action="append", metavar="CLASS[,CLASS]",
         help="the class of the blocks, or several; may be repeated (those that repeat and add to their input)",
     )  # fmt: skip
+    own.add_argument(
+        "--output", metavar="INDEX|PATH",
+        help="of blocks that return several arrays, which one: 1, or 0/hidden (the one that is used)",
+    )  # fmt: skip
     own.add_argument("--branch", metavar="NAME", default="branch", help="name or class of a block's residual branch")
     parser.add_argument("--loss", choices=["cross_entropy"], help="start of the gradient (N(0, 1) at the last block)")
     parser.add_argument("--seeds", type=_positive, default=1, help="how many (1)")
@@ -108,6 +112,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if not arguments.module and (arguments.input_shape or arguments.where or arguments.make or arguments.arg):
         parser.error("--make, --arg, --input-shape and --where go with --module")
+    if not arguments.module and arguments.output is not None:
+        parser.error("--output goes with --module")
     if arguments.where is not None:
         arguments.where = tuple(name.strip() for given in arguments.where for name in given.split(","))
         if not all(arguments.where):
@@ -207,7 +213,7 @@ def own_model(arguments: argparse.Namespace) -> tuple[str, spp.Profile, None]:
     inputs = x if isinstance(x, tuple) else (x,)
     profile = spp.propagate_seeds(
         again, *inputs, seeds=arguments.seeds, where=arguments.where, branch=arguments.branch, loss=arguments.loss,
-        **kwargs,
+        output=arguments.output, **kwargs,
     )  # fmt: skip
     return type(model).__name__, profile, None
 
@@ -265,9 +271,9 @@ def load_images(folder: pathlib.Path, count: int, size: int) -> np.ndarray:
     """
     if not folder.is_dir():
         raise UsageError(f"--input={folder}: there is no such folder; expected a folder of images, or noise")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and formats.is_image(path))
     if not paths:
-        raise UsageError(f"--input={folder}: no images in it or below ({_names(IMAGES)})")
+        raise UsageError(f"--input={folder}: no images in it or below")
     if len(paths) < count:
         raise UsageError(
             f"--input={folder}: {len(paths)} images, fewer than the batch of {count}; pass --batch={len(paths)}"

@@ -1,7 +1,7 @@
 """A tagged jaxpr evaluated again under JAX's differentiation: the statistics of every block on the way forward, and of
 the gradient that flows back through it, none of which is kept longer than it takes to reduce it.
 
-Each selected tag becomes an identity with a second, unused argument, its sink; the rule for the gradient gives back as
+Each chosen tag becomes an identity with a second, unused argument, its sink; the rule for the gradient gives back as
 the sink's "gradient" the statistics of the one that passes through.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
-from nfjax.spp.tracing import Call, tag
+from nfjax.spp.flow import INLINED, REMATERIALIZED, SCAN, executions, executions_of, scan_layout
+from nfjax.spp.tracing import Call, Tag, tag
 
 FIELDS = 5  # reached, scale; of the channels' means: mean square and variance; mean of the channels' variances
-BLOCK, BRANCH = "block", "branch"  # the roles of the selected calls
-# JAX's names for what is walked into.
-_INLINED = {"jit": "jaxpr", "closed_call": "call_jaxpr"}
-_SCAN, _REMATERIALIZED = "scan", "remat2"
+UNKNOWN = -1.0  # of a share: a NaN would stop a program under JAX's debugging switch
+BLOCK, BRANCH = "block", "branch"  # the roles of what is tapped
 
 
 # ---------------------------------------------------------------- statistics
@@ -88,58 +88,77 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 @dataclasses.dataclass
 class Taken:
-    """What an evaluation found, in execution order: the calls, their outputs' shapes and forward statistics; and the
-    value at the last block.
+    """What an evaluation found, in the order of `flow.order`: forward statistics of every tapped value; of blocks, by
+    `change`, how little they change what they are given; and the value at the last block.
     """
 
-    calls: list[int] = dataclasses.field(default_factory=list)
-    shapes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     forward: list[jax.Array] = dataclasses.field(default_factory=list)
+    changes: list[jax.Array] = dataclasses.field(default_factory=list)
     last: jax.Array | None = None
 
-    def extend(self, other: Taken) -> None:
-        self.calls += other.calls
-        self.shapes += other.shapes
-        self.forward += other.forward
-        self.last = self.last if other.last is None else other.last
+    def extend(self, forward: Sequence[jax.Array], changes: Sequence[jax.Array], last: jax.Array | None) -> None:
+        self.forward += forward
+        self.changes += changes
+        self.last = self.last if last is None else last
+
+
+def change(given: Sequence[jax.Array], out: jax.Array, measured: jax.Array) -> jax.Array:
+    """Var[out - x] / Var[out] for the array x, of those given to a block, that lies closest to its output;
+    `UNKNOWN` where none has the output's shape, or the output has no variance. measured: `statistics` of the output.
+    """
+    _, scale, _, between, within = measured
+    variances = []
+    for x in given:
+        difference = out.astype(jnp.float32) / scale - x.astype(jnp.float32) / scale
+        variances.append(jnp.maximum(jnp.square(difference).mean() - jnp.square(difference.mean()), 0.0))
+    if not variances:
+        return jnp.float32(UNKNOWN)
+    total = between + within
+    share = functools.reduce(jnp.fmin, variances) / jnp.where(total > 0, total, 1.0)
+    return jnp.where(total > 0, share, UNKNOWN)
 
 
 def evaluate(
-    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], sinks: list[jax.Array], roles: Mapping[int, str]
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], sinks: Iterator[jax.Array], roles: Mapping[Tag, str]
 ) -> tuple[list[Any], Taken]:
-    """Evaluates a tagged jaxpr, the calls in `roles` tapped. sinks: one for each block in execution order; used up."""
+    """Evaluates a tagged jaxpr, the tags in `roles` tapped. sinks: one for each block in execution order."""
     values: dict[Any, Any] = {}
     taken = Taken()
+    blocks = {tagged.call for tagged, role in roles.items() if role == BLOCK}
+    given_to = collections.defaultdict(list)
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     def inside(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         out, inner = evaluate(jaxpr, consts, args, sinks, roles)
-        taken.extend(inner)
+        taken.extend(inner.forward, inner.changes, inner.last)
         return out
 
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         name, given = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-        if (call := tag(eqn)) is not None:
+        if (tagged := tag(eqn)) is not None:
             (value,) = given
-            if call in roles:
-                taken.calls.append(call)
-                taken.shapes.append(value.shape)
-                taken.forward.append(statistics(jax.lax.stop_gradient(value)))
-                if roles[call] == BLOCK:
-                    value = taken.last = _tap(value, sinks.pop(0))
+            if tagged.entry and tagged.call in blocks:
+                given_to[tagged.call].append(value)
+            elif tagged in roles:
+                still = jax.lax.stop_gradient(value)
+                taken.forward.append(statistics(still))
+                if roles[tagged] == BLOCK:
+                    same = [jax.lax.stop_gradient(x) for x in given_to[tagged.call] if x.shape == value.shape]
+                    taken.changes.append(change(same, still, taken.forward[-1]))
+                    value = taken.last = _tap(value, next(sinks))
             out = [value]
-        elif not any(count for call, count in executions(eqn).items() if call in roles):
+        elif not any(tagged in roles for tagged in executions(eqn)):
             out = _bind(eqn, given)
-        elif name in _INLINED:
-            inner = eqn.params[_INLINED[name]]
+        elif name in INLINED:
+            inner = eqn.params[INLINED[name]]
             out = inside(inner.jaxpr, inner.consts, given)
-        elif name == _SCAN:
+        elif name == SCAN:
             out = _scan(eqn, given, inside)
-        elif name == _REMATERIALIZED:
+        elif name == REMATERIALIZED:
             out = _remat(eqn.params, given, sinks, roles, taken)
         else:
             raise AssertionError(f"check_supported let {name} pass")
@@ -159,13 +178,8 @@ def _bind(eqn: Any, given: Sequence[Any]) -> Sequence[Any]:
 def _scan(eqn: Any, given: Sequence[Any], inside: Callable[..., list[Any]]) -> list[Any]:
     """A loop over blocks, unrolled, so that each round is measured on its own."""
     params, body = eqn.params, eqn.params["jaxpr"]
-    # Carried values have the same rank inside and outside, stacked ones lose an axis; JAX's own names for their numbers
-    # differ between its versions.
-    outer, inner = [[v.aval.ndim for v in vs] for vs in (eqn.outvars, body.jaxpr.outvars)]
-    num_carry = sum(a == b for a, b in zip(outer, inner, strict=True))
-    outer, inner = [[jnp.ndim(x) for x in given], [v.aval.ndim for v in body.jaxpr.invars]]
-    num_unstacked = sum(a == b for a, b in zip(outer, inner, strict=True))
-    num_consts = num_unstacked - num_carry
+    num_consts, num_carry = scan_layout(eqn)
+    num_unstacked = num_consts + num_carry
     consts, carry, stacked = given[:num_consts], given[num_consts:num_unstacked], given[num_unstacked:]
     rounds = range(params["length"])
     outputs = []
@@ -179,54 +193,30 @@ def _scan(eqn: Any, given: Sequence[Any], inside: Callable[..., list[Any]]) -> l
 
 
 def _remat(
-    params: Mapping[str, Any], given: Sequence[Any], sinks: list[jax.Array], roles: Mapping[int, str], taken: Taken
+    params: Mapping[str, Any], given: Sequence[Any], sinks: Iterator[jax.Array], roles: Mapping[Tag, str], taken: Taken
 ) -> list[Any]:
     """A rematerialized part stays one: what it takes comes out beside its outputs."""
     jaxpr = params["jaxpr"]
-    counts = executions_of(jaxpr)
-    needed = sum(count for call, count in counts.items() if roles.get(call) == BLOCK)
-    own, sinks[:needed] = sinks[:needed], []
-    inner = Taken()
+    needed = sum(count for tagged, count in executions_of(jaxpr).items() if roles.get(tagged) == BLOCK)
 
     @functools.partial(jax.checkpoint, prevent_cse=params["prevent_cse"], policy=params["policy"])
     def run(given: Sequence[Any], sinks: Sequence[jax.Array]) -> Any:
-        nonlocal inner
-        out, inner = evaluate(jaxpr, (), given, list(sinks), roles)
-        return out, inner.forward, inner.last
+        out, inner = evaluate(jaxpr, (), given, iter(sinks), roles)
+        return out, inner.forward, inner.changes, inner.last
 
-    out, forward, last = run(given, own)
-    taken.extend(dataclasses.replace(inner, forward=forward, last=last))
+    out, *inner = run(given, list(itertools.islice(sinks, needed)))
+    taken.extend(*inner)
     return out
 
 
-# ---------------------------------------------------------------- what a jaxpr will execute
-
-
-def executions(eqn: Any) -> collections.Counter[int]:
-    """How often an equation runs each tagged call."""
-    if (call := tag(eqn)) is not None:
-        return collections.Counter([call])
-    rounds = eqn.params["length"] if eqn.primitive.name == _SCAN else 1
-    total: collections.Counter[int] = collections.Counter()
-    for inner in jaxprs_in_params(eqn.params):
-        for call, count in executions_of(inner).items():
-            total[call] += rounds * count
-    return total
-
-
-def executions_of(jaxpr: Any) -> collections.Counter[int]:
-    """How often a jaxpr runs each tagged call."""
-    return sum(map(executions, jaxpr.eqns), collections.Counter())
-
-
-def check_supported(jaxpr: Any, calls: Sequence[Call], chosen: Sequence[int]) -> None:
-    """ValueError for a chosen call at a place where it cannot be measured."""
+def check_supported(jaxpr: Any, calls: Sequence[Call], chosen: Collection[Tag]) -> None:
+    """ValueError for a chosen tag at a place where it cannot be measured."""
     for eqn in jaxpr.eqns:
-        within = [call for call in executions(eqn) if call in chosen]
+        within = [tagged.call for tagged in executions(eqn) if tagged in chosen]
         if tag(eqn) is not None or not within:
             continue
         name = eqn.primitive.name
-        if name not in (*_INLINED, _SCAN, _REMATERIALIZED):
+        if name not in (*INLINED, SCAN, REMATERIALIZED):
             raise ValueError(
                 f"{calls[within[0]].what} runs inside JAX's {name!r}, from where its statistics cannot be brought out "
                 "(a conditional, a while loop, or a derivative rule of its own); choose blocks outside it with where="

@@ -13,8 +13,9 @@ from nfjax._flax import ABSENT
 from nfjax.spp import tracing
 from nfjax.spp.losses import Loss
 from nfjax.spp.measuring import Measurement, prepare
+from nfjax.spp.outputs import Output
 from nfjax.spp.profile import Profile
-from nfjax.spp.propagation import COTANGENT, profile, same, stream
+from nfjax.spp.propagation import COTANGENT, other_mutable, profile, same, stream
 from nfjax.spp.selection import Where
 from nfjax.spp.tracing import Runnable
 
@@ -35,13 +36,14 @@ class Monitor:
         *inputs: Any,
         where: Where | None = None,
         branch: Where = "branch",
+        output: Output | None = None,
         loss: str | Loss | None = None,
         seed: int = 0,
         mutable: Any = None,
         **kwargs: Any,
     ):
         self.inputs, self.kwargs, self.seed, self.mutable = inputs, kwargs, seed, mutable
-        self.selection = {"where": where, "branch": branch, "loss": loss}
+        self.selection = {"where": where, "branch": branch, "output": output, "loss": loss}
         self._measurement: Measurement | None = None
         self._network: Runnable | None = None
 
@@ -54,7 +56,8 @@ class Monitor:
         if self._network is None or not same(self._network, runnable):
             # Only what decides whether another model fits is kept, not the parameters.
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), runnable.arrays)
-            self._measurement = prepare(runnable, **self.selection)
+            other = other_mutable(model, runnable, self.inputs, self.kwargs, rngs, self.seed)
+            self._measurement = prepare(runnable, **self.selection, with_mutable=other)
             self._network = dataclasses.replace(runnable, arrays=shapes, modules={})
         started = self._measurement.start(runnable.arrays, stream(self.seed, COTANGENT))
         return profile(self._measurement, [self.seed], [self._measurement.read(started)])

@@ -7,12 +7,15 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-STATISTICS = ("forward_var", "backward_var", "channel_sq_mean", "channel_var", "branch_var")
+from nfjax.spp.diagnosis import Diagnosis, diagnose
+from nfjax.spp.mode import Mode
+
+STATISTICS = ("forward_var", "backward_var", "channel_sq_mean", "channel_var", "branch_var", "branch_share")
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -20,13 +23,19 @@ class Profile:
     """Signal propagation through a network, one entry per block in execution order.
 
     paths: where each block stands in the model; a block that runs several times is numbered. shapes, dtypes: of the
-    blocks' outputs. seeds: of the runs. samples: each statistic as float64 [seeds, blocks].
+    blocks' outputs. seeds: of the runs. samples: each statistic as float64 [seeds, blocks]. outputs: what was measured
+    of each block, its path and, where it returns more than one array, the array's place in that: "blocks/0[1]". mode:
+    in which mode the network ran. zeros: parameters that are all zero and multiply what a block returns, before any
+    other block does, by the block's path ("" for what comes before the first); looked for only where a variance is 0 or
+    a block is the identity.
 
     As attributes, the median over the seeds, float64 [blocks]:
     forward_var, Var[x_l] over the whole output tensor of block l; backward_var, Var[dL/dx_l] of the gradient there;
     and Brock et al.'s three (2021a): channel_sq_mean, the squared mean of each channel, averaged over channels (the
     last axis); channel_var, the variance within each channel, averaged; branch_var, that of the residual branch before
-    it is added, NaN where a block has none. All are population statistics, accumulated in float32.
+    it is added, NaN where a block has none. Further branch_share, Var[branch] / Var[x_l] over whole tensors: of what is
+    called a branch, or where nothing is, or where a factor behind it makes the block the identity, of x_l - x for the
+    input x that has x_l's shape; NaN where there is none. All are population statistics, accumulated in float32.
     """
 
     paths: tuple[str, ...]
@@ -34,6 +43,13 @@ class Profile:
     dtypes: tuple[str, ...]
     seeds: tuple[int, ...]
     samples: Mapping[str, np.ndarray]
+    outputs: tuple[str, ...] = ()
+    mode: Mode = dataclasses.field(default_factory=Mode)
+    zeros: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.outputs:
+            object.__setattr__(self, "outputs", self.paths)
 
     def quantile(self, statistic: str, q: float) -> np.ndarray:
         """The q-quantile of a statistic over the seeds, [blocks]; q = 0.5 is the median that the attributes give."""
@@ -67,6 +83,10 @@ class Profile:
     def branch_var(self) -> np.ndarray:
         return self.quantile("branch_var", 0.5)
 
+    @property
+    def branch_share(self) -> np.ndarray:
+        return self.quantile("branch_share", 0.5)
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -77,24 +97,20 @@ class Profile:
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(self)], strict=True)]
 
     def diagnose(self, tolerance: float = 10.0) -> Diagnosis:
-        """Whether the signal survives, both ways. tolerance: by what factor a variance may leave that of its first
-        block (forward) or of its last (backward) and still count as preserved; 10 is our choice.
+        """Whether the signal survives, both ways, in which mode of the network, and what the verdict rests on.
+        tolerance: by what factor a variance may leave that of its first block (forward) or of its last (backward) and
+        still count as preserved; 10 is our choice.
         """
-        if not tolerance > 1:
-            raise ValueError(f"tolerance={tolerance} must be more than 1: it is a factor")
-        return Diagnosis(
-            _diagnose(self, self.forward_var, tolerance, "activation"),
-            _diagnose(self, self.backward_var, tolerance, "gradient"),
-        )
+        return diagnose(self, tolerance)
 
     def rows(self) -> Iterator[list[Any]]:
         """A table of the samples: its head, then one row per seed and block, values to seven digits."""
-        yield ["seed", "index", "path", "shape", "dtype", *STATISTICS]
+        yield ["seed", "index", "path", "shape", "dtype", *STATISTICS, "output", "mode"]
         for s, seed in enumerate(self.seeds):
             for i, path in enumerate(self.paths):
                 shape = "x".join(map(str, self.shapes[i]))
                 values = [f"{self.samples[statistic][s, i]:.7g}" for statistic in STATISTICS]
-                yield [seed, i, path, shape, self.dtypes[i], *values]
+                yield [seed, i, path, shape, self.dtypes[i], *values, self.outputs[i], str(self.mode)]
 
     def to_csv(self, path: str | pathlib.Path) -> None:
         """Writes `rows` as CSV."""
@@ -112,6 +128,9 @@ class Profile:
             "shapes": self.shapes,
             "dtypes": self.dtypes,
             "seeds": self.seeds,
+            "outputs": self.outputs,
+            "mode": {"text": str(self.mode), **dataclasses.asdict(self.mode)},
+            "zeros": dict(self.zeros),
             **{name: [[plain(v) for v in row] for row in rows.tolist()] for name, rows in self.samples.items()},
         }
         text = json.dumps(content, indent=1)
@@ -124,7 +143,7 @@ class Profile:
         shown = [i for i, column in enumerate(columns) if not np.isnan(column).all()]
         head = ["", "block", "output", *(STATISTICS[i] for i in shown)]
         lines = [head]
-        for i, path in enumerate(self.paths):
+        for i, path in enumerate(self.outputs):
             shape = "x".join(map(str, self.shapes[i]))
             lines.append([str(i), path, shape, *(f"{columns[c][i]:.3g}" for c in shown)])
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
@@ -133,98 +152,5 @@ class Profile:
             "  ".join(a(cell, w) for a, cell, w in zip(align, line, widths, strict=True)).rstrip() for line in lines
         ]
         seeds = f", median of {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
-        return "\n".join([f"Profile of {len(self)} blocks, {'/'.join(sorted(set(self.dtypes)))}{seeds}", *table])
-
-
-@dataclasses.dataclass(frozen=True)
-class Direction:
-    """What happens to a variance along one way through the network.
-
-    quantity: "activation" (towards the output) or "gradient" (towards the input). verdict: "preserved", "vanishing",
-    "exploding" or "non-finite". block: the path of the first block, on this way, at which it is no longer preserved,
-    None if it always is. total: the variance at the way's end divided by that at its start. per_block: total to the
-    power of 1 / number of steps. extreme: the ratio to the start farthest from 1. stages: per_block within each stage,
-    in execution order, NaN for a stage of one block. transitions: the ratio across each boundary between stages.
-    """
-
-    quantity: str
-    verdict: str
-    block: str | None
-    total: float
-    per_block: float
-    extreme: float
-    stages: tuple[float, ...]
-    transitions: tuple[float, ...]
-
-    def __str__(self) -> str:
-        way = "towards the output" if self.quantity == "activation" else "towards the input"
-        if self.verdict == "non-finite":
-            return f"{self.quantity} variance {way}: non-finite from {self.block!r}"
-        if self.extreme == 0:
-            return f"{self.quantity} variance {way}: vanishing, 0 from {self.block!r}"
-        if not math.isfinite(self.per_block):
-            change = "changes without bound"
-        else:
-            verb, factor = ("grows", self.per_block) if self.per_block >= 1 else ("shrinks", 1 / self.per_block)
-            change = f"{verb} {factor:.3g}x per block"
-        line = f"{self.quantity} variance {change} {way}, {self.total:.3g}x in all: {self.verdict}"
-        if self.block is not None:
-            line += f" from {self.block!r}"
-            if abs(math.log(max(self.extreme, 1e-300))) > abs(math.log(max(self.total, 1e-300))) + 1:
-                line += f" (at worst {self.extreme:.3g}x)"
-        if len(self.stages) > 1:
-            shown = ", ".join("-" if math.isnan(x) else f"{x:.3g}" for x in self.stages)
-            line += f"\n  per block within stages {shown}; across transitions "
-            line += ", ".join(f"{x:.3g}" for x in self.transitions)
-        return line
-
-
-@dataclasses.dataclass(frozen=True)
-class Diagnosis:
-    """Verdicts on both directions; `str` of it is what a person reads."""
-
-    forward: Direction
-    backward: Direction
-
-    def __str__(self) -> str:
-        return f"{self.forward}\n{self.backward}"
-
-
-def _diagnose(profile: Profile, variances: np.ndarray, tolerance: float, quantity: str) -> Direction:
-    forward = quantity == "activation"
-
-    def along(values: Sequence[Any]) -> list[Any]:
-        return list(values) if forward else list(reversed(values))
-
-    way, paths = np.array(along(variances.tolist())), along(profile.paths)
-    steps = len(way) - 1
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratios = way / way[0]
-        total = float(ratios[-1])
-        per_block = float(total ** (1 / steps)) if steps else 1.0
-        growth, transitions = [], []
-        for stage in profile.stages:
-            inside = along(variances[stage].tolist())
-            growth.append(_root(inside[-1], inside[0], len(inside) - 1))
-        for stage in profile.stages[1:]:
-            pair = along([variances[stage.start - 1], variances[stage.start]])
-            transitions.append(_root(pair[1], pair[0], 1))
-    broken = np.flatnonzero(~np.isfinite(way))
-    common = {"total": total, "per_block": per_block, "stages": tuple(growth), "transitions": tuple(transitions)}
-    if broken.size:
-        return Direction(quantity, "non-finite", paths[broken[0]], extreme=math.nan, **common)
-    if way[0] == 0:
-        return Direction(quantity, "vanishing", paths[0], extreme=0.0, **common)
-    distance = np.abs(np.log(np.maximum(ratios, 1e-300)))
-    worst = int(np.argmax(distance))
-    if distance[worst] <= math.log(tolerance):
-        return Direction(quantity, "preserved", None, extreme=float(ratios[worst]), **common)
-    exploding = ratios[worst] > 1
-    left = np.flatnonzero(ratios > tolerance if exploding else ratios < 1 / tolerance)
-    verdict = "exploding" if exploding else "vanishing"
-    return Direction(quantity, verdict, paths[left[0]], extreme=float(ratios[worst]), **common)
-
-
-def _root(end: float, start: float, steps: int) -> float:
-    """The growth per step between two variances, NaN for none."""
-    return float((np.float64(end) / np.float64(start)) ** (1 / steps)) if steps else math.nan
+        head = f"Profile of {len(self)} blocks, {'/'.join(sorted(set(self.dtypes)))}{seeds}"
+        return "\n".join([head, *filter(None, [str(self.mode)]), *table])

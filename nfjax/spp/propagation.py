@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen
 
 from nfjax._flax import ABSENT
 from nfjax.spp import tracing
 from nfjax.spp.losses import Loss
-from nfjax.spp.measuring import Measurement, prepare
+from nfjax.spp.measuring import Measurement, Run, prepare
+from nfjax.spp.mode import Mode
+from nfjax.spp.outputs import Output
 from nfjax.spp.profile import Profile
 from nfjax.spp.selection import Where
 from nfjax.spp.tracing import Runnable
@@ -34,6 +38,7 @@ def propagate(
     variables: Mapping[str, Any] | None = None,
     where: Where | None = None,
     branch: Where = "branch",
+    output: Output | None = None,
     cotangent: str = GAUSSIAN,
     loss: str | Loss | None = None,
     seed: int = 0,
@@ -48,10 +53,15 @@ def propagate(
     any). It is used as it is, in the mode it is in (`model.train()`, `model.eval()`, `train=True` among the kwargs),
     and left as it was.
 
-    where: the blocks to measure, a class, several, a class name, or a predicate `(path, module) -> bool`; the measured
-    value is the first floating-point array of what a block returns. Left out: the innermost repeated classes that make
-    a residual addition (encoder and decoder: both), and where there are none the one class of repeated modules that
-    have parts of their own. branch: likewise, the residual branch inside a block, or the attribute's name.
+    where: the blocks to measure, a class, several, a class name, or a predicate `(path, module) -> bool`. Left out: the
+    innermost repeated classes that make a residual addition (encoder and decoder: both), and where there are none the
+    one class of repeated modules that have parts of their own. branch: likewise, the residual branch inside a block, or
+    the attribute's name.
+
+    output: which array to measure of a block that returns several, a function of what it returns, `lambda out: out[1]`,
+    an index, or a name or path such as "hidden" or "[0]['x']". Left out, it is chosen by use, the array that goes on
+    into the next block and the model's output, and to which a gradient comes back (`outputs.choose` has the rule);
+    `Profile.outputs` says which one it was. `Profile.mode` says in which mode the network ran.
 
     The gradient starts at the last block's output with a cotangent drawn from N(0, 1), or, with `loss`, at a scalar
     function of the model's output: `loss=f`, or "cross_entropy" on labels drawn at random. seed: of these draws.
@@ -65,7 +75,8 @@ def propagate(
     """
     _check(cotangent, loss)
     runnable = _runnable(model, variables, seed, inputs, kwargs, rngs, mutable)
-    measurement = prepare(runnable, where, branch, loss)
+    other = other_mutable(model, runnable, inputs, kwargs, rngs, seed)
+    measurement = prepare(runnable, where, branch, loss, output, other)
     return profile(measurement, [seed], [measurement.read(measurement.start(runnable.arrays, stream(seed, COTANGENT)))])
 
 
@@ -75,6 +86,7 @@ def propagate_seeds(
     seeds: int | Sequence[int] = 5,
     where: Where | None = None,
     branch: Where = "branch",
+    output: Output | None = None,
     cotangent: str = GAUSSIAN,
     loss: str | Loss | None = None,
     rngs: Any = ABSENT,
@@ -103,7 +115,8 @@ def propagate_seeds(
         drawn = [jnp.asarray(x(key)) if callable(x) else x for x, key in zip(inputs, keys, strict=False)]
         runnable = _runnable(model, variables, seed, drawn, kwargs, rngs, mutable)
         if first is None or not same(first, runnable):
-            other = prepare(runnable, where, branch, loss)
+            with_mutable = other_mutable(model, runnable, drawn, kwargs, rngs, seed)
+            other = prepare(runnable, where, branch, loss, output, with_mutable)
             if measurement is not None and (other.program is not measurement.program):
                 raise ValueError(
                     f"make({seed}) returned another network than make({seeds[0]}): only the values of parameters may "
@@ -123,10 +136,33 @@ def noise(shape: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
     return lambda key: jax.random.normal(key, tuple(shape), jnp.float32)
 
 
-def profile(measurement: Measurement, seeds: Sequence[int], runs: Sequence[Mapping[str, np.ndarray]]) -> Profile:
+def profile(measurement: Measurement, seeds: Sequence[int], runs: Sequence[Run]) -> Profile:
     """What `Measurement.read` gave for each seed, as a profile."""
-    samples = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
-    return Profile(measurement.paths, measurement.shapes, measurement.dtypes, tuple(seeds), samples)
+    samples = {name: np.stack([run.statistics[name] for run in runs]) for name in runs[0].statistics}
+    zeros: dict[str, tuple[str, ...]] = {}
+    for run in runs:
+        for path, names in run.zeros.items():
+            zeros[path] = tuple(dict.fromkeys((*zeros.get(path, ()), *names)))
+    return Profile(
+        measurement.paths,
+        measurement.shapes,
+        measurement.dtypes,
+        tuple(seeds),
+        samples,
+        outputs=measurement.outputs,
+        mode=functools.reduce(Mode.merged, [run.mode for run in runs]),
+        zeros=zeros,
+    )
+
+
+def other_mutable(
+    model: Any, runnable: Runnable, inputs: Sequence[Any], kwargs: Mapping[str, Any], rngs: Any, seed: int
+) -> Callable[[Any], Runnable] | None:
+    """For `prepare`: a Linen model with its variables and other mutable collections; None for any other model."""
+    if not isinstance(model, linen.Module):
+        return None
+    variables = runnable.arrays[0]
+    return lambda mutable: _runnable(model, variables, seed, inputs, kwargs, rngs, mutable)
 
 
 def _runnable(

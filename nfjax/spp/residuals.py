@@ -59,13 +59,15 @@ def in_one_line(jaxpr: Any, chosen: Sequence[int]) -> bool:
     """Whether the output of the last of these calls depends on that of each other."""
     graph = _Graph(jaxpr)
     tags = {node: graph.calls[node] for node in graph.nodes([_TAG]) if graph.calls[node] in chosen}
-    seen, pending = set(), [max(tags, default=0)]
+    last = max(tags, default=0)
+    seen, pending = set(), [last]
     while pending:
         for parent in graph.parents[pending.pop()]:
             if parent not in seen:
                 seen.add(parent)
                 pending.append(parent)
-    return set(tags) - seen == {max(tags, default=0)}
+    before = {call for node, call in tags.items() if node in seen}  # by any of the arrays that it returns
+    return bool(tags) and set(tags.values()) - before <= {tags[last]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +123,10 @@ class _Graph:
             name = eqn.primitive.name
             given = [None if isinstance(atom, Literal) else values[atom] for atom in eqn.invars]
             bodies = list(_bodies(eqn))
-            if (call := _ended(eqn)) is not None:
-                out = [self._add(_TAG, given, eqn.outvars[0].aval, call)]
-            elif name == "optimization_barrier":
+            tagged = tag(eqn)
+            if tagged is not None and not tagged.entry:
+                out = [self._add(_TAG, given, eqn.outvars[0].aval, tagged.call)]
+            elif tagged is not None or name == "optimization_barrier":
                 out = given
             elif bodies:
                 ends = []
@@ -142,14 +145,6 @@ class _Graph:
                 out = [node] * len(eqn.outvars)
             values.update(zip(eqn.outvars, out, strict=True))
         return [None if isinstance(atom, Literal) else values[atom] for atom in jaxpr.outvars]
-
-
-def _ended(eqn: Any) -> int | None:
-    """The call whose output this equation tags."""
-    found = tag(eqn)
-    if found is None or isinstance(found, int):
-        return found
-    return None if found.entry else found.call  # a tag that says more: of an input, or which output
 
 
 def _bodies(eqn: Any) -> Iterator[Any]:
