@@ -1,4 +1,5 @@
 # make train: set up .venv and train on real images.   make test: set up .venv, lint, run the tests.
+# make docs: set up .venv and build the pages, docs/_build/html/index.html.
 # Another workdir or other settings: make train WORKDIR=runs/mine ARGS="--config.epochs=10".
 PYTHON ?= python3
 WORKDIR ?= runs/digits_convshort
@@ -6,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test results clean
+.PHONY: train test docs results clean
 
 train: .venv/installed
 	$(BIN)/python -m nfjax.main --config=configs/digits_convshort.py --workdir=$(WORKDIR) $(ARGS)
@@ -15,6 +16,9 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+docs: .venv/docs-installed
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 # What the README shows of tables, signal propagation and a first run, measured again; benchmarks/ has the rest.
 results: .venv/installed
@@ -25,11 +29,16 @@ results: .venv/installed
 	$(BIN)/python benchmarks/update_readme.py
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build docs/_build *.egg-info
 
 # Installed once, from the pinned versions, and again only when one of these two files changes.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("nfjax needs Python 3.11 or newer, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Only those who build the pages need what they are built with.
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
