@@ -15,7 +15,8 @@ from nfjax import config
 
 HEAD = """# Settings
 
-Every setting of a run, with its default and its source. This page is made from `nfjax/config.py`. "paper" stands for Civitelli et al.; "ours" for what concerns this program only. On the command line a setting is
+Every setting of a run, with its default and its source. This page is made from `nfjax/config.py`. "paper" stands for
+Civitelli et al.; "ours" for what concerns this program only. On the command line a setting is
 `--config.<name>=<value>`, and `none` empties one that may be empty. A configuration file starts from these values and
 changes what differs.
 

@@ -23,14 +23,19 @@ def random_erasing(
 ) -> jax.Array:
     """Overwrites a random rectangle of each image, with the given probability.
 
-    images: [B, H, W, C] of any dtype, which the result keeps.
-    scale: the least and the greatest share of the image's area, drawn uniformly.
-    ratio: the least and the greatest height divided by width, drawn log-uniformly.
-    value: what is written, in the units of `images` (on normalised ones 0 is the mean): a number, one per channel, or
-        "random" for N(0, 1) noise on floats.
-
     The defaults are torchvision's; as there, an image stays as it is where none of ten rectangles fits.
-    Raises ValueError for settings or images that cannot be used.
+
+    Args:
+        key: Of the rectangles, and of the noise.
+        images: [B, H, W, C] of any dtype, which the result keeps.
+        probability: With which an image gets a rectangle.
+        scale: The least and the greatest share of the image's area, drawn uniformly.
+        ratio: The least and the greatest height divided by width, drawn log-uniformly.
+        value: What is written, in the units of `images` (on normalised ones 0 is the mean): a number, one per channel,
+            or "random" for N(0, 1) noise on floats.
+
+    Raises:
+        ValueError: Settings or images cannot be used.
     """
     check_key(key)
     check_images(images)

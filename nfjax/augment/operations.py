@@ -26,13 +26,14 @@ DEGENERATES = ("black", "mean_grey", "grey", "smooth")
 class Change:
     """What an operation does to one image, in this order; the defaults leave it as it is.
 
-    matrix: (a, b, c, d, e, f), with which the pixel at (x, y) comes from (ax + by + c, dx + ey + f), and the centre of
-        the first pixel is (0.5, 0.5).
-    table: how levels are replaced, "identity", "autocontrast" or "equalize".
-    bits: how many bits of each level are kept, from the highest, 0 to 8.
-    threshold: the level from which on levels are inverted.
-    degenerate: what the image is blended with, "black", "mean_grey", "grey" or "smooth".
-    factor: the positive share of the image in that blend; more than 1 leads away from `degenerate`.
+    Attributes:
+        matrix: (a, b, c, d, e, f), with which the pixel at (x, y) comes from (ax + by + c, dx + ey + f), and the centre
+            of the first pixel is (0.5, 0.5).
+        table: How levels are replaced, "identity", "autocontrast" or "equalize".
+        bits: How many bits of each level are kept, from the highest, 0 to 8.
+        threshold: The level from which on levels are inverted.
+        degenerate: What the image is blended with, "black", "mean_grey", "grey" or "smooth".
+        factor: The positive share of the image in that blend; more than 1 leads away from `degenerate`.
     """
 
     matrix: geometry.Matrix = geometry.IDENTITY

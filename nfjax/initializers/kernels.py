@@ -95,13 +95,19 @@ def he_normal(
     The variance is 2 / n_in or 2 / n_out for ReLU, with n_in = k^2 c_in and n_out = k^2 c_out.
     Wrap it in `standardize` for the paper's scheme.
 
-    feature_group_count: groups of the convolution, as it is called by Flax and JAX. Its kernel [*window, c_in / groups,
-    c_out] does not show them: each input channel feeds the outputs of its own group, n_out = k^2 c_out / groups (for a
-    depthwise convolution k^2 times its multiplier), while n_in is that of the shape. in_axis, out_axis: where the
-    channels are, for kernels of another layout, as in `jax.nn.initializers`: -1 and -2 for a transposed convolution
-    with `transpose_kernel=True`.
+    Args:
+        mode: Which signal keeps its variance.
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+        feature_group_count: Groups of the convolution, as Flax and JAX call it. Its kernel, of shape
+            `[..., c_in / groups, c_out]`, does not show them: each input channel feeds the outputs of its own group,
+            n_out = k^2 c_out / groups (for a depthwise convolution k^2 times its multiplier), while n_in is that of the
+            shape.
+        in_axis: Where the input channels are, for kernels of another layout, as in `jax.nn.initializers`: -1 for a
+            transposed convolution with `transpose_kernel=True`.
+        out_axis: Likewise of the output channels, -2 there.
 
-    Raises ValueError for an unknown mode, and, when called, for groups that do not divide c_out.
+    Raises:
+        ValueError: The mode is unknown or, when a kernel is drawn, the groups do not divide c_out.
     """
     groups = _check_groups(feature_group_count)
     if not isinstance(in_axis, int) or not isinstance(out_axis, int) or in_axis == out_axis:
