@@ -97,7 +97,7 @@ def test_numbers_that_a_field_cannot_be(name):
         assert str(value) in message
 
 
-@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if kind is tuple])
+@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if kind is tuple and name != ranges.STAGES])
 def test_tuples_that_a_field_cannot_be(name):
     length = 2 if name in ranges.PAIRS else 3
     good = (0.5,) * length
@@ -109,6 +109,14 @@ def test_tuples_that_a_field_cannot_be(name):
     wrong += [(0.5, 1.5)] if name == "augment.resized_crop_scale" else []
     for value in wrong:
         assert f"{name}=" in refused(name, value)
+
+
+def test_stages_that_a_network_cannot_have():
+    for good in ((1,), (3, 4, 6, 3), [2] * 8, (2048,)):
+        ranges.check(with_value(ranges.STAGES, good))
+    wrong = [(), 2, "2", ("2",), (True,), (2.0,), (0,), (2, -1), (1,) * 9, (2048, 1), (10**12,), (None,), (NAN,)]
+    for value in wrong:
+        assert "model.stage_sizes=" in refused(ranges.STAGES, value)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if kind in (str, bool)])
