@@ -144,7 +144,7 @@ def test_divergence_has_an_exit_code(tmp_path):
         ),
         (
             ("--config=configs/cifar10.py:depth=19", "--workdir=W"),
-            "unknown depth 19: expected one of 18, 34, 50, 101, 152",
+            "unknown depth 19: expected one of 10, 18, 34, 50, 101, 152",
         ),
         (("--config=configs/cifar10.py", "--workdir=W"), "no data directory given; set it with --config.data.dir=DIR"),
         ((DIGITS, "--workdir=W", "epochs=3"), "unexpected argument 'epochs=3': settings are flags"),
