@@ -29,8 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from nfjax import augment, optim, resnet, steps
+from nfjax import augment, resnet
 from nfjax.augment import color, geometry, operations
+from nfjax.training import optimizers as optim
+from nfjax.training import step as steps
 
 BINS = 31
 FILL = (124, 116, 104)

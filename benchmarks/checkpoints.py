@@ -24,9 +24,12 @@ import time
 import jax
 import numpy as np
 
-from nfjax import assembly, checkpoint, steps, train
 from nfjax import config as configs
-from nfjax import mesh as meshes
+from nfjax.runs import checkpoint
+from nfjax.training import assembly
+from nfjax.training import loop as train
+from nfjax.training import sharding as meshes
+from nfjax.training import step as steps
 
 EPOCH = 391  # steps of 128 images in an epoch of CIFAR-10
 

@@ -19,7 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nfjax import config as configs
-from nfjax import metrics, train
+from nfjax.runs import metrics
+from nfjax.training import loop as train
 
 # name -> (residual, norm, colour): Okabe and Ito's colour-blind-safe palette.
 NETWORKS = {

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from observing import finished, listing, parts
 
-from nfjax import checkpoint
+from nfjax.runs import checkpoint
 
 TIMES = ("images_per_second", "data_wait")  # what differs between any two runs
 

@@ -104,7 +104,8 @@ def images(directory: str | None, examples: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
         shape = (examples, 32, 32, 3)
         return {"images": rng.integers(0, 256, shape, np.uint8), "labels": rng.integers(0, 10, examples, np.int32)}
-    from nfjax import assembly, config
+    from nfjax import config
+    from nfjax.training import assembly
 
     settings = config.cifar()
     split = assembly.open_data(settings, directory).train

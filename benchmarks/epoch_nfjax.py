@@ -10,8 +10,11 @@ import numpy as np
 import turns
 from speed_nfjax import machine
 
-from nfjax import assembly, compilation, config, data, distributed, steps, train
-from nfjax import mesh as meshes
+from nfjax import compilation, config, data, preemption
+from nfjax.training import assembly
+from nfjax.training import loop as train
+from nfjax.training import sharding as meshes
+from nfjax.training import step as steps
 
 EPOCHS = 200  # of the schedule; more than are measured
 
@@ -37,7 +40,7 @@ class Training:
         self.state, self.step = meshes.place(state, meshes.of_state(state, mesh)), 0
         feed = assembly.make_feed(settings, dataset, "train", mesh, None)
         step = train.make_train_step(settings, network, optimizer, mesh)
-        votes = distributed.Votes(mesh, lambda: False)
+        votes = preemption.Votes(mesh, lambda: False)
         self.runner = train.Runner(settings, feed, step, jax.random.key(1), votes, len(split), int(ends[-1]))
         return machine()
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nfjax import checkpoint
+from nfjax.runs import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 MARK = "NFJAX_KILLS"  # an environment variable that processes inherit: those of one start are found by it

@@ -6,7 +6,7 @@ Bytes: the trainer's own step is compiled for shapes alone on 1, 2, 4 and 8 simu
 of the program are added up; two batch sizes tell what grows with the batch. With --libtpu=FILE (libtpu.so from
 `pip install --no-deps --target=DIR libtpu`, the version that `jax[tpu]` names) TPU's own compiler is asked as well, for
 eight chips that need not be there. Overhead: one global batch on 1 to 8 simulated devices, which share this machine's
-cores. Memory: what `nfjax.footprint` says, beside the measured growth of the process; rematerialization and
+cores. Memory: what `nfjax.training.footprint` says, beside the measured growth of the process; rematerialization and
 accumulation. The plan is arithmetic on what the flags give it.
 
 Writes OUT/scaling.jsonl, one record per measurement, OUT/scaling.md and OUT/scaling_plan.md. --only=plan, or any of the

@@ -32,9 +32,11 @@ from scaling_programs import (
     summarized,
 )
 
-from nfjax import assembly, cost, footprint, steps
-from nfjax import feed as feeds
-from nfjax import mesh as meshes
+from nfjax import cost
+from nfjax.training import assembly, footprint
+from nfjax.training import feed as feeds
+from nfjax.training import sharding as meshes
+from nfjax.training import step as steps
 
 
 def measure_bytes(

@@ -19,11 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from nfjax import assembly, steps, train
 from nfjax import config as configs
-from nfjax import feed as feeds
-from nfjax import mesh as meshes
 from nfjax.data import Images
+from nfjax.training import assembly
+from nfjax.training import feed as feeds
+from nfjax.training import loop as train
+from nfjax.training import sharding as meshes
+from nfjax.training import step as steps
 
 DEVICES = (1, 2, 4, 8)
 BATCHES = (64, 256)  # global
@@ -70,7 +72,7 @@ def shaped(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.S
 
 
 def describe(config: ConfigDict, num_classes: int, examples: int) -> Training:
-    """What `nfjax.train.run` builds before its first step, without the numbers."""
+    """What `nfjax.training.loop.run` builds before its first step, without the numbers."""
     mesh = meshes.make(config.train.state_shards)
     model = nnx.eval_shape(lambda: assembly.build_model(config, num_classes, jax.random.key(config.seed)))
     network, params, batch_stats = steps.as_functions(model)

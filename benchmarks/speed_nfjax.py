@@ -12,9 +12,12 @@ import speed_case
 import turns
 from ml_collections import ConfigDict
 
-from nfjax import assembly, augment, cost, footprint, optim, steps
+from nfjax import augment, cost
 from nfjax import config as configs
-from nfjax import mesh as meshes
+from nfjax.training import assembly, footprint
+from nfjax.training import optimizers as optim
+from nfjax.training import sharding as meshes
+from nfjax.training import step as steps
 
 
 class Training:

@@ -37,7 +37,8 @@ import json, sys, time
 start = time.perf_counter()
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from nfjax import compilation, optim, resnet, steps, train
+from nfjax import compilation, resnet
+from nfjax.training import optimizers as optim, step as steps, loop as train
 marks = [time.perf_counter()]
 depth, residual, keep = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "on"
 if keep:

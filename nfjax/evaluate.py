@@ -11,20 +11,23 @@ import pathlib
 import sys
 from typing import Any
 
-from nfjax import exits
+from nfjax import preemption
 
 if __name__ == "__main__":
-    exits.begin()
+    preemption.begin()
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from nfjax import assembly, checkpoint, checksums, compilation, mirror, steps, train
-from nfjax import mesh as meshes
-from nfjax import workdir as workdirs
-from nfjax import workdir_files as files
+from nfjax import compilation
+from nfjax.runs import checkpoint, checksums, files, mirror
+from nfjax.runs import workdir as workdirs
+from nfjax.training import assembly
+from nfjax.training import loop as train
+from nfjax.training import sharding as meshes
+from nfjax.training import step as steps
 
 
 def load_model(workdir: str, step: int | None = None) -> nnx.Module:

@@ -6,14 +6,14 @@ Trains what a config file describes; run again with the same workdir, it goes on
 import sys
 import traceback
 
-from nfjax import exits
+from nfjax import preemption
 
 if __name__ == "__main__":
-    exits.begin()
+    preemption.begin()
 
 from absl import app, flags, logging
 
-from nfjax import settings
+from nfjax.cli import settings
 
 settings.define(flags.FLAGS, sys.argv)
 HELP = ("--help", "-help", "-h", "--h", "--helpshort", "-helpshort", "--helpfull", "-helpfull")
@@ -57,19 +57,26 @@ def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below tell much; --verbosity=0 shows it
-    from nfjax import compilation, distributed, peers, train  # after the flags are parsed, so that --help is quick
+    from nfjax import compilation, distributed  # after the flags are parsed, so that --help is quick
+    from nfjax.distributed import peers  # after the flags are parsed, so that --help is quick
+    from nfjax.training import loop as train  # after the flags are parsed, so that --help is quick
 
     compilation.keep()
     try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.train(flags.FLAGS.config, _WORKDIR.value)
     except (
-        ValueError, OSError, ImportError, peers.AbsentError, train.TrainingDivergedError, train.TrainingInterruptedError
-    ) as error:  # fmt: skip
+        ValueError,
+        OSError,
+        ImportError,
+        peers.AbsentError,
+        train.TrainingDivergedError,
+        preemption.TrainingInterruptedError,
+    ) as error:
         if _TRACEBACK.value:
             traceback.print_exc()
         else:
-            stopped = isinstance(error, train.TrainingInterruptedError)
+            stopped = isinstance(error, preemption.TrainingInterruptedError)
             hint = "" if stopped else "\n(--traceback shows where this was raised)"
             print(f"nfjax: {error}{hint}", file=sys.stderr)
         distributed.leave(_code(error))
@@ -81,11 +88,11 @@ def main(argv: list[str]) -> None:
 
 
 def _code(error: Exception) -> int:
-    from nfjax import peers, train
+    from nfjax.distributed import peers
 
-    if isinstance(error, train.TrainingPreemptedError | peers.AbsentError):
-        return exits.START_AGAIN
-    return exits.INTERRUPTED if isinstance(error, train.TrainingInterruptedError) else 1
+    if isinstance(error, preemption.TrainingPreemptedError | peers.AbsentError):
+        return preemption.START_AGAIN
+    return preemption.INTERRUPTED if isinstance(error, preemption.TrainingInterruptedError) else 1
 
 
 if __name__ == "__main__":

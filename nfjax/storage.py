@@ -16,7 +16,6 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
 from absl import logging
 
 if TYPE_CHECKING:
@@ -96,6 +95,8 @@ def parse_json(data: str | bytes, expected: type[T] | Any, where: str, way_out: 
 
     Raises DamagedFileError.
     """
+    import msgspec  # here: those who only write files do without it
+
     try:
         text = data if isinstance(data, str) else data.decode()
         if not text.strip():

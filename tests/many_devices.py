@@ -8,8 +8,9 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from nfjax import distributed, train
-from nfjax.progress import Progress
+from nfjax import distributed, preemption
+from nfjax.runs.progress import Progress
+from nfjax.training import loop as train
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -36,7 +37,7 @@ def main():
     if stop_at is not None:
         terminate_at(stop_at)
     for workdir, config in described["runs"].items():
-        with contextlib.suppress(train.TrainingPreemptedError) if stop_at else contextlib.nullcontext():
+        with contextlib.suppress(preemption.TrainingPreemptedError) if stop_at else contextlib.nullcontext():
             train.train(ConfigDict(config), workdir)
             assert stop_at is None, "the run was not stopped"
     print("devices", jax.device_count(), "processes", jax.process_count())

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfjax import checkpoint, checksums
+from nfjax.runs import checkpoint, checksums
 
 
 def tree(value):

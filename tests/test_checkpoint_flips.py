@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 from test_train import interrupt_at
 
-from nfjax import checkpoint, checksums, evaluate, train
+from nfjax import evaluate, preemption
+from nfjax.runs import checkpoint, checksums
+from nfjax.training import loop as train
 
 KINDS = (
     "_CHECKPOINT_METADATA",
@@ -204,7 +206,7 @@ def run(tiny_config, tmp_path, monkeypatch):
     tiny_config.log.every_steps = 2
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
-        with pytest.raises(train.TrainingInterruptedError):
+        with pytest.raises(preemption.TrainingInterruptedError):
             train.train(tiny_config, str(tmp_path / "run"))
     return tmp_path / "run"
 

@@ -8,8 +8,9 @@ import ml_collections
 import pytest
 from flax import nnx
 
-from nfjax import assembly, train
 from nfjax import config as configs
+from nfjax.training import assembly
+from nfjax.training import loop as train
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.py"))

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax import assembly, compilation, data, report, workdir, workdir_files
+from nfjax import compilation, data
 from nfjax import config as configs
 from nfjax.data import crops, decode, memory, remote, skips
+from nfjax.runs import files as workdir_files
+from nfjax.runs import report, workdir
+from nfjax.training import assembly
 
 
 def test_every_epoch_visits_each_example_once():

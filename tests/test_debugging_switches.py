@@ -17,8 +17,10 @@ from flax import linen, nnx
 from jax._src import config as jax_config  # jax.config has these as settings, and not all as context managers
 from jax.sharding import AxisType
 
-from nfjax import augment, cost, initializers, optim, resnet, spp, steps
+from nfjax import augment, cost, initializers, resnet, spp
 from nfjax.initializers import gains
+from nfjax.training import optimizers as optim
+from nfjax.training import step as steps
 
 pytestmark = pytest.mark.switches
 

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from test_train import records
 
-from nfjax import checkpoint, distributed
 from nfjax import config as base
+from nfjax import distributed
+from nfjax.runs import checkpoint
 
 SCRIPT = pathlib.Path(__file__).parent / "many_devices.py"
 
@@ -129,7 +130,8 @@ def test_eight_devices_with_the_state_on_each_of_them_and_divided(configs, one, 
 SENT = """
 import math, re, jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
-from nfjax import mesh, resnet, steps
+from nfjax.training import sharding as mesh, step as steps
+from nfjax import resnet
 
 model = resnet.PreActResNet(
     residual="convshort", stage_sizes=(1, 1), block="basic", width=4, num_classes=3, rngs=nnx.Rngs(0)

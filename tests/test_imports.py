@@ -37,7 +37,7 @@ def test_imports_form_a_dag():
         name: {other for other in imports(path) & MODULES.keys() if other != name} for name, path in MODULES.items()
     }
     order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("nfjax.train") > order.index("nfjax.resnet") > order.index("nfjax.residual")
+    assert order.index("nfjax.training.loop") > order.index("nfjax.resnet") > order.index("nfjax.residual")
 
 
 def test_only_the_loop_and_what_surrounds_it_know_the_config():
@@ -46,18 +46,18 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
     readers = {name for name, path in MODULES.items() if reading.search(path.read_text())}
     assert readers <= {
         "nfjax.config",
-        "nfjax.assembly",
+        "nfjax.training.assembly",
         "nfjax.data.__main__",
-        "nfjax.train",
-        "nfjax.workdir",
-        "nfjax.workdir_files",
+        "nfjax.training.loop",
+        "nfjax.runs.workdir",
+        "nfjax.runs.files",
         "nfjax.main",
-        "nfjax.report",
-        "nfjax.ranges",
-        "nfjax.settings",
+        "nfjax.runs.report",
+        "nfjax.training.ranges",
+        "nfjax.cli.settings",
         "nfjax.evaluate",
         "nfjax.reproduce.runs",
-        "nfjax.show",
+        "nfjax.cli.show",
     }
     data_modules = [path for name, path in MODULES.items() if name.startswith("nfjax.data")]
     assert all("nfjax.config" not in imports(path) for path in data_modules)
@@ -67,7 +67,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
 def test_light_modules_do_not_import_the_trainer(name):
     code = (
         f"import sys, nfjax.{name}\n"
-        "heavy = {'ml_collections', 'orbax', 'clu', 'matplotlib', 'sklearn', 'tensorflow', 'nfjax.train'}\n"
+        "heavy = {'ml_collections', 'orbax', 'clu', 'matplotlib', 'sklearn', 'tensorflow', 'nfjax.training.loop'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )
     # flax itself imports orbax; everything else would be ours.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nfjax import checkpoint
+from nfjax.runs import checkpoint
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 

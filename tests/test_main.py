@@ -189,9 +189,10 @@ def test_help_tells_the_flags_and_where_settings_are_listed(monkeypatch, capsys,
 
 def test_home_in_every_path(monkeypatch, tmp_path):
     """What the commands call their paths is expanded where it is parsed, or where a library function takes it."""
-    from nfjax import data, mirror
+    from nfjax import data
     from nfjax.data import __main__ as data_command
     from nfjax.reproduce import __main__ as reproduce_command
+    from nfjax.runs import mirror
     from nfjax.spp import __main__ as spp_command
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -214,15 +215,16 @@ def test_home_in_every_path(monkeypatch, tmp_path):
 def test_traceback_is_offered_for_errors_only(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nfjax"])
     main = importlib.import_module("nfjax.main")
-    from nfjax import distributed, train
+    from nfjax import distributed, preemption
+    from nfjax.training import loop as train
 
     codes = []
     monkeypatch.setattr(distributed, "leave", codes.append)
     monkeypatch.setattr(distributed, "initialize", lambda *args: None)
     main.flags.FLAGS(["nfjax"])
     for error, code, offered in (
-        (train.TrainingInterruptedError("interrupted: saved"), 130, False),
-        (train.TrainingPreemptedError("stopped by SIGTERM: saved"), 75, False),
+        (preemption.TrainingInterruptedError("interrupted: saved"), 130, False),
+        (preemption.TrainingPreemptedError("stopped by SIGTERM: saved"), 75, False),
         (train.TrainingDivergedError("the loss is nan"), 1, True),
         (ValueError("epochs=0"), 1, True),
     ):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfjax import metrics, storage
+from nfjax import storage
+from nfjax.runs import metrics
 
 
 def test_cross_entropy_with_smoothing():

@@ -9,8 +9,10 @@ from etils import epath
 from fake_bucket import bucket  # noqa: F401
 from test_train import assert_equal, final_state, interrupt_at, records
 
-from nfjax import checkpoint, evaluate, mirror, train
+from nfjax import evaluate, preemption
 from nfjax.data import remote
+from nfjax.runs import checkpoint, mirror
+from nfjax.training import loop as train
 
 RUN = "gs://bucket/run"
 
@@ -30,7 +32,7 @@ def test_a_run_in_a_bucket_goes_on_from_another_machine(tiny_config, tmp_path, s
     whole = train.train(tiny_config, str(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         interrupt_at(patch, 7)
-        with pytest.raises(train.TrainingInterruptedError, match=f"in {RUN}; the same command"):
+        with pytest.raises(preemption.TrainingInterruptedError, match=f"in {RUN}; the same command"):
             train.train(tiny_config, RUN)
     assert not pathlib.Path("gs:").exists()
     shutil.rmtree(tmp_path / "cache")  # another machine

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfjax import data, optim
+from nfjax import data
+from nfjax.training import optimizers as optim
 
 
 def test_cosine_by_epoch_steps_exactly_at_the_end_of_each_epoch():

@@ -13,18 +13,19 @@ import time
 import pytest
 from test_distributed import free_port
 
-from nfjax import distributed, exits, peers
+from nfjax import distributed, preemption
+from nfjax.distributed import peers
 
 SOON = 20  # seconds; on a machine that does much else
 
 
 class Run:
-    """Process 0 and its peers as connections of this one; what `exits.at_once` would have ended."""
+    """Process 0 and its peers as connections of this one; what `preemption.at_once` would have ended."""
 
     def __init__(self, monkeypatch):
         self.ended, self._sockets, self._watches = {}, [], {}
         self._changed = threading.Condition()
-        monkeypatch.setattr(exits, "at_once", self._end)
+        monkeypatch.setattr(preemption, "at_once", self._end)
 
     def _end(self, code, message=""):
         number = int(re.search(r"process (\d) ends as well", message)[1])
@@ -215,8 +216,8 @@ def test_those_that_do_not_agree_are_told(quiet, arguments, message):
 # A process that has joined the other one, and starts up for ever.
 STARTING = """
 import sys, time
-from nfjax import exits
-exits.begin()
+from nfjax import preemption
+preemption.begin()
 from nfjax import distributed
 distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 print("joined")

@@ -14,7 +14,7 @@ import warnings
 import pytest
 from absl import logging
 
-from nfjax.progress import Bar, Progress, say
+from nfjax.runs.progress import Bar, Progress, say
 
 VALUES = {"epoch": 123.4, "loss": 2.3026, "accuracy": 0.1, "data_wait": 0.12}
 

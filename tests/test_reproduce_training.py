@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from nfjax import data, reproduce, train
+from nfjax import data, preemption, reproduce
 from nfjax.data.contents import contents
 from nfjax.reproduce import __main__ as command
 from nfjax.reproduce import claims, grids, records, runs, training
 from nfjax.reproduce.claims import CLAIMS, claims_table
 from nfjax.reproduce.curves import CURVES
 from nfjax.reproduce.grids import BASELINE, BROCK, CONVSHORT, SCHEMES, Cell, Grid
+from nfjax.training import loop as train
 from tests.conftest import TINY
 
 START = {
@@ -548,7 +549,7 @@ def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch
     def one(config, workdir):
         started.append(workdir)
         if len(started) == 2:
-            raise train.TrainingInterruptedError("interrupted: saved")
+            raise preemption.TrainingInterruptedError("interrupted: saved")
         return real(config, workdir)
 
     monkeypatch.setattr(train, "train", one)

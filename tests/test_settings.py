@@ -8,8 +8,10 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from nfjax import assembly, optim, ranges, settings
 from nfjax import config as configs
+from nfjax.cli import settings
+from nfjax.training import assembly, ranges
+from nfjax.training import optimizers as optim
 
 
 def parsed(*arguments, config="configs/imagenet_convshort.py"):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from test_data import make_folder
 
-from nfjax import assembly, data, show
+from nfjax import data
+from nfjax.cli import show
 from nfjax.data import __main__ as command
+from nfjax.training import assembly
 
 of_config_flags = pytest.mark.filterwarnings("ignore:the load_module.. method is deprecated:DeprecationWarning")
 

@@ -12,10 +12,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from tensorboardX.proto import event_pb2
 
-from nfjax import assembly, augment, checkpoint, data, metrics, resnet, steps, train
+from nfjax import augment, data, resnet
 from nfjax import config as configs
-from nfjax import feed as feeds
-from nfjax import mesh as meshes
+from nfjax.runs import checkpoint, metrics
+from nfjax.training import assembly
+from nfjax.training import feed as feeds
+from nfjax.training import loop as train
+from nfjax.training import sharding as meshes
+from nfjax.training import step as steps
 
 
 def small_model(norm=None):

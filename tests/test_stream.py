@@ -192,7 +192,7 @@ def test_memory_does_not_grow():
 def test_workers_import_neither_jax_nor_the_trainer():
     code = (
         "import sys, nfjax.data.worker\n"
-        "print(sorted({'jax', 'flax', 'tensorflow', 'nfjax.train'} & sys.modules.keys()))"
+        "print(sorted({'jax', 'flax', 'tensorflow', 'nfjax.training.loop'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from nfjax import streams
-from nfjax.progress import say
+from nfjax import _streams as streams
+from nfjax.runs.progress import say
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -72,8 +72,8 @@ def test_a_line_for_a_person_where_there_is_no_stream(monkeypatch):
 def test_a_program_without_streams(tmp_path):
     """No file gets the number of a standard stream, and a reader that has gone is no failure."""
     program = f"""if True:
-        from nfjax import exits
-        exits.begin()
+        from nfjax import preemption
+        preemption.begin()
         file = open({str(tmp_path / "metrics")!r}, "w")
         assert file.fileno() > 2
         print("lost")
@@ -86,7 +86,7 @@ def test_a_program_without_streams(tmp_path):
     assert subprocess.run(shell, cwd=ROOT, timeout=120).returncode == 0
     assert (tmp_path / "metrics").read_text() == "kept"
 
-    program = "from nfjax import exits\nexits.begin()\nfor i in range(99999): print(i)"
+    program = "from nfjax import preemption\npreemption.begin()\nfor i in range(99999): print(i)"
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -104,7 +104,7 @@ def test_a_figure_whatever_backend_the_environment_names(tmp_path, backend, take
         import os, pwd
         def unknown(number): raise KeyError(number)
         pwd.getpwuid = unknown
-        from nfjax import figures
+        from nfjax import _figures as figures
         figures.new(figsize=(1, 1)).savefig({str(tmp_path / "a.png")!r})
         assert os.environ["MPLBACKEND"] == {backend!r}
         import matplotlib

@@ -13,9 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from nfjax import assembly, checkpoint, data, evaluate, metrics, spp, steps, train
-from nfjax import workdir as workdirs
-from nfjax.progress import Interrupts, Progress
+from nfjax import data, evaluate, preemption, spp
+from nfjax.preemption import Interrupts
+from nfjax.runs import checkpoint, metrics
+from nfjax.runs import workdir as workdirs
+from nfjax.runs.progress import Progress
+from nfjax.training import assembly
+from nfjax.training import loop as train
+from nfjax.training import step as steps
 
 TIMING = {"images_per_second", "data_wait"}
 
@@ -104,7 +109,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, monkeypatch, 
     config.steps_per_dispatch = None
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
-        with pytest.raises(train.TrainingInterruptedError, match="the same command goes on from there"):
+        with pytest.raises(preemption.TrainingInterruptedError, match="the same command goes on from there"):
             train.train(config, str(tmp_path / "stopped"))
     assert len(records(tmp_path / "stopped")) < len(records(folder))
     train.train(config, str(tmp_path / "stopped"))
@@ -160,7 +165,7 @@ def test_resume_with_the_loop_is_exact_too(tiny_config, tmp_path, monkeypatch):
     train.train(tiny_config, str(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         interrupt_at(patch, 12)
-        with pytest.raises(train.TrainingInterruptedError):
+        with pytest.raises(preemption.TrainingInterruptedError):
             train.train(tiny_config, str(tmp_path / "stopped"))
     train.train(tiny_config, str(tmp_path / "stopped"))
     assert records(tmp_path / "stopped") == records(tmp_path / "whole")

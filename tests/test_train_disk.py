@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 from test_train import assert_equal, final_state, interrupt_at, records
 
-from nfjax import assembly, evaluate, metrics, train
+from nfjax import evaluate, preemption
 from nfjax.data import crops, skips
+from nfjax.runs import metrics
+from nfjax.training import assembly
+from nfjax.training import loop as train
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def test_stopped_runs_end_as_if_they_had_not_been(disk_config, tmp_path, monkeyp
     assert summary["steps"] == 10
     with monkeypatch.context() as patch:
         interrupt_at(patch, 7)
-        with pytest.raises(train.TrainingInterruptedError):
+        with pytest.raises(preemption.TrainingInterruptedError):
             train.train(disk_config, str(tmp_path / "stopped"))
     disk_config.data.workers, disk_config.data.ahead = 2, 3
     train.train(disk_config, str(tmp_path / "stopped"))

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from fake_bucket import bucket  # noqa: F401
 
-from nfjax import assembly, data, evaluate, mirror, storage, train
-from nfjax import workdir as workdirs
-from nfjax import workdir_files as files
+from nfjax import data, evaluate, storage
 from nfjax.data import identity as identities
+from nfjax.runs import files, mirror
+from nfjax.runs import workdir as workdirs
+from nfjax.training import assembly
+from nfjax.training import loop as train
 
 DAMAGE = {
     "empty": b"",

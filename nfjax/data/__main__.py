@@ -15,10 +15,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from nfjax import exits
+from nfjax import preemption
 
 if __name__ == "__main__":
-    exits.begin(signal.SIGTERM)  # Ctrl-C is told apart below: a pack tidies up, and says that it goes on
+    preemption.begin(signal.SIGTERM)  # Ctrl-C is told apart below: a pack tidies up, and says that it goes on
 
 from nfjax import data
 from nfjax.data import pack
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from here" if args.command == "pack" else ""
         print(f"\nnfjax.data {args.command}: interrupted{goes_on}", file=sys.stderr)
-        return exits.INTERRUPTED
+        return preemption.INTERRUPTED
     return 0
 
 
@@ -117,7 +117,8 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 def _show(args: argparse.Namespace) -> None:
     from absl import flags
 
-    from nfjax import assembly, settings, show
+    from nfjax.cli import settings, show
+    from nfjax.training import assembly
 
     values, argv = flags.FlagValues(), ["show", f"--config={args.config}", *args.settings]
     settings.define(values, argv)

@@ -21,15 +21,15 @@ import os
 import pathlib
 import sys
 
-from nfjax import exits
+from nfjax import preemption
 
 if __name__ == "__main__":
-    exits.begin()
+    preemption.begin()
 
 from absl import logging
 
-from nfjax import compilation, train
-from nfjax.exits import INTERRUPTED, START_AGAIN
+from nfjax import compilation
+from nfjax.preemption import INTERRUPTED, START_AGAIN
 from nfjax.reproduce import REPRODUCTIONS, SUMMARIES, TRAINED, Request, Result
 from nfjax.reproduce.runs import parse_changes, train_missing
 from nfjax.reproduce.training import training_figures
@@ -71,9 +71,9 @@ def main() -> None:
                 _trained(name, request)
             else:
                 _show(REPRODUCTIONS[name]() if name in REPRODUCTIONS else SUMMARIES[name](out), out / name)
-    except train.TrainingInterruptedError as error:
+    except preemption.TrainingInterruptedError as error:
         print(f"nfjax: {error}", file=sys.stderr)
-        sys.exit(START_AGAIN if isinstance(error, train.TrainingPreemptedError) else INTERRUPTED)
+        sys.exit(START_AGAIN if isinstance(error, preemption.TrainingPreemptedError) else INTERRUPTED)
     except KeyboardInterrupt:
         print("nfjax: interrupted between two runs; the same command goes on from there", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -133,7 +133,7 @@ def _trained(name: str, request: Request) -> None:
     if request.data:
         try:
             train_missing(grid, request)
-        except train.TrainingInterruptedError as error:
+        except preemption.TrainingInterruptedError as error:
             stopped = error
     try:
         for figure in training_figures(grid, request):

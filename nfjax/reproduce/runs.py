@@ -1,4 +1,4 @@
-"""Trains what a grid still lacks, one run after another in one process, each in a workdir of `nfjax.train`."""
+"""Trains what a grid still lacks, one run after another in one process, each in a workdir of `nfjax.training.loop`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from nfjax import assembly, metrics, storage, train
 from nfjax import config as configs
-from nfjax import workdir as workdirs
+from nfjax import storage
+from nfjax.cli.settings import check_known, set_none
 from nfjax.data.contents import contents
 from nfjax.reproduce import records
 from nfjax.reproduce.curves import CURVES
 from nfjax.reproduce.grids import Cell, Grid
 from nfjax.reproduce.records import Record, Start
-from nfjax.settings import check_known, set_none
+from nfjax.runs import metrics
+from nfjax.runs import workdir as workdirs
+from nfjax.training import assembly
+from nfjax.training import loop as train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfjax import figures, spp, storage
+from nfjax import _figures as figures
+from nfjax import spp, storage
 from nfjax.reproduce import grids, records, runs
 from nfjax.reproduce.curves import styles
 from nfjax.reproduce.grids import Cell, Grid

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nfjax import exits
+from nfjax import preemption
 
 if __name__ == "__main__":
-    exits.begin()
+    preemption.begin()
 
 import numpy as np
 from flax import errors as linen_errors

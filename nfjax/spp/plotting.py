@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nfjax import figures
+from nfjax import _figures as figures
 from nfjax.spp.profile import Profile
 from nfjax.spp.theory import Prediction
 

@@ -23,8 +23,9 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from nfjax import config as configs
-from nfjax import distributed, mirror, storage, streams
-from nfjax import workdir_files as files
+from nfjax import distributed, storage, _streams as streams
+from nfjax.runs import mirror
+from nfjax.runs import files
 from nfjax.data import Dataset
 
 LOCK = ".lock"

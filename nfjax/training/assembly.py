@@ -20,12 +20,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nfjax import augment, data, footprint, optim, ranges, resnet
-from nfjax import feed as feeds
-from nfjax import mesh as meshes
+from nfjax import augment, data, resnet
 from nfjax.data import crops, memory, skips, stream
 from nfjax.data.identity import identity
-from nfjax.steps import Mix
+from nfjax.training import feed as feeds
+from nfjax.training import footprint, ranges
+from nfjax.training import optimizers as optim
+from nfjax.training import sharding as meshes
+from nfjax.training.step import Mix
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 KEEP = ("device", "host", "disk")

@@ -22,28 +22,20 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nfjax import assembly, checkpoint, data, distributed, footprint, metrics, mirror, report, spp, steps
-from nfjax import feed as feeds
-from nfjax import mesh as meshes
-from nfjax import workdir as workdirs
-from nfjax.progress import Bar, Interrupts, Progress, say
-from nfjax.steps import State, Sums
+from nfjax import data, distributed, preemption, spp
+from nfjax.preemption import Interrupts
+from nfjax.runs import checkpoint, metrics, mirror, report
+from nfjax.runs import workdir as workdirs
+from nfjax.runs.progress import Bar, Progress, say
+from nfjax.training import assembly, footprint
+from nfjax.training import feed as feeds
+from nfjax.training import sharding as meshes
+from nfjax.training import step as steps
+from nfjax.training.step import State, Sums
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss, its gradient or the update stopped being finite."""
-
-
-class TrainingInterruptedError(RuntimeError):
-    """Ctrl-C: the run was saved and can go on."""
-
-
-class TrainingPreemptedError(TrainingInterruptedError):
-    """SIGTERM, here or in another process of the run: it was saved and should be started again."""
-
-
-class PeerLostError(TrainingPreemptedError):
-    """Another process of the run has ended: what was saved is whole, and the run should be started again."""
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -112,7 +104,7 @@ def run(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     workdirs.note_start(folder, config, progress.step)
 
     interrupts = Interrupts(late=True)
-    votes = distributed.Votes(mesh, lambda: interrupts.pending is not None)
+    votes = preemption.Votes(mesh, lambda: interrupts.pending is not None)
     train_feed = assembly.make_feed(config, dataset, "train", mesh, folder)
     test_feed = assembly.make_feed(config, dataset, "test", mesh, folder)
     train_step = make_train_step(config, network, optimizer, mesh)
@@ -232,7 +224,7 @@ class Runner:
         feed: assembly.Feed,
         train_step: steps.Step,
         key: jax.Array,
-        votes: distributed.Votes,
+        votes: preemption.Votes,
         size: int,
         last: int,
     ):
@@ -363,11 +355,13 @@ def advice(what: str, checkpoints: checkpoint.Checkpoints) -> str:
     )
 
 
-def interruption(interrupts: Interrupts, progress: Progress, folder: pathlib.Path) -> TrainingInterruptedError:
+def interruption(
+    interrupts: Interrupts, progress: Progress, folder: pathlib.Path
+) -> preemption.TrainingInterruptedError:
     """Why the run stopped, and how it goes on."""
-    kind, reason = TrainingPreemptedError, "stopped together with another process"
+    kind, reason = preemption.TrainingPreemptedError, "stopped together with another process"
     if interrupts.pending == signal.SIGINT:
-        kind, reason = TrainingInterruptedError, "interrupted"
+        kind, reason = preemption.TrainingInterruptedError, "interrupted"
     elif interrupts.pending:
         reason = "stopped by SIGTERM"
     return kind(
@@ -383,7 +377,7 @@ def explained(error: jax.errors.JaxRuntimeError, workdir: str) -> Exception:
         return ValueError(f"the memory of the device does not suffice ({what}); what helps: {footprint.HINT}")
     if jax.process_count() > 1:
         # Nothing more can be done together with the others, closing the checkpoints included.
-        return PeerLostError(
+        return preemption.PeerLostError(
             f"process {jax.process_index()} has lost another one ({what}); its own message says why it ended. What was "
             f"saved in {workdir} is whole: the same command, for all processes, goes on from there"
         )

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 
-from nfjax import exits
+from nfjax import preemption
 
 LOST = 3  # seconds for this process to end in its own way after another one was killed
 LEFT = 10  # the same after another one has left with a message of its own, as this one probably does as well
@@ -71,7 +71,7 @@ class Watch:
 
     def leave(self, code: int) -> int:
         """Tells the others that this process ends by itself, and returns when it may, with which code: `code`, or
-        `exits.START_AGAIN` where it fails after another one has ended.
+        `preemption.START_AGAIN` where it fails after another one has ended.
 
         Done, all of them wait for each other: JAX would take the end of the first for a failure. Otherwise process 0
         is the last one, for the same reason, and waits for the others no longer than they have.
@@ -79,7 +79,7 @@ class Watch:
         with self._changed:
             # Whatever is under way together, a step, a save, fails in its own way where one of them has ended.
             if code == 1 and self._changed.wait_for(lambda: self._lost, HEARING):
-                code = exits.START_AGAIN
+                code = preemption.START_AGAIN
             self._leaving = True
         self._send(f"left {code}" if code else "done")
         with self._changed:
@@ -154,8 +154,8 @@ class Watch:
         with self._changed:
             if self._leaving:
                 return
-        exits.at_once(
-            exits.START_AGAIN,
+        preemption.at_once(
+            preemption.START_AGAIN,
             f"nfjax: {self._why}: process {self._process} ends as well. What was saved is whole: the same command, for "
             "all processes, goes on from there",
         )

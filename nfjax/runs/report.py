@@ -11,8 +11,9 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import cost, data, distributed, metrics, mirror, storage, streams
-from nfjax import workdir_files as files
+from nfjax import cost, data, distributed, storage, _streams as streams
+from nfjax.runs import metrics, mirror
+from nfjax.runs import files
 from nfjax.data import skips
 from nfjax.data.splits import left_aside
 

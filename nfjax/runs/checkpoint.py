@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from nfjax import checksums, distributed, storage
+from nfjax.runs import checksums
+from nfjax import distributed, storage
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"  # the name under which they are saved beside the tree

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import optax
 
-from nfjax import figures, storage
+from nfjax import _figures as figures, storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nfjax import assembly, data, figures, streams
+from nfjax import _figures as figures
+from nfjax import _streams as streams
+from nfjax import data
 from nfjax.data import crops, stream
+from nfjax.training import assembly
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,13 +8,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from nfjax import exits, peers
-from nfjax import mesh as meshes
+from nfjax import preemption
+from nfjax.distributed import peers
 
 HEARTBEAT = 60  # seconds after which a process that says nothing counts as gone
 START = 300  # seconds in which all processes have to arrive
@@ -44,8 +44,8 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     """Joins the other processes of the run, before JAX is used; does nothing where there is only this one.
 
     coordinator: HOST:PORT of process 0; processes: how many; process: which one this is, from 0. All three, or none:
-    then SLURM, Open MPI or the TPU tell. From here on this process ends with `exits.START_AGAIN`, within seconds, when
-    another one has ended and this one does not.
+    then SLURM, Open MPI or the TPU tell. From here on this process ends with `preemption.START_AGAIN`, within seconds,
+    when another one has ended and this one does not.
 
     Raises ValueError for numbers that cannot be, peers.AbsentError where the others do not arrive, OSError where the
     port is taken.
@@ -107,12 +107,12 @@ def has_others() -> bool:
 def leave(code: int) -> None:
     """Ends this process. Where there are others, so that none of them takes it for a failure of its own: done, when all
     are; otherwise without waiting for them, as they may be waiting for this one. A failure after one of them has ended
-    is no failure of this one: the code is then `exits.START_AGAIN`.
+    is no failure of this one: the code is then `preemption.START_AGAIN`.
     """
     if _watch is not None:
         ended = _watch.leave(code)
         because = "nfjax: another process of the run had ended before: start the same command again, for all of them"
-        exits.at_once(ended, because if ended != code else "")
+        preemption.at_once(ended, because if ended != code else "")
     sys.exit(code)
 
 
@@ -139,28 +139,3 @@ def same_everywhere(what: str, value: str) -> None:
         different = [i for i, other in enumerate(all_values) if (other != all_values[0]).any()]
         if different:
             raise ValueError(f"{what} of process {', '.join(map(str, different))} is not that of process 0")
-
-
-class Votes:
-    """Whether any process wants to stop, known to all of them at the same step.
-
-    A signal reaches the processes of a run at different moments, and not all of them. So every step carries the wish
-    of each process, and its result the number of those who want to stop.
-    """
-
-    def __init__(self, mesh: jax.sharding.Mesh, wants_to_stop: Callable[[], bool]):
-        self._sharding, self._wants_to_stop = meshes.by_batch(mesh), wants_to_stop
-        self._alone = jax.process_count() == 1
-
-    def cast(self) -> dict[str, jax.Array]:
-        """What to add to the batch of a step."""
-        if self._alone:
-            return {}
-        votes = np.full(jax.local_device_count(), self._wants_to_stop(), np.int32)
-        return {"votes": meshes.from_local(self._sharding, votes, jax.device_count())}
-
-    def stop(self, counted: jax.Array | np.ndarray | None) -> bool:
-        """Whether to stop. counted: "votes" of the sums of steps that are done."""
-        if self._alone:
-            return self._wants_to_stop()
-        return counted is not None and bool(np.any(np.asarray(counted) > 0))

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from nfjax.progress import Interrupts
+from nfjax.preemption import Interrupts
 
 ROOT = pathlib.Path(__file__).parent.parent
 # SQLite stands in for a compiler: it works for ever without coming back to Python.
@@ -22,7 +22,7 @@ WORK = {
 @pytest.mark.parametrize("work", WORK)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_start_wherever_it_is(work, number, code):
-    program = f"from nfjax import exits\nexits.begin()\nprint('ready', flush=True)\n{WORK[work]}"
+    program = f"from nfjax import preemption\npreemption.begin()\nprint('ready', flush=True)\n{WORK[work]}"
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -38,12 +38,13 @@ def test_a_run_that_heeds_a_signal_is_given_time():
     """The handler from before is back at once, for a second signal, and does not take the first for it."""
     program = """if True:
         import signal, time
-        from nfjax import exits, progress
-        exits.begin()
-        with progress.Interrupts() as interrupts:
+        from nfjax import preemption
+        from nfjax.runs import progress
+        preemption.begin()
+        with preemption.Interrupts() as interrupts:
             signal.raise_signal(signal.SIGTERM)
             assert interrupts.pending == signal.SIGTERM
-            time.sleep(3 * exits.PATIENCE)
+            time.sleep(3 * preemption.PATIENCE)
             print("saved", flush=True)
             signal.raise_signal(signal.SIGTERM)
     """

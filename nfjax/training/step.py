@@ -18,8 +18,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from nfjax import mesh as meshes
-from nfjax import metrics
+from nfjax.runs import metrics
+from nfjax.training import sharding as meshes
 
 State = dict[str, Any]  # {"params", "batch_stats", "opt", "step"}, plain dicts of arrays
 # {"image": uint8 [B, H, W, 3], "label": int32 [B], "mask": float32 [B]}; training adds "step"

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nfjax import mesh as meshes
 from nfjax.data import Images, Order
-from nfjax.steps import Batch, State, Step, Sums
+from nfjax.training import sharding as meshes
+from nfjax.training.step import Batch, State, Step, Sums
 
 HostBatch = dict[str, np.ndarray]
 Item = dict[str, Any]  # what `items` yields and the function of `each` takes

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -15,7 +13,8 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from nfjax import data, distributed, exits, metrics, streams
+from nfjax import data, distributed, preemption, _streams as streams
+from nfjax.runs import metrics
 
 SUMMED = ("loss", "correct", "count", "grad_norm")  # what a training step returns
 
@@ -203,43 +202,3 @@ class Bar:
             streams.out(),
         )
         self._since = time.perf_counter()
-
-
-class Interrupts(contextlib.AbstractContextManager):
-    """Within it, the first Ctrl-C or SIGTERM sets `pending`, the signal; a second one does what it did before.
-
-    late: only from the call of `heed` on, when there is something to save.
-
-    SIGTERM is what SLURM, Kubernetes and a TPU's maintenance send before they take the machine away. Python lets only
-    the main thread handle signals: in any other there are none to hear of.
-    """
-
-    def __init__(self, late: bool = False) -> None:
-        self.pending: signal.Signals | None = None
-        self._late = late
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        if not self._late:
-            self.heed()
-        return self
-
-    def heed(self) -> None:
-        """From here on, until the end of the `with`, signals are heard of."""
-        if self._before or self.pending or threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not None:  # None: a program around this one has its own, not in Python
-                self._before[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        exits.heard()
-        self.pending = signal.Signals(number)
-        for known, handler in self._before.items():
-            signal.signal(known, handler)
-        name = "Ctrl-C" if number == signal.SIGINT else self.pending.name
-        _print(f"{name}: finishing this step and saving; once more to stop at once", streams.err())
