@@ -21,37 +21,13 @@ import tqdm
 from absl import logging
 
 from nfjax import storage
+from nfjax._cache import cache_directory as cache_directory
+from nfjax._cache import cache_folder as cache_folder
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what fsspec needs to speak each protocol
 SPARE = 1 << 30  # bytes of local disk that a copy leaves free
 THREADS = 8
 BLOCK = 1 << 20
-
-
-def cache_directory() -> pathlib.Path:
-    """Where copies are kept: $NFJAX_CACHE, or nfjax in the user's cache directory.
-
-    Raises OSError where this user has no home directory and nothing else is said.
-    """
-    try:
-        if chosen := os.environ.get("NFJAX_CACHE"):
-            return pathlib.Path(chosen).expanduser()
-        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "nfjax"
-    except RuntimeError as error:
-        raise OSError(f"there is no place for copies ({error}); set NFJAX_CACHE to a directory for them") from error
-
-
-def cache_folder(*names: str) -> pathlib.Path:
-    """A folder below `cache_directory()`, made where it was not there. Raises OSError where it cannot be."""
-    folder = cache_directory().joinpath(*names)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder}, for copies, cannot be made ({error.strerror}); set NFJAX_CACHE to another directory",
-        ) from error
-    return folder
 
 
 def is_remote(directory: str) -> bool:
