@@ -12,7 +12,9 @@ from PIL import Image
 
 from nfjax import compilation, data
 from nfjax import config as configs
-from nfjax.data import crops, decode, memory, remote, skips
+from nfjax.data import remote
+from nfjax.data.decoding import crops, decode
+from nfjax.data.loading import memory, skips
 from nfjax.runs import files as workdir_files
 from nfjax.runs import report, workdir
 from nfjax.training import assembly

@@ -21,7 +21,9 @@ from PIL import Image
 
 from nfjax import data
 from nfjax.data import __main__ as command
-from nfjax.data import cifar, folder, pack, records, remote, shards
+from nfjax.data import remote
+from nfjax.data.packing import pack, shards
+from nfjax.data.sources import cifar, folder, records
 from nfjax.data.splits import Dataset, Images
 
 

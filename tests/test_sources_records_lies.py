@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from fake_bucket import bucket  # noqa: F401
 
-from nfjax.data import pack, records, remote, shards
+from nfjax.data import remote
+from nfjax.data.packing import pack, shards
+from nfjax.data.sources import records
 from nfjax.data.splits import Dataset, Images
 
 FIRST = "train-00000-of-00002.array_record"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from streamed import Split
 
-from nfjax.data import order, stream
+from nfjax.data.loading import order, stream
 
 SHAPE = (2, 2, 3)
 
@@ -155,7 +155,7 @@ def test_killing_the_trainer_leaves_no_orphans(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from streamed import Split, pixels\n"
-        "from nfjax.data import order, stream\n"
+        "from nfjax.data.loading import order, stream\n"
         "s = stream.stream(Split(50), pixels, (2, 2, 3), order.train_orders(0, 50, 10, 0, 10**6), print, workers=2)\n"
         "next(s); print('ready', flush=True)\n"
         "for _ in s: pass\n"
@@ -191,7 +191,7 @@ def test_memory_does_not_grow():
 
 def test_workers_import_neither_jax_nor_the_trainer():
     code = (
-        "import sys, nfjax.data.worker\n"
+        "import sys, nfjax.data.loading.worker\n"
         "print(sorted({'jax', 'flax', 'tensorflow', 'nfjax.training.loop'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

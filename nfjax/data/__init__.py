@@ -10,8 +10,8 @@ import functools
 import os
 from collections.abc import Callable
 
-from nfjax.data import cifar, digits, folder, records, synthetic, tfds
-from nfjax.data.order import Order, epoch_end, eval_orders, train_indices, train_orders
+from nfjax.data.loading.order import Order, epoch_end, eval_orders, train_indices, train_orders
+from nfjax.data.sources import cifar, digits, folder, records, synthetic, tfds
 from nfjax.data.splits import Dataset, Encoded, Images, check_classes
 
 DATASETS: dict[str, Callable[[str, int], Dataset]] = {

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from nfjax.data.folder import FileReader
+from nfjax.data.sources.folder import FileReader
 from nfjax.data.splits import Dataset, Encoded, Images
 
 WHOLE = 256 * 2**20  # bytes of a split up to which all of them are read

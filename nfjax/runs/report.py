@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from nfjax import cost, data, distributed, storage, _streams as streams
 from nfjax.runs import metrics, mirror
 from nfjax.runs import files
-from nfjax.data import skips
+from nfjax.data.loading import skips
 from nfjax.data.splits import left_aside
 
 

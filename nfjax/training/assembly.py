@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nfjax import augment, data, resnet
-from nfjax.data import crops, memory, skips, stream
+from nfjax.data.decoding import crops
 from nfjax.data.identity import identity
+from nfjax.data.loading import memory, skips, stream
 from nfjax.training import feed as feeds
 from nfjax.training import footprint, ranges
 from nfjax.training import optimizers as optim

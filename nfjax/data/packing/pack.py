@@ -1,4 +1,4 @@
-"""Packs a data set into shards that training reads fast: see `nfjax.data.records` for what it writes.
+"""Packs a data set into shards that training reads fast: see `nfjax.data.sources.records` for what it writes.
 
 Shard k of a split holds examples k * per_shard to (k + 1) * per_shard - 1 of the source, in its order, less those that
 cannot be decoded. A shard appears under its name only when it is complete, with a note beside it, so that a pack that
@@ -24,10 +24,12 @@ import tqdm
 from absl import logging
 
 from nfjax import storage
-from nfjax.data import records, remote, shards
+from nfjax.data import remote
 from nfjax.data.contents import contents
+from nfjax.data.loading.stream import default_workers
+from nfjax.data.packing import shards
+from nfjax.data.sources import records
 from nfjax.data.splits import Dataset, Images
-from nfjax.data.stream import default_workers
 
 STATE = "packing.json"  # the settings of a pack that is not finished
 LOCK = ".packing"  # held by the process that packs

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nfjax.data.markers import MAX_SCANS
+from nfjax.data.decoding.markers import MAX_SCANS
 
 
 class _Region(ctypes.Structure):

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from nfjax.data import decode
+from nfjax.data.decoding import decode
 
 _ATTEMPTS = 10
 

@@ -1,8 +1,8 @@
-"""python -m nfjax.data.worker: a process that decodes images for `nfjax.data.stream`, until the pipe to it closes.
+"""A process that decodes images for `nfjax.data.loading.stream`, until the pipe to it closes.
 
-It is started as a program of its own and imports nothing but this package's reading part: neither JAX, whose threads no
-process should be forked from, nor the user's script. Pixels go into memory that both processes map; the pipe carries
-references there, labels and failures back.
+It is started as a program of its own, python -m nfjax.data.loading.worker, and imports nothing but this package's
+reading part: neither JAX, whose threads no process should be forked from, nor the user's script. Pixels go into memory
+that both processes map; the pipe carries references there, labels and failures back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from nfjax.data.decode import BadImageError
+from nfjax.data.decoding.decode import BadImageError
 
 Failure = tuple[int, str, str]  # place in the task, cause, detail
 READY = None  # the first answer: what ends a worker before that is no image's fault

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from nfjax.data.order import Order
+from nfjax.data.loading.order import Order
+from nfjax.data.loading.worker import READY
 from nfjax.data.splits import Encoded
-from nfjax.data.worker import READY
 
 # Images a task: long enough to hide the pipe, short enough that a batch does not wait for one worker.
 CHUNK, SMALLEST_CHUNK = 16, 4
@@ -72,7 +72,7 @@ class _Worker:
         ours, theirs = multiprocessing.Pipe()
         # This process may have been started with a changed sys.path: the worker imports the same package.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "nfjax.data.worker", str(theirs.fileno()), str(memory)]
+        command = [sys.executable, "-m", "nfjax.data.loading.worker", str(theirs.fileno()), str(memory)]
         self.process = subprocess.Popen(
             command, pass_fds=(theirs.fileno(), memory), env=environment, stdin=subprocess.DEVNULL
         )

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from nfjax.data import formats, jpeg, markers
+from nfjax.data.decoding import formats, jpeg, markers
 
 T = TypeVar("T")
 # Raise it when other files count as damaged than before, or their pixels change: what was decoded by another rule and

@@ -18,12 +18,13 @@ import tqdm
 from absl import logging
 
 from nfjax import storage
-from nfjax.data import decode, skips
-from nfjax.data.crops import CentreCrop
+from nfjax.data.decoding import decode
+from nfjax.data.decoding.crops import CentreCrop
+from nfjax.data.loading import skips
+from nfjax.data.loading.stream import default_workers
+from nfjax.data.loading.worker import explained
 from nfjax.data.remote import cache_directory
 from nfjax.data.splits import Dataset, Encoded, Images
-from nfjax.data.stream import default_workers
-from nfjax.data.worker import explained
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 

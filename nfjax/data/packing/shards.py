@@ -18,9 +18,10 @@ import numpy as np
 from absl import logging
 
 from nfjax import storage
-from nfjax.data import decode, records
+from nfjax.data.decoding import decode
+from nfjax.data.loading.worker import explained
+from nfjax.data.sources import records
 from nfjax.data.splits import Encoded, Images
-from nfjax.data.worker import explained
 
 
 @dataclasses.dataclass(frozen=True)

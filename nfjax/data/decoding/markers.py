@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from nfjax.data import huffman
+from nfjax.data.decoding import huffman
 
 START = b"\xff\xd8\xff"
 MAX_SCANS = 100  # a progressive file of thousands of scans costs minutes

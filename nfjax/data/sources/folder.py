@@ -2,13 +2,14 @@
 
     DIR/train/<class>/*.jpg
     DIR/test/<class>/*.jpg     or DIR/val/<class>/*.jpg,
-                               or DIR/val/*.JPEG with a file of labels beside it (see `nfjax.data.labels`)
+                               or DIR/val/*.JPEG with a file of labels beside it,
+                                  see `nfjax.data.sources.labels`
 
 Class names are the folder names, sorted, two at least. What is an image is told by the ending of its name, and where
-that says nothing by its first bytes, see `nfjax.data.formats`; other files (Thumbs.db, lists, archives) are left aside
-and counted by their ending, and those whose names begin with a dot are left alone. The orientation that a camera has
-noted (EXIF) is ignored, as by Pillow and torchvision; --config.data.exif_orientation=True turns the images upright. A
-directory that holds the CIFAR archives instead is read by `nfjax.data.cifar`.
+that says nothing by its first bytes, see `nfjax.data.decoding.formats`; other files (Thumbs.db, lists, archives) are
+left aside and counted by their ending, and those whose names begin with a dot are left alone. The orientation that a
+camera has noted (EXIF) is ignored, as by Pillow and torchvision; --config.data.exif_orientation=True turns the images
+upright. A directory that holds the CIFAR archives instead is read by `nfjax.data.sources.cifar`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from absl import logging
 
-from nfjax.data import cifar, decode, formats, labels
-from nfjax.data.skips import printable
+from nfjax.data.decoding import decode, formats
+from nfjax.data.loading.skips import printable
+from nfjax.data.sources import cifar, labels
 from nfjax.data.splits import Dataset, check_classes, left_aside
 
 TEST_NAMES = ("test", "val")

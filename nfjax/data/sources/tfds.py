@@ -18,7 +18,8 @@ from typing import Any
 from absl import logging
 
 from nfjax import storage
-from nfjax.data import records, remote
+from nfjax.data import remote
+from nfjax.data.sources import records
 from nfjax.data.splits import Dataset, check_classes
 
 TEST_NAMES = ("test", "validation")
