@@ -1,27 +1,22 @@
-"""python -m nfjax.evaluate --workdir=DIR [--step=N] [--data-dir=DIR]
+"""The best checkpoint of a run, or a chosen one: its network, and its score on the run's test images.
 
-Scores the best checkpoint of a run, or a chosen one, on the run's test images: each of them counts exactly once.
+`python -m nfjax.evaluate` is the same as `nfjax evaluate`.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import pathlib
-import sys
-from typing import Any
-
-from nfjax import preemption
-
 if __name__ == "__main__":
-    preemption.begin()
+    from nfjax import cli
+
+    cli.main("evaluate")  # which imports this module, and ends the process
+
+import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import nnx
 
-from nfjax import compilation
 from nfjax.runs import checkpoint, checksums, files, mirror
 from nfjax.runs import workdir as workdirs
 from nfjax.training import assembly
@@ -104,25 +99,3 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     feed = assembly.make_feed(config, dataset, "test", mesh, folder)
     score = train.make_evaluation(config, feed, network, len(dataset.test))(state)
     return {"step": step, **score}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nfjax.evaluate", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--workdir", required=True, help="of a training run")
-    parser.add_argument("--step", type=int, help="of the checkpoint; by default the one with the best test accuracy")
-    parser.add_argument("--data-dir", type=os.path.expanduser, help="where the images are now, if they have moved")
-    arguments = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)
-    compilation.keep()
-    try:
-        score = evaluate(arguments.workdir, arguments.step, arguments.data_dir)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"nfjax: {error}")
-    print(
-        f"step {score['step']:,}: test accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}, of "
-        f"{score['images']:,} images"
-    )
-
-
-if __name__ == "__main__":
-    main()

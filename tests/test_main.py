@@ -1,12 +1,14 @@
 """The command lines, as a user types them: in processes of their own, with right and with wrong input."""
 
-import importlib
 import pathlib
 import signal
 import subprocess
 import sys
 
 import pytest
+from absl import app
+
+from nfjax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = "--config=configs/digits_convshort.py"
@@ -128,6 +130,20 @@ def test_divergence_has_an_exit_code(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ("--config=configs/cifar10.py:depth=19", "--workdir=W"),
+            "unknown depth 19: expected one of 10, 18, 34, 50, 101, 152",
+        ),
+        (("--config=configs/cifar10.py", "--workdir=W"), "no data directory given; set it with --config.data.dir=DIR"),
+    ],
+)
+def test_what_cannot_be_trained_gets_one_message(tmp_path, arguments, message):
+    check_one_message(tmp_path, arguments, message, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ((), "--config is missing, such as --config=configs/digits_convshort.py"),
         ((DIGITS,), "--workdir is missing"),
         (("--config=configs/nope.py", "--workdir=W"), "configs/nope.py"),
@@ -142,13 +158,14 @@ def test_divergence_has_an_exit_code(tmp_path):
             ("--config=configs/cifar10.py:depht=18", "--workdir=W"),
             "unknown config argument 'depht=18': expected name=value",
         ),
-        (
-            ("--config=configs/cifar10.py:depth=19", "--workdir=W"),
-            "unknown depth 19: expected one of 10, 18, 34, 50, 101, 152",
-        ),
-        (("--config=configs/cifar10.py", "--workdir=W"), "no data directory given; set it with --config.data.dir=DIR"),
         ((DIGITS, "--workdir=W", "epochs=3"), "unexpected argument 'epochs=3': settings are flags"),
-        ((DIGITS, "--workdir=W", "--epochs=3"), "Unknown command line flag 'epochs'"),
+        (
+            (DIGITS, "--workdir=W", "--epochs=3"),
+            "unknown argument '--epochs=3': settings are flags such as --config.epochs=3",
+        ),
+        ((DIGITS, "--workdir=W", "--wrkdir=V"), "unknown argument '--wrkdir=V': did you mean --workdir?"),
+        ((DIGITS, "--workdir=W", "--verbosity=loud"), "flag --verbosity=loud: "),
+        (("--config=imagenet", "--workdir=W"), "or one of cifar10, cifar100, cifar100_convshort, "),
         (("--config=README.md", "--workdir=W"), "--config=README.md is no config file, which is Python"),
         (("--config=nfjax/config.py", "--workdir=W"), "--config=nfjax/config.py is no config file: it has no function"),
         ((DIGITS, "--workdir=W", "--config.epochs=none"), "--config.epochs=none: expected a value, such as 200"),
@@ -156,8 +173,12 @@ def test_divergence_has_an_exit_code(tmp_path):
     ],
 )
 def test_wrong_input_gets_one_message(tmp_path, arguments, message):
+    check_one_message(tmp_path, arguments, message, 2)
+
+
+def check_one_message(tmp_path, arguments, message, expected):
     code, _, errors = run("main", *(argument.replace("=W", f"={tmp_path / 'run'}") for argument in arguments))
-    assert code == 1
+    assert code == expected
     assert message in errors
     assert errors.startswith("nfjax: ")
     assert "Traceback" not in errors
@@ -171,69 +192,68 @@ def test_help(module):
     assert (code, errors) == (0, "")
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort", "--helpfull"])
-def test_help_tells_the_flags_and_where_settings_are_listed(monkeypatch, capsys, flag):
-    monkeypatch.setattr(sys, "argv", ["nfjax"])
-    main = importlib.import_module("nfjax.main")
-    with pytest.raises(SystemExit) as ended:
-        main.parse(["nfjax", "--config=configs/nope.py", flag, "--config.no.such=field"])
-    assert ended.value.code == 0
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort", "--helpfull", "-helpfull"])
+def test_help_tells_the_flags_and_where_settings_are_listed(capsys, flag):
+    assert cli.run(["train", "--config=configs/nope.py", flag, "--config.no.such=field"]) == 0
     out = capsys.readouterr().out
-    for name in ("config", "workdir", "coordinator", "processes", "process", "[no]traceback"):
-        assert f"--{name}: " in out
+    for name in ("config", "workdir", "coordinator", "processes", "process", "traceback"):
+        assert f"  --{name} " in out
     assert "Settings are --config.FIELD=VALUE, behind --config=FILE; nfjax/config.py tells" in out
     for field in ("model.depth=18", "optim.learning_rate=0.01", "augment.resized_crop_scale=None", "data.dir="):
         assert field in out
-    assert ("--verbosity" in out) == (flag == "--helpfull")
+    assert ("--verbosity" in out) == flag.endswith("-helpfull")
 
 
-def test_home_in_every_path(monkeypatch, tmp_path):
+def test_home_in_every_path(monkeypatch, tmp_path, capsys):
     """What the commands call their paths is expanded where it is parsed, or where a library function takes it."""
     from nfjax import data
-    from nfjax.data import __main__ as data_command
-    from nfjax.reproduce import __main__ as reproduce_command
+    from nfjax.cli import pack, show, spp
+    from nfjax.cli._parser import Parser
     from nfjax.runs import mirror
-    from nfjax.spp import __main__ as spp_command
+
+    def parsed(command, *argv):
+        parser = Parser("nfjax", command.__doc__)
+        command.add_arguments(parser)
+        return parser.read(argv)
 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert mirror.pull("~/run", "test") == tmp_path / "run"  # --workdir of main and evaluate
     with pytest.raises(FileNotFoundError, match=rf"the data directory {tmp_path}/set does not exist"):
         data.load("folder", "~/set", 32)  # --config.data.dir, --data-dir of evaluate
-    packed = data_command.parse(["pack", "--source=folder", "--dir=~/set", "--out=~/records"])
+    packed = parsed(pack, "--source=folder", "--dir=~/set", "--out=~/records")
     assert (packed.dir, packed.out) == (f"{tmp_path}/set", f"{tmp_path}/records")
-    shown = data_command.parse(["show", "--config=~/c.py", "--out=~/sheet.png"])
-    assert shown.out == f"{tmp_path}/sheet.png"
+    assert parsed(show, "--config=~/c.py", "--out=~/sheet.png").out == f"{tmp_path}/sheet.png"
     (tmp_path / "c.py").write_text("raise SystemError('found')")
-    assert data_command.main(["show", "--config=~/c.py"]) == 1
-    measured = spp_command.parse(["--depth=18", "--input=~/set", "--out=~/a.png", "--out=~/b.csv"])
+    assert cli.run(["data", "show", "--config=~/c.py"]) == 2
+    assert "found" in capsys.readouterr().err
+    measured = parsed(spp, "--depth=18", "--input=~/set", "--out=~/a.png", "--out=~/b.csv")
     assert (measured.input, measured.out) == (f"{tmp_path}/set", [f"{tmp_path}/a.png", f"{tmp_path}/b.csv"])
-    monkeypatch.setattr(sys, "argv", ["reproduce", "table1", "--out=~/results"])
-    reproduce_command.main()
+    assert cli.run(["reproduce", "table1", "--out=~/results"]) == 0
     assert (tmp_path / "results" / "table1.md").exists()
 
 
 def test_traceback_is_offered_for_errors_only(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["nfjax"])
-    main = importlib.import_module("nfjax.main")
     from nfjax import distributed, preemption
-    from nfjax.training import loop as train
+    from nfjax.distributed import peers
+    from nfjax.training import loop
 
     codes = []
     monkeypatch.setattr(distributed, "leave", codes.append)
     monkeypatch.setattr(distributed, "initialize", lambda *args: None)
-    main.flags.FLAGS(["nfjax"])
+    monkeypatch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(["nfjax"])))
     for error, code, offered in (
         (preemption.TrainingInterruptedError("interrupted: saved"), 130, False),
         (preemption.TrainingPreemptedError("stopped by SIGTERM: saved"), 75, False),
-        (train.TrainingDivergedError("the loss is nan"), 1, True),
+        (peers.AbsentError("process 1 has not come"), 75, False),
+        (loop.TrainingDivergedError("the loss is nan"), 1, True),
         (ValueError("epochs=0"), 1, True),
     ):
 
         def fail(config, workdir, error=error):
             raise error
 
-        monkeypatch.setattr(train, "train", fail)
-        main.main(["nfjax"])
+        monkeypatch.setattr(loop, "train", fail)
+        cli.run(["train", DIGITS, "--workdir=W"])
         assert codes[-1] == code
         errors = capsys.readouterr().err
         assert f"nfjax: {error}" in errors

@@ -1,18 +1,17 @@
 import csv
-import sys
 
 import numpy as np
 import pytest
 
-from nfjax.reproduce import __main__ as command
+from nfjax import cli
 from nfjax.reproduce import cost_table, propagation_figure
 from nfjax.reproduce.signal import CURVES
 from tests.conftest import TINY
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["reproduce", *arguments])
-    command.main()
+    if code := cli.run(["reproduce", *arguments]):
+        raise SystemExit(code)
 
 
 def test_table2(monkeypatch, tmp_path, capsys):

@@ -1,21 +1,21 @@
 """The training figures: what is missing is trained once, what may not be compared is kept apart, numbers are right."""
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
 import pathlib
 import statistics
-import sys
 
 import jax
 import numpy as np
 import pytest
 import scipy.stats
 
-from nfjax import data, preemption, reproduce
+from nfjax import cli, data, preemption, reproduce
 from nfjax.data.contents import contents
-from nfjax.reproduce import __main__ as command
 from nfjax.reproduce import claims, grids, records, runs, training
 from nfjax.reproduce.claims import CLAIMS, claims_table
 from nfjax.reproduce.curves import CURVES
@@ -53,9 +53,20 @@ def write(out, *many):
         records.append(out, record)
 
 
+class Ended(SystemExit):
+    """The command has ended with this code; its text is what it told on stderr."""
+
+    def __str__(self):
+        return self.told
+
+
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["reproduce", *map(str, arguments)])
-    command.main()
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        code = cli.run(["reproduce", *map(str, arguments)])
+    if code:
+        ended = Ended(code)
+        ended.told = told.getvalue()
+        raise ended
 
 
 # ---------------------------------------------------------------- grids

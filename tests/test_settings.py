@@ -1,24 +1,25 @@
 """Settings on a command line, beyond what `test_main` types."""
 
+import argparse
 import json
 import pathlib
 import time
 
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
 from nfjax import config as configs
 from nfjax.cli import settings
+from nfjax.cli._outcome import UsageError
+from nfjax.cli._parser import separate
 from nfjax.training import assembly, ranges
 from nfjax.training import optimizers as optim
 
 
 def parsed(*arguments, config="configs/imagenet_convshort.py"):
-    values, argv = flags.FlagValues(), ["nfjax", f"--config={config}", *arguments]
-    settings.define(values, argv)
-    settings.parse(values, argv)
-    return values.config
+    found, rest = separate(arguments)
+    assert rest in ([], ["--"])
+    return settings.read(argparse.Namespace(config=config and str(config), settings=found))
 
 
 def test_none_empties_a_field_that_may_be_empty():
@@ -213,7 +214,7 @@ def test_config_files_that_are_none(tmp_path, text, message, override):
     path = tmp_path / "file.py"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         parsed(override, config=path)
     assert "Traceback" not in str(caught.value)
 
@@ -230,19 +231,18 @@ def test_config_files_that_are_none(tmp_path, text, message, override):
         ("epochs.x=3", r"unknown config field 'epochs.x': config.epochs has nothing below it"),
         (".epochs=3", r"unknown config field '.epochs': config has "),
         ("augment.flip=perhaps", r"config.augment.flip=perhaps"),
-        ("epochs=1.5", r"config.epochs=1.5: invalid literal for int"),
+        ("epochs=1.5", r"config.epochs=1.5: expected a value of the kind of 90 \(invalid literal for int"),
     ],
 )
 def test_overrides_that_set_nothing(override, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         parsed(f"--config.{override}")
 
 
 def test_overrides_without_a_file():
-    values, argv = flags.FlagValues(), ["nfjax", "--config.epochs=3"]
-    settings.define(values, argv)
-    with pytest.raises(ValueError, match=r"--config is missing, such as --config=configs/digits_convshort.py"):
-        settings.parse(values, argv)
+    for config in (None, ""):
+        with pytest.raises(UsageError, match=r"--config is missing, such as --config=configs/digits_convshort.py, bef"):
+            parsed("--config.epochs=3", config=config)
 
 
 def test_colons_and_home_in_the_path_of_a_config(tmp_path, monkeypatch):
@@ -260,5 +260,5 @@ def test_colons_and_home_in_the_path_of_a_config(tmp_path, monkeypatch):
 
 
 def test_arguments_for_a_config_without_any():
-    with pytest.raises(ValueError, match="raises TypeError: it takes no arguments behind a colon"):
+    with pytest.raises(UsageError, match="raises TypeError: it takes no arguments behind a colon"):
         parsed(config="configs/digits_convshort.py:depth=18")

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 from test_data import make_folder
 
-from nfjax import data
+from nfjax import cli, data
 from nfjax.cli import show
-from nfjax.data import __main__ as command
 from nfjax.training import assembly
-
-of_config_flags = pytest.mark.filterwarnings("ignore:the load_module.. method is deprecated:DeprecationWarning")
 
 
 def shown(figure):
@@ -70,24 +67,22 @@ def test_class_names_that_no_font_and_no_formula_knows(tiny_config, tmp_path):
     figure.savefig(tmp_path / "sheet.png", dpi=20)
 
 
-@of_config_flags
 def test_the_command(tmp_path, capsys):
-    arguments = ["show", "--config=configs/digits_convshort.py", f"--out={tmp_path}/sheet.png", "--count=3"]
-    assert command.main(arguments) == 0
+    arguments = ["data", "show", "--config=configs/digits_convshort.py", f"--out={tmp_path}/sheet.png", "--count=3"]
+    assert cli.run(arguments) == 0
     assert capsys.readouterr().out.strip() == f"{tmp_path}/sheet.png"
     assert matplotlib.image.imread(tmp_path / "sheet.png").std() > 0.1
 
 
-@of_config_flags
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "code"),
     [
-        (["--config=configs/nothing.py"], "nothing.py"),
-        (["--config=configs/digits_convshort.py", "--config.augment.flop=1"], "flop"),
-        (["--config=configs/digits_convshort.py", "--count=0"], "--count=0"),
-        (["--config=configs/cifar10.py", "--config.data.dir=/nowhere"], "/nowhere does not exist"),
+        (["--config=configs/nothing.py"], "nothing.py", 2),
+        (["--config=configs/digits_convshort.py", "--config.augment.flop=1"], "flop", 2),
+        (["--config=configs/digits_convshort.py", "--count=0"], "--count=0", 2),
+        (["--config=configs/cifar10.py", "--config.data.dir=/nowhere"], "/nowhere does not exist", 1),
     ],
 )
-def test_wrong_arguments_get_one_line(tmp_path, capsys, arguments, message):
-    assert command.main(["show", f"--out={tmp_path}/sheet.png", *arguments]) == 1
+def test_wrong_arguments_get_one_line(tmp_path, capsys, arguments, message, code):
+    assert cli.run(["data", "show", f"--out={tmp_path}/sheet.png", *arguments]) == code
     assert message in capsys.readouterr().err

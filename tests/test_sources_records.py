@@ -19,8 +19,7 @@ import simplejpeg
 from fake_bucket import bucket  # noqa: F401
 from PIL import Image
 
-from nfjax import data
-from nfjax.data import __main__ as command
+from nfjax import cli, data
 from nfjax.data import remote
 from nfjax.data.packing import pack, shards
 from nfjax.data.sources import cifar, folder, records
@@ -133,7 +132,7 @@ def test_bad_images_are_left_out_counted_and_named(tmp_path, source):
 
 def test_the_command_says_what_was_left_aside(tmp_path, source, capsys):
     (source / "train" / "bee" / "Thumbs.db").write_text("no image")
-    assert command.main(["pack", "--source=folder", f"--dir={source}", f"--out={tmp_path}/out", "--no-verify"]) == 0
+    assert cli.run(["data", "pack", "--source=folder", f"--dir={source}", f"--out={tmp_path}/out", "--no-verify"]) == 0
     assert f"of {source}, 1 file that is no image is left aside (1 .db)" in capsys.readouterr().out
 
 
@@ -177,7 +176,7 @@ def test_killed_it_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = {file.name: file.stat().st_mtime_ns for file in out.glob("*.array_record")}
-    assert command.main(arguments) == 0
+    assert cli.run(["data", *arguments]) == 0
     assert len(kept) >= 2
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert pack.verify(str(out)) == 804
@@ -464,21 +463,20 @@ def test_remote_paths_say_what_they_need(monkeypatch):
 
 def test_the_command(tmp_path, source, capsys):
     out = tmp_path / "out"
-    assert command.main(["pack", "--source=folder", f"--dir={source}", f"--out={out}"]) == 0
+    assert cli.run(["data", "pack", "--source=folder", f"--dir={source}", f"--out={out}"]) == 0
     printed = capsys.readouterr().out
     assert "train  12 images in 1 shards" in printed
     assert f"--config.data.source=records --config.data.dir={out}" in printed
     assert len(data.load("records", str(out), 32).train) == 12
     assert json.loads((out / "manifest.json").read_text())["settings"]["source"] == "folder"
-    assert command.main(["pack", "--source=folder", "--dir=/nowhere", f"--out={out}"]) == 1
-    assert "nfjax.data pack: the data directory /nowhere does not exist" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command.main(["pack"])
+    assert cli.run(["data", "pack", "--source=folder", "--dir=/nowhere", f"--out={out}"]) == 1
+    assert "nfjax: the data directory /nowhere does not exist" in capsys.readouterr().err
+    assert cli.run(["data", "pack"]) == 2
     assert "--source" in capsys.readouterr().err
 
 
 def test_cifar_and_others_can_be_packed(tmp_path, monkeypatch):
     images = Images(np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int32))
     monkeypatch.setattr(cifar, "load_cifar10", lambda directory: Dataset(images, images, ("plane",)))
-    assert command.main(["pack", "--source=cifar10", f"--dir={tmp_path}", f"--out={tmp_path / 'out'}"]) == 0
+    assert cli.run(["data", "pack", "--source=cifar10", f"--dir={tmp_path}", f"--out={tmp_path / 'out'}"]) == 0
     assert len(records.load(str(tmp_path / "out")).test) == 4

@@ -1,4 +1,4 @@
-"""python -m nfjax.spp: the table, the verdict, the files, and what a user may type wrong."""
+"""nfjax spp: the table, the verdict, the files, and what a user may type wrong."""
 
 import csv
 import sys
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax.spp import __main__ as command
+from nfjax import cli
+from nfjax.cli import spp as command
 from tests.conftest import TINY
 
 MODULE = """
@@ -68,12 +69,10 @@ def run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spp", *arguments])
-        try:
-            command.main()
-        except SystemExit as stop:
-            return capsys.readouterr().err + (stop.code if isinstance(stop.code, str) else "")
-        return capsys.readouterr().out
+        code = cli.run(["spp", *arguments])
+        shown = capsys.readouterr()
+        assert code in ((1, 2) if shown.err else (0,))
+        return shown.err or shown.out
 
     yield run
     sys.modules.pop("my_models", None)
@@ -162,7 +161,7 @@ def test_arguments_and_classes(run, arguments, blocks):
         ([*SMALL, "--tolerance=1"], "--tolerance must be more than 1"),
         ([*SMALL, "--where=Block"], "--input-shape and --where go with --module"),
         (["--module=my_models:model", "--depth=18"], "--depth describes one of the paper's networks"),
-        (["--module=my_models"], "expected PACKAGE.MODULE:FUNCTION"),
+        (["--module=my_models"], "expected package.module:function"),
         (["--module=my_model:model"], "there is no module 'my_model'"),
         (["--module=my_models:modell"], "has no function 'modell'; it has model, model_and_input, linen_model"),
         (["--module=my_models:CONSTANT"], "has no function 'CONSTANT'"),

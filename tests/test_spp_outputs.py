@@ -332,7 +332,7 @@ def test_an_array_that_is_not_there(output, message):
 
 
 def test_on_the_command_line(monkeypatch, tmp_path, capsys):
-    from nfjax.spp import __main__ as command
+    from nfjax import cli
 
     (tmp_path / "several.py").write_text("""
 import jax
@@ -363,13 +363,10 @@ def make():
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for output in ("1", "0/0"):
-        monkeypatch.setattr(sys, "argv", ["spp", "--module=several:make", "--where=Block", f"--output={output}"])
-        command.main()
+        assert cli.run(["spp", "--module=several:make", "--where=Block", f"--output={output}"]) == 0
         shown = capsys.readouterr().out
         assert ("blocks/0[1]" if output == "1" else "blocks/0[0][0]") in shown
-    monkeypatch.setattr(sys, "argv", ["spp", "--depth=18", "--output=1"])
-    with pytest.raises(SystemExit):
-        command.main()
+    assert cli.run(["spp", "--depth=18", "--output=1"]) == 2
     assert "--output goes with --module" in capsys.readouterr().err
     sys.modules.pop("several")
 

@@ -1,65 +1,131 @@
-"""From a command line to a config: --config=FILE, and --config.x.y=value for each field that differs from the file."""
+"""From a command line to a config: --config=FILE, and --config.FIELD=VALUE for each field that differs from it."""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import importlib.util
 import os
+import pathlib
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+import nfjax
 from nfjax import config as base
+from nfjax.cli._outcome import UsageError
+from nfjax.cli._parser import Setting, fields, is_none
 
 LISTED = "nfjax/config.py"
-_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
-class _ConfigError(Exception):
-    """What is wrong with a config file or an override: absl takes a ValueError for its own, and adds a traceback."""
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The argument that `read` needs."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE|NAME",
+        help="a config file, or the name of one that comes with nfjax, with arguments behind a colon; "
+        f"--config.FIELD=VALUE changes it, and {LISTED} lists the fields",
+    )
 
 
-def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Adds --config to the flags, with an override for every field that `argv` names."""
-    argv = [arg for arg in argv if not _is_none(arg)]
-    text = f"A config file, such as those in configs/, with arguments behind a colon; settings: see {LISTED}."
-    config_flags.DEFINE_config_file("config", None, text, values, sys_argv=argv)
-    values["config"].parser = _FileParser(argv)
+def read(arguments: argparse.Namespace) -> ConfigDict:
+    """The config that a command line names, with what it changes; locked.
 
+    Args:
+        arguments: With `config` and `settings`.
 
-def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """Parses `argv`, and returns what is left of it; `values.config` is the config then.
-
-    "none" stands for None where a field may be that. Raises ValueError that says in one message what is wrong.
+    Raises:
+        UsageError: There is no such config, it cannot be read, or has no such field or value.
     """
-    emptied = [arg.partition("=")[0].removeprefix("--config.") for arg in argv if _is_none(arg)]
-    argv = [arg for arg in argv if not _is_none(arg)]
-    # Of these two, absl says that the value should be one of a config file's.
-    if not any(re.match(r"--?config(=|$)", arg) for arg in argv) and any(map(_OVERRIDE.match, argv)):
-        raise ValueError("--config is missing, such as --config=configs/digits_convshort.py, before what changes it")
+    if not arguments.config:
+        before = ", before what changes it" if arguments.settings else ""
+        raise UsageError(f"--config is missing, such as --config=configs/digits_convshort.py{before}")
     try:
-        rest = values(argv)
-    except _ConfigError as error:
-        raise ValueError(str(error)) from error.__cause__
-    except (AttributeError, IndexError, KeyError, TypeError) as error:  # of a value that its field cannot take
-        raise ValueError(f"a --config flag cannot be set: {error}") from error
-    except flags.Error as error:
-        raise ValueError(" ".join(line.strip() for line in str(error).splitlines() if line.strip())) from error
-    for path in emptied if values["config"].value is not None else ():
-        set_none(values["config"].value, path)
-    return rest
+        config = load(arguments.config)
+        config.update_from_flattened_dict(values(config, arguments.settings))
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    return config
+
+
+def values(config: ConfigDict, settings: Sequence[Setting]) -> dict[str, Any]:
+    """What to change in a config, {"optim.learning_rate": 0.1}, as `update_from_flattened_dict` takes it.
+
+    Of several values for one field the last one counts, except that those of a tuple are put together.
+
+    Raises:
+        ValueError: There is no such field, or it cannot have such a value; all fields are looked for before the first
+            value is read.
+    """
+    for setting in settings:
+        node = check_known(config, setting.field)
+        if isinstance(node, ConfigDict):
+            raise ValueError(f"{setting}: {setting.field} has fields of its own, {', '.join(node)}")
+    found: dict[str, Any] = {}
+    for setting in settings:
+        value = _value(config, setting)
+        several = isinstance(value, tuple) and isinstance(found.get(setting.field), tuple)
+        found[setting.field] = (*found[setting.field], *value) if several else value
+    return found
+
+
+def _value(config: ConfigDict, setting: Setting) -> Any:
+    *above, name = setting.field.split(".")
+    node, default = config, base.base()
+    for part in above:
+        node, default = node[part], default.get(part, ConfigDict())
+    if is_none(setting.text):
+        if default.get(name) is not None:  # a field that may be None is so by default
+            raise ValueError(f"{setting}: expected a value, such as {default[name]!r}")
+        return None
+    try:
+        return _KINDS.get(node.get_type(name), ast.literal_eval)(setting.text)
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ValueError(f"{setting}: expected a value of the kind of {node[name]!r} ({error})") from None
+
+
+def _tuple(text: str) -> tuple[Any, ...]:
+    value = ast.literal_eval(text)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+_KINDS: Mapping[type, Callable[[str], Any]] = {
+    bool: flags.BooleanParser().parse,
+    int: flags.IntegerParser().parse,
+    float: flags.FloatParser().parse,
+    str: str,
+    tuple: _tuple,
+}
+
+
+def shipped() -> dict[str, pathlib.Path]:
+    """The configs that come with nfjax, by name: {"cifar10": PATH}."""
+    package = pathlib.Path(nfjax.__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):  # of a wheel, and of a checkout
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.py"))}
+    return {}
 
 
 def load(text: str) -> ConfigDict:
-    """The config of "FILE" or "FILE:ARGUMENTS", locked. Raises ValueError or OSError that name the file."""
+    """The config of "FILE" or "NAME", which may have ":ARGUMENTS" behind it; locked.
+
+    Raises:
+        ValueError: It is no config file, or one that does not work.
+        OSError: There is neither such a file nor such a name, or it cannot be read.
+    """
     path, arguments = split(text)
+    if not os.path.isfile(path):
+        path = str(shipped().get(path, path))
     if not os.path.exists(path):
         raise FileNotFoundError(
             f"--config={text}: there is no file {path} (from {os.getcwd()}); expected a config file, such as "
-            "configs/digits_convshort.py"
+            f"configs/digits_convshort.py, or one of {', '.join(shipped())}"
         )
     if not os.path.isfile(path):
         raise ValueError(f"--config={text}: {path} is no file; expected a config file")
@@ -113,44 +179,6 @@ def _get_config(text: str, path: str) -> Callable[..., Any]:
     return module.get_config
 
 
-class _FileParser(flags.ArgumentParser):
-    """Loads the config file, and looks at the names of all overrides before absl sets the first."""
-
-    def __init__(self, argv: Sequence[str]):
-        self._argv = argv
-
-    def parse(self, text: str) -> ConfigDict:
-        try:
-            config = load(text)
-            for argument in self._argv:
-                if match := _OVERRIDE.match(argument):
-                    node = check_known(config, match[1])
-                    if isinstance(node, ConfigDict):
-                        raise ValueError(f"{argument}: {match[1]} has fields of its own, {', '.join(node)}")
-        except (ValueError, OSError) as error:
-            raise _ConfigError(str(error)) from error
-        return config
-
-    def flag_type(self) -> str:
-        return "config object"
-
-
-def _is_none(argument: str) -> bool:
-    return argument.startswith("--config.") and argument.partition("=")[2].lower() == "none"
-
-
-def set_none(config: ConfigDict, path: str) -> None:
-    """Raises ValueError where `path` is no field, or none that may be None."""
-    check_known(config, path)
-    *above, name = path.split(".")
-    node, default = config, base.base()
-    for part in above:
-        node, default = node[part], default[part]
-    if default.get(name) is not None:  # a field that may be None is so by default
-        raise ValueError(f"--config.{path}=none: expected a value, such as {default[name]!r}")
-    node[name] = None
-
-
 def check_known(config: ConfigDict, path: str) -> Any:
     """What `path` leads to. Raises ValueError, which says what there is, where it is no field."""
     node = config
@@ -169,15 +197,8 @@ def check_known(config: ConfigDict, path: str) -> Any:
 
 def listed() -> str:
     """For --help: every field with its default, and where their meaning is told."""
-
-    def fields(config: ConfigDict, above: str) -> Iterator[str]:
-        for name in config:
-            if isinstance(config[name], ConfigDict):
-                yield from fields(config[name], f"{above}{name}.")
-            else:
-                yield f"{above}{name}={str(config[name]).replace(' ', '')}"
-
-    names = textwrap.fill("  ".join(fields(base.base(), "")), 78, initial_indent="  ", subsequent_indent="  ")
+    shown = "  ".join(f"{name}={str(value).replace(' ', '')}" for name, value in fields())
+    names = textwrap.fill(shown, 78, initial_indent="  ", subsequent_indent="  ")
     return (
         f"Settings are --config.FIELD=VALUE, behind --config=FILE; {LISTED} tells what each of them means, and the\n"
         f"file what it changes. Fields with their defaults:\n{names}"

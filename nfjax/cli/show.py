@@ -1,7 +1,11 @@
-"""A contact sheet of a training batch: every image as it is in the file, and as the network sees it."""
+"""nfjax data show --config=FILE|NAME [--config.data.dir=DIR ...] [--out=samples.png]
+
+Draws a contact sheet of a training batch: every image as it is in the file, and as the network sees it.
+"""
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,12 +16,35 @@ from ml_collections import ConfigDict
 from nfjax import _figures as figures
 from nfjax import _streams as streams
 from nfjax import data
+from nfjax.cli import settings
+from nfjax.cli._outcome import UsageError
+from nfjax.cli._parser import Parser, path
 from nfjax.data.decoding import crops
 from nfjax.data.loading import stream
 from nfjax.training import assembly
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def add_arguments(parser: Parser) -> None:
+    settings.add_config(parser)
+    parser.add_argument(
+        "--out", default="samples.png", type=path, metavar="FILE", help="a PNG, SVG or PDF (samples.png)"
+    )
+    parser.add_argument("--count", type=int, default=16, metavar="N", help="images (16)")
+    parser.add_argument("--step", type=int, default=0, metavar="N", help="the training step whose batch it is (0)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = settings.read(arguments)
+    if arguments.count < 1 or arguments.step < 0:
+        raise UsageError(
+            f"--count={arguments.count} --step={arguments.step}: expected at least one image, of step 0 or later"
+        )
+    assembly.check(config)
+    contact_sheet(config, arguments.count, arguments.step).savefig(arguments.out, dpi=130)
+    print(arguments.out)
 
 
 def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:

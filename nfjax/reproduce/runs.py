@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from nfjax import config as configs
 from nfjax import storage
-from nfjax.cli.settings import check_known, set_none
+from nfjax.cli import settings
 from nfjax.data.contents import contents
 from nfjax.reproduce import records
 from nfjax.reproduce.curves import CURVES
@@ -43,7 +42,6 @@ BASES = {
     "CIFAR-100": Base(configs.cifar100, 100, (50_000, 10_000)),
     "ImageNet": Base(configs.imagenet, 1000, (1_281_167, 50_000)),
 }
-_FLAG = re.compile(r"--config\.([\w.]+)=(.*)", re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,36 +75,26 @@ class Run:
         return f"{self.cell.label}, seed {self.seed}"
 
 
-def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
-    """{"model.width": 8} from ["--config.model.width=8"]; "none" stands for None.
+def parse_changes(given: Sequence[settings.Setting]) -> dict[str, Any]:
+    """{"model.width": 8} from --config.model.width=8; "none" stands for None.
 
-    Raises ValueError for what is no such flag, and for fields that the figures themselves set.
+    Raises ValueError for fields that do not exist, for those that the figures themselves set, and for values that a
+    field cannot have.
     """
-    changes = {}
-    for flag in flags:
-        match = _FLAG.fullmatch(flag)
-        if match is None:
+    for setting in given:
+        if setting.field in (*records.COMPARED, "data.dir"):
             raise ValueError(
-                f"unknown argument {flag!r}: settings are flags such as --config.model.width=8, see --help"
+                f"{setting}: {setting.field} is not for you to choose here; --seeds and --data are, or use nfjax.main"
             )
-        name, text = match.groups()
-        if name in (*records.COMPARED, "data.dir"):
-            raise ValueError(f"{flag}: {name} is not for you to choose here; --seeds and --data are, or use nfjax.main")
-        try:
-            changes[name] = None if text.lower() == "none" else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            changes[name] = text
-    return changes
+    return settings.values(configs.base(), given)
 
 
 def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> ConfigDict:
     """The config of one run. Raises ValueError for a setting that does not exist, or has no such value."""
     config = BASES[dataset].config()
     config.checkpoint.keep = 1
-    for name, value in request.changes.items():
-        if value is None:
-            set_none(config, name)
-        check_known(config, name)
+    for name in request.changes:
+        settings.check_known(config, name)
     rule, norm, init = CURVES[cell.curve]
     network = {"model.depth": cell.depth, "model.residual": rule, "model.norm": norm, "model.init": init}
     own = network | {"seed": seed, "data.dir": request.data}

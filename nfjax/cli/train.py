@@ -1,0 +1,67 @@
+"""nfjax train --config=FILE|NAME --workdir=DIR [--config.optim.learning_rate=0.1 ...]
+
+Trains what a config describes; run again with the same workdir, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from nfjax import preemption
+from nfjax.cli import settings
+from nfjax.cli._outcome import UsageError, explain
+from nfjax.cli._parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    settings.add_config(parser)
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="where the run keeps its config, metrics, checkpoints and curves"
+    )
+    several = parser.add_argument_group("several processes, which SLURM and TPUs tell by themselves")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    several.add_argument("--processes", type=int, metavar="N", help="how many train together")
+    several.add_argument("--process", type=int, metavar="N", help="which of them this is, from 0")
+    parser.add_argument("--helpfull", nargs=0, action=_Full, help="list the flags of the libraries as well")
+    parser.add_argument("--h", "--helpshort", action="help", help=argparse.SUPPRESS)  # as absl has them
+    parser.epilog = settings.listed()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Ends the process, unless it is the only one and nothing went wrong."""
+    config = settings.read(arguments)
+    if not arguments.workdir:
+        raise UsageError("--workdir is missing, such as --workdir=runs/digits; nfjax train --help tells more")
+    # The surroundings that the libraries expect; their flags are parsed already.
+    app.run(lambda _: _train(config, arguments), flags_parser=lambda argv: argv)
+
+
+def _train(config: ConfigDict, arguments: argparse.Namespace) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # the libraries below tell much; --verbosity=0 shows it
+    from nfjax import compilation, distributed  # here: --help and wrong flags are answered quickly
+    from nfjax.distributed import peers
+    from nfjax.training import loop
+
+    compilation.keep()
+    try:
+        distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
+        loop.train(config, arguments.workdir)
+    except peers.AbsentError as error:
+        distributed.leave(explain(preemption.PeerLostError(str(error)), arguments.traceback))
+    except Exception as error:
+        distributed.leave(explain(error, arguments.traceback))
+    if distributed.has_others():
+        distributed.leave(0)
+
+
+class _Full(argparse.Action):
+    """--helpfull: what --help tells, and the flags of the libraries."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        print(f"{parser.format_help()}\n{flags.FLAGS.get_help()}")
+        parser.exit()
