@@ -54,7 +54,8 @@ create() {
 
 copy() {
     on_all 'mkdir -p nfjax' &&
-        tpu scp --recurse nfjax configs launch pyproject.toml constraints.txt "$name:nfjax/" "${place[@]}" --worker=all
+        tpu scp --recurse nfjax configs launch pyproject.toml constraints.txt README.md LICENSE "$name:nfjax/" \
+            "${place[@]}" --worker=all
 }
 
 install() {

@@ -25,7 +25,7 @@ fail() {
 install() {
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --allow-existing --python=3.12 .venv
-    python3 -m uv pip install --quiet --python=.venv --constraint=constraints.txt --editable '.[gcs]' 'jax[tpu]'
+    python3 -m uv pip install --quiet --python=.venv --constraint=constraints.txt --editable '.[gcs,tfds]' 'jax[tpu]'
 }
 
 mount_share() {

@@ -17,6 +17,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from nfjax.cli import settings, train
+from nfjax.cli._parser import Parser
+
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("local_gpus.sh", "slurm.sbatch", "tpu_vm.sh", "tpu_worker.sh")
@@ -289,7 +292,8 @@ def test_dry_run_tpu_vm(machine):
     create = [f"{tpu} create me --zone=z --accelerator-type=v6e-16 --version=v --spot"]
     copy = [
         f"{tpu} ssh me --zone=z --worker=all '--command=mkdir -p nfjax'",
-        f"{tpu} scp --recurse nfjax configs launch pyproject.toml constraints.txt me:nfjax/ --zone=z --worker=all",
+        f"{tpu} scp --recurse nfjax configs launch pyproject.toml constraints.txt README.md LICENSE me:nfjax/ --zone=z "
+        "--worker=all",
     ]
     install = [f"{tpu} ssh me --zone=z --worker=all '--command={REMOTE} install'"]
     train = f"{REMOTE} run --id=1 --share=host:/path -- {' '.join(SHARED[1:])}"
@@ -512,11 +516,12 @@ def test_manifest_is_consistent(manifest):
     assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in container["volumeMounts"]}
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     rules = {
-        rule["onExitCodes"]["values"][0]: rule["action"]
+        code: rule["action"]
         for rule in spec["podFailurePolicy"]["rules"]
         if "onExitCodes" in rule
+        for code in rule["onExitCodes"]["values"]
     }
-    assert rules == {75: "Ignore", 1: "FailJob"}
+    assert rules == {75: "Ignore", 1: "FailJob", 2: "FailJob"}
     names = {r["onExitCodes"]["containerName"] for r in spec["podFailurePolicy"]["rules"] if "onExitCodes" in r}
     assert names == {container["name"]}
     flags = dict(argument.split("=", 1) for argument in container["args"])
@@ -527,17 +532,18 @@ def test_manifest_is_consistent(manifest):
         assert flags["--process"] == "$(JOB_COMPLETION_INDEX)"
 
 
+SHARED_RUN = "/shared/runs/imagenet_convshort"
+
+
 @pytest.mark.parametrize("manifest", MANIFESTS)
 def test_arguments_of_a_manifest_are_flags_of_the_trainer(manifest):
     arguments = documents(manifest)[-1]["spec"]["template"]["spec"]["containers"][0]["args"]
     arguments = [argument.replace("$(JOB_COMPLETION_INDEX)", "1") for argument in arguments]
-    code = (
-        "from absl import app, flags\nfrom nfjax import main\nfound = flags.FLAGS\n"
-        "app.run(lambda _: print(found.process, found.workdir, found.config.data.dir), flags_parser=main.parse)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
-    process = "1" if manifest == "kubernetes.yaml" else "None"
-    assert (done.stderr, done.stdout) == ("", f"{process} /shared/runs/imagenet_convshort /shared/imagenet\n")
+    parser = Parser("nfjax train", train.__doc__)
+    train.add_arguments(parser)
+    found = parser.read(arguments, settings=True, flags=True)
+    assert (found.process, found.workdir) == (1 if manifest == "kubernetes.yaml" else None, SHARED_RUN)
+    assert settings.read(found).data.dir == "/shared/imagenet"
 
 
 def instructions():
@@ -559,7 +565,7 @@ def test_dockerfile():
         environment = {"ACCELERATOR": accelerator}
         assert subprocess.run(["sh", "-c", check], env=environment).returncode == 0
         printed = subprocess.run(["sh", "-c", f"printf '%s\\n' {install}"], env=environment, capture_output=True)
-        assert printed.stdout.decode().splitlines()[-2:] == [".[gcs]", f"jax[{accelerator}]"]
+        assert printed.stdout.decode().splitlines()[-2:] == [".[gcs,tfds]", f"jax[{accelerator}]"]
         assert accelerator in extras
     wrong = subprocess.run(["sh", "-c", check], env={"ACCELERATOR": "rocm"}, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr) == (2, "ACCELERATOR=rocm: expected cpu, cuda12, cuda13 or tpu\n")
