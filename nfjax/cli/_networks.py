@@ -62,8 +62,8 @@ def check(arguments: argparse.Namespace, paper: tuple[str, ...] = PAPER, own: tu
     Raises:
         UsageError: Nothing is chosen, or things that do not go together.
     """
-    if arguments.module and (given := [name for name in paper if getattr(arguments, name) is not None]):
-        raise UsageError(f"{_flag(given[0])} describes one of the paper's networks; it does not go with --module")
+    if arguments.module:
+        refuse(arguments, paper, "--module")
     if not arguments.module and arguments.depth is None:
         raise UsageError(
             "--depth is missing, such as --depth=50; or --module=PACKAGE.MODULE:FUNCTION for a model of your own"
@@ -76,6 +76,12 @@ def check(arguments: argparse.Namespace, paper: tuple[str, ...] = PAPER, own: tu
         given = [name for name, _ in getattr(arguments, option)]
         if twice := [name for name in given if given.count(name) > 1]:
             raise UsageError(f"--{option}={twice[0]}=... is given more than once")
+
+
+def refuse(arguments: argparse.Namespace, paper: tuple[str, ...], other: str) -> None:
+    """UsageError where one of the paper's networks is described besides what `other` chooses."""
+    if given := [name for name in paper if getattr(arguments, name) is not None]:
+        raise UsageError(f"{_flag(given[0])} describes one of the paper's networks; it does not go with {other}")
 
 
 def paper_network(

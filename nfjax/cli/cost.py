@@ -52,6 +52,7 @@ def _of_config(arguments: argparse.Namespace) -> tuple[str, cost.Cost, str]:
 
     if arguments.module or arguments.depth is not None:
         raise UsageError("--config describes a network; it goes neither with --depth nor with --module")
+    networks.refuse(arguments, networks.PAPER, "--config")
     config = settings.read(arguments)
     assembly.check(config)
     size = config.data.image_size
