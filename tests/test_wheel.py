@@ -108,8 +108,56 @@ def test_the_library_runs_with_the_core_alone(core, tmp_path):
     assert (tmp_path / "signal.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_wheel_carries_the_configs(core, tmp_path):
-    (folder,) = core.parent.glob("lib/python*/site-packages/nfjax/configs")
-    names = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
-    assert sorted(path.name for path in folder.glob("*.py")) == names
-    assert all((folder / name).read_text() == (ROOT / "configs" / name).read_text() for name in names)
+def test_the_wheel_carries_all_of_the_package_and_the_configs(core):
+    (installed,) = core.parent.glob("lib/python*/site-packages/nfjax")
+    expected = {path.relative_to(ROOT / "nfjax"): path for path in (ROOT / "nfjax").rglob("*.py")}
+    expected |= {path.relative_to(ROOT): path for path in (ROOT / "configs").glob("*.py")}
+    assert {path.relative_to(installed) for path in installed.rglob("*.py")} == expected.keys()
+    assert all((installed / name).read_bytes() == path.read_bytes() for name, path in expected.items())
+
+
+def test_the_commands_that_need_the_core_alone(core, tmp_path):
+    version = importlib.metadata.metadata("nfjax")["Version"]
+    assert run(core, tmp_path, "nfjax", "--version") == (0, f"nfjax {version}\n", "")
+    code, out, errors = run(core, tmp_path, "nfjax", "cost", "--depth=50", "--residual=convshort")
+    assert (code, errors) == (0, "")
+    assert " 38,016,714\n" in out
+    small = ("--depth=10", "--width=4", "--image-size=8", "--batch=4", "--norm=none")
+    code, out, errors = run(core, tmp_path, "python", "-m", "nfjax.spp", *small, "--out=a.png", "--out=a.csv")
+    assert (code, errors) == (0, "")
+    assert "gradient variance" in out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "--config=imagenet_convshort", "--workdir=W"),
+        ("train", "--help"),
+        ("evaluate", "--workdir=W"),
+        ("data", "pack", "--source=digits", "--out=W"),
+        ("data", "show", "--config=digits_convshort"),
+        ("reproduce", "table1"),
+        ("cost", "--config=digits_convshort"),
+    ],
+    ids=" ".join,
+)
+def test_the_others_tell_the_way_out(core, tmp_path, command):
+    code, out, errors = run(core, tmp_path, "nfjax", *command)
+    assert (code, out) == (1, "")
+    assert errors.startswith("nfjax: ")
+    assert 'is not installed, which this needs: pip install "nfjax[train]"\n' in errors
+    assert "Traceback" not in errors
+
+
+def test_importing_the_core_takes_little_more_than_jax_and_flax(core, tmp_path):
+    """Of processor time, which a busy machine changes least; the smallest of three."""
+
+    def seconds(code):
+        report = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
+        return min(float(run(core, tmp_path, "python", "-c", code + report)[1]) for _ in range(3))
+
+    alone = seconds("import jax, flax.nnx")
+    ours = seconds("import jax, flax.nnx; from nfjax import cost, initializers, resnet, spp")
+    assert ours < alone + 0.5
