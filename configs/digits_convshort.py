@@ -10,18 +10,27 @@ from nfjax import config as base
 
 
 def get_config():
-    config = base.cifar()
+    config = base.base()
     config.batch_size = 32
     config.epochs = 40
+
+    config.model.depth = 18
     config.model.width = 16
+    config.model.residual = "convshort"
+    config.model.norm = None
+    config.model.init = "he_fan_out"
+
     config.data.source = "digits"
     config.data.image_size = 8
     config.data.mean = (0.305, 0.305, 0.305)
     config.data.std = (0.376, 0.376, 0.376)
+
     config.augment.crop_padding = 1
     config.augment.flip = False
     config.augment.rand_operations = 0
+
     config.optim.learning_rate = 0.02  # the best of 0.02, 0.04 and 0.06 over five seeds
+    config.optim.momentum = 0.9
     config.log.every_steps = 15
     config.checkpoint.every_epochs = 5
     return config

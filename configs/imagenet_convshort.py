@@ -18,4 +18,29 @@ from nfjax import config as base
 
 
 def get_config():
-    return base.imagenet()
+    config = base.base()
+    config.batch_size = 100  # paper, section 4
+    config.epochs = 90  # not stated by the paper
+
+    config.model.depth = 50
+    config.model.residual = "convshort"
+    config.model.norm = None
+    config.model.init = "he_fan_out"
+    config.model.stem = "imagenet"
+
+    config.data.keep = "disk"
+    config.data.image_size = 224
+    config.data.resize = 256
+    config.data.mean = (0.485, 0.456, 0.406)  # ImageNet's, as torchvision publishes them
+    config.data.std = (0.229, 0.224, 0.225)
+
+    config.augment.crop_padding = 0
+    config.augment.resized_crop_scale = (0.08, 1.0)
+    config.augment.flip = True
+    config.augment.rand_operations = 2  # RandAugment's N and M: not stated by the paper
+    config.augment.rand_magnitude = 9
+
+    config.optim.learning_rate = 0.01  # paper, section 4; cosine to zero, changed after every epoch
+    config.optim.momentum = 0.9
+    config.optim.label_smoothing = 0.1  # paper: for ImageNet only; 0.1 not stated
+    return config

@@ -54,6 +54,20 @@ def test_the_papers_settings():
     assert (imagenet.optim.label_smoothing, imagenet.epochs) == (0.1, 90)
 
 
+def test_recipes_and_the_bases_of_the_figures_are_the_same():
+    """What a config writes out is what `nfjax.reproduce` starts from."""
+    paper = {"depth": 50, "residual": "convshort", "norm": None, "init": "he_fan_out"}
+    for name, base in {
+        "imagenet": configs.imagenet(),
+        "cifar10": configs.cifar(),
+        "cifar100": configs.cifar100(),
+    }.items():
+        base.model.update(paper)
+        assert load(FOLDER / f"{name}_convshort.py")[1] == base
+    for name in ("cifar10", "cifar100"):
+        assert load(FOLDER / f"{name}.py")[1] == load(FOLDER / f"{name}_convshort.py")[1]
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_parameterised_configs(name):
     _, config = load(FOLDER / f"{name}.py", "depth=101,residual=idshort,norm=none,init=brock")
