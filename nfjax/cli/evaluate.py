@@ -30,3 +30,5 @@ def run(arguments: argparse.Namespace) -> None:
         f"step {score['step']:,}: test accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}, of "
         f"{score['images']:,} images"
     )
+    if "ema_accuracy" in score:
+        print(f"average of the weights: test accuracy {score['ema_accuracy']:.2%}, loss {score['ema_loss']:.4f}")
