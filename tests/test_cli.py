@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import signal
 import subprocess
 import sys
 import tomllib
@@ -137,6 +138,19 @@ def test_a_missing_extra_is_told_with_the_way_out(capsys):
 def test_the_extras_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(EXTRAS.values()) <= set(project["optional-dependencies"])
+
+
+def test_a_pack_that_is_interrupted_tells_that_it_goes_on(monkeypatch, capsys, tmp_path):
+    def interrupt(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("nfjax.data.packing.pack.pack", interrupt)
+    before = signal.signal(signal.SIGINT, preemption.end)  # as `cli.main` leaves it
+    try:
+        assert cli.run(["data", "pack", "--source=digits", f"--out={tmp_path}"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "nfjax: interrupted; the same command goes on from here\n"
 
 
 # ---------------------------------------------------------------- settings, as they may be typed
