@@ -56,7 +56,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
         "nfjax.training.ranges",
         "nfjax.cli.settings",
         "nfjax.evaluate",
-        "nfjax.reproduce.runs",
+        "nfjax.reproduce._runs",
         "nfjax.cli.show",
     }
     data_modules = [path for name, path in MODULES.items() if name.startswith("nfjax.data")]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nfjax import _figures as figures
-from nfjax.spp.profile import Profile
-from nfjax.spp.theory import Prediction
+from nfjax.spp._profile import Profile
+from nfjax.spp._theory import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from nfjax.augment.checks import check_images, check_key, check_mask
+from nfjax.augment._checks import check_images, check_key, check_mask
 
 Mixed = tuple[jax.Array, jax.Array, jax.Array]  # (images, partner int32 [B], weight float32 [B])
 

@@ -19,10 +19,10 @@ from nfjax import config as configs
 from nfjax import storage
 from nfjax.cli.settings import check_known, set_none
 from nfjax.data.contents import contents
-from nfjax.reproduce import records
-from nfjax.reproduce.curves import CURVES
-from nfjax.reproduce.grids import Cell, Grid
-from nfjax.reproduce.records import Record, Start
+from nfjax.reproduce import _records
+from nfjax.reproduce._curves import CURVES
+from nfjax.reproduce._grids import Cell, Grid
+from nfjax.reproduce._records import Record, Start
 from nfjax.runs import metrics
 from nfjax.runs import workdir as workdirs
 from nfjax.training import assembly
@@ -90,7 +90,7 @@ def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
                 f"unknown argument {flag!r}: settings are flags such as --config.model.width=8, see --help"
             )
         name, text = match.groups()
-        if name in (*records.COMPARED, "data.dir"):
+        if name in (*_records.COMPARED, "data.dir"):
             raise ValueError(f"{flag}: {name} is not for you to choose here; --seeds and --data are, or use nfjax.main")
         try:
             changes[name] = None if text.lower() == "none" else ast.literal_eval(text)
@@ -139,8 +139,8 @@ def planned(grid: Grid, request: Request) -> list[Run]:
 
 def deviations(dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `settings` have other than the paper's, or where it states none than ours: {"epochs": 8}."""
-    own = records.terms(workdirs.essence(BASES[dataset].config()))
-    return {name: value for name, value in records.terms(settings).items() if name in own and own[name] != value}
+    own = _records.terms(workdirs.essence(BASES[dataset].config()))
+    return {name: value for name, value in _records.terms(settings).items() if name in own and own[name] != value}
 
 
 def is_the_papers(record: Record) -> bool:
@@ -170,7 +170,7 @@ def train_missing(grid: Grid, request: Request) -> None:
             f"{request.data} has {classes} classes, expected the {expected} of {grid.dataset}: choose another --data"
         )
     del dataset
-    missing = [run for run in runs if not matching(records.read(request.out), grid.dataset, run.settings, fingerprint)]
+    missing = [run for run in runs if not matching(_records.read(request.out), grid.dataset, run.settings, fingerprint)]
     _check_name(grid.dataset, runs, request, fingerprint)
     print(f"{grid.title}: {len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
     for number, run in enumerate(missing, 1):
@@ -184,7 +184,7 @@ def train_missing(grid: Grid, request: Request) -> None:
             print(f"diverged: {error}", flush=True)
         measured = _measured(workdir, run, diverged)
         about = {"dataset": grid.dataset, "data": request.data_name, "fingerprint": fingerprint}
-        records.append(request.out, Record(**about, images=images, classes=classes, **measured))
+        _records.append(request.out, Record(**about, images=images, classes=classes, **measured))
 
 
 def matching(known: Sequence[Record], dataset: str, settings: Mapping[str, Any], fingerprint: str) -> list[Record]:
@@ -192,25 +192,25 @@ def matching(known: Sequence[Record], dataset: str, settings: Mapping[str, Any],
     return [
         record
         for record in known
-        if (record.dataset, record.fingerprint) == (dataset, fingerprint) and records.agree(record.settings, settings)
+        if (record.dataset, record.fingerprint) == (dataset, fingerprint) and _records.agree(record.settings, settings)
     ]
 
 
 def _check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint: str) -> None:
     """Other images of the same name would be drawn as the same figure."""
-    for record in records.read(request.out):
-        comparable = any(records.agree(record.terms, records.terms(run.settings)) for run in runs)
+    for record in _records.read(request.out):
+        comparable = any(_records.agree(record.terms, _records.terms(run.settings)) for run in runs)
         if record.dataset == dataset and comparable:
             # Names that differ in case or punctuation only would share the figures' files.
             same_name, same_data = slug(record.data) == slug(request.data_name), record.fingerprint == fingerprint
             if same_name and not same_data:
                 raise ValueError(
-                    f"{request.out / records.FILE} has runs on {record.data!r} whose images are others (fingerprint "
+                    f"{request.out / _records.FILE} has runs on {record.data!r} whose images are others (fingerprint "
                     f"{record.fingerprint}, here {fingerprint}): give these another name with --data-name"
                 )
             if same_data and record.data != request.data_name:
                 raise ValueError(
-                    f"{request.out / records.FILE} has runs on these images under the name {record.data!r}: give "
+                    f"{request.out / _records.FILE} has runs on these images under the name {record.data!r}: give "
                     f"--data-name={record.data!r}"
                 )
 
@@ -239,7 +239,7 @@ def _measured(workdir: pathlib.Path, run: Run, diverged: str | None) -> dict[str
     return {
         "curve": run.cell.curve,
         "settings": run.settings,
-        "epochs": {name: [float(f"{line[name]:.6g}") for line in ended] for name in records.PER_EPOCH},
+        "epochs": {name: [float(f"{line[name]:.6g}") for line in ended] for name in _records.PER_EPOCH},
         "diverged": diverged,
         "seconds": round(seconds, 1),
         "starts": _starts(workdir / "versions.json"),

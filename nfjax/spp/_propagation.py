@@ -13,14 +13,14 @@ import numpy as np
 from flax import linen
 
 from nfjax._flax import ABSENT
-from nfjax.spp import tracing
-from nfjax.spp.losses import Loss
-from nfjax.spp.measuring import Measurement, Run, prepare
-from nfjax.spp.mode import Mode
-from nfjax.spp.outputs import Output
-from nfjax.spp.profile import Profile
-from nfjax.spp.selection import Where
-from nfjax.spp.tracing import Runnable
+from nfjax.spp import _tracing
+from nfjax.spp._losses import Loss
+from nfjax.spp._measuring import Measurement, Run, prepare
+from nfjax.spp._mode import Mode
+from nfjax.spp._outputs import Output
+from nfjax.spp._profile import Profile
+from nfjax.spp._selection import Where
+from nfjax.spp._tracing import Runnable
 
 GAUSSIAN = "gaussian"
 # Streams of a seed of their own: an input or a parameter that the user draws from the same seed is another number.
@@ -174,7 +174,7 @@ def _runnable(
     rngs: Any,
     mutable: Any,
 ) -> Runnable:
-    return tracing.runnable(model, inputs, kwargs, variables, rngs, mutable, jax.random.key(seed))
+    return _tracing.runnable(model, inputs, kwargs, variables, rngs, mutable, jax.random.key(seed))
 
 
 def same(a: Runnable, b: Runnable) -> bool:

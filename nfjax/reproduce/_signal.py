@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from nfjax import resnet, spp, storage
-from nfjax.reproduce.curves import CURVES, styles
-from nfjax.reproduce.tables import Table
+from nfjax.reproduce._curves import CURVES, styles
+from nfjax.reproduce._tables import Table
 
 _FIRST_OVER_LAST = "first / last block"
 COLUMNS = (

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfjax.augment import geometry
-from nfjax.augment.checks import as_integer, check_key, check_rgb
-from nfjax.augment.operations import OPERATIONS, change_images, numbers_of_changes
+from nfjax.augment import _geometry
+from nfjax.augment._checks import as_integer, check_key, check_rgb
+from nfjax.augment._operations import OPERATIONS, change_images, numbers_of_changes
 
 
 def rand_augment(
@@ -75,8 +75,8 @@ def apply(
     batch, height, width, _ = images.shape
     bins = as_integer("bins", bins, 2, None)
     fill = _fill(fill)
-    if interpolation not in geometry.INTERPOLATIONS:
-        raise ValueError(f"interpolation={interpolation!r}: expected one of {', '.join(geometry.INTERPOLATIONS)}")
+    if interpolation not in _geometry.INTERPOLATIONS:
+        raise ValueError(f"interpolation={interpolation!r}: expected one of {', '.join(_geometry.INTERPOLATIONS)}")
     operations = _per_example("operations", _positions(operations), batch, len(OPERATIONS))
     is_negative = (_per_example("signs", signs, batch) < 0).astype(jnp.int32)
     table = numbers_of_changes(tuple(OPERATIONS.values()), bins, height, width, interpolation)

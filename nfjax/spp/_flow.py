@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Literal, jaxprs_in_params
 
-from nfjax.spp.tracing import Tag, tag
+from nfjax.spp._tracing import Tag, tag
 
 # JAX's names for what is walked into.
 INLINED = {"jit": "jaxpr", "closed_call": "call_jaxpr"}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from nfjax.augment.checks import as_integer, by_channel, check_images, check_key
+from nfjax.augment._checks import as_integer, by_channel, check_images, check_key
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:

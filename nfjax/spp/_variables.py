@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from nfjax.spp.flow import Marks, bits, follow, union, value
-from nfjax.spp.mode import Mode
-from nfjax.spp.tracing import Tag, Trace
+from nfjax.spp._flow import Marks, bits, follow, union, value
+from nfjax.spp._mode import Mode
+from nfjax.spp._tracing import Tag, Trace
 
 PARAMETER, STATISTIC, KEY, OTHER = "parameter", "statistic", "key", "other"
 _STATISTICS = ("batch_stats", "BatchStat")  # Linen's collection, and that of an NNX module inside a Linen one

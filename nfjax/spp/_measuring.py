@@ -15,16 +15,16 @@ import numpy as np
 from flax import linen
 
 from nfjax._flax import bind
-from nfjax.spp import losses, outputs, tracing, variables
-from nfjax.spp.diagnosis import IDENTITY
-from nfjax.spp.evaluation import BLOCK, FIELDS, UNKNOWN, Statistics, check_supported, evaluate
-from nfjax.spp.flow import calls_of, executions_of, order
-from nfjax.spp.losses import Loss
-from nfjax.spp.mode import Mode
-from nfjax.spp.outputs import Output
-from nfjax.spp.selection import Where, select, select_branches
-from nfjax.spp.tracing import Call, Runnable, Tag
-from nfjax.spp.variables import Slot
+from nfjax.spp import _losses, _outputs, _tracing, _variables
+from nfjax.spp._diagnosis import IDENTITY
+from nfjax.spp._evaluation import BLOCK, FIELDS, UNKNOWN, Statistics, check_supported, evaluate
+from nfjax.spp._flow import calls_of, executions_of, order
+from nfjax.spp._losses import Loss
+from nfjax.spp._mode import Mode
+from nfjax.spp._outputs import Output
+from nfjax.spp._selection import Where, select, select_branches
+from nfjax.spp._tracing import Call, Runnable, Tag
+from nfjax.spp._variables import Slot
 
 Started = tuple[Any, Any]  # the arrays of a pass, and what it computes from them
 
@@ -80,14 +80,14 @@ class Measurement:
             "branch_var": np.where(has_branch, branch.channel_var, np.nan),
             "branch_share": share,
         }
-        mode = dataclasses.replace(self._mode, initial=variables.initial(self._mode, self._slots, leaves))
+        mode = dataclasses.replace(self._mode, initial=_variables.initial(self._mode, self._slots, leaves))
         stopped = (backward.var == 0).any() or (block.var == 0).any() or (share < IDENTITY).any()
         return Run(statistics, mode, self._zeros(leaves) if stopped else {})
 
     def _zeros(self, leaves: Sequence[Any]) -> dict[str, tuple[str, ...]]:
-        zeros = variables.zeros(self._factors, self._slots, leaves)
+        zeros = _variables.zeros(self._factors, self._slots, leaves)
         after = {path: zeros[tag] for path, tag in zip(self.paths, self._tags, strict=True) if tag in zeros}
-        return ({variables.INPUT: zeros[None]} if None in zeros else {}) | after
+        return ({_variables.INPUT: zeros[None]} if None in zeros else {}) | after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,18 +122,18 @@ def _prepare(
     output: Output | None,
     with_mutable: Callable[[Any], Runnable] | None,
 ) -> Measurement:
-    traced = tracing.trace(model)
+    traced = _tracing.trace(model)
     jaxpr, calls = traced.jaxpr, traced.calls
     if not jaxpr.out_avals:
         raise ValueError(f"{model.name} returns no array: is there a return statement missing?")
     reached = calls_of(executions_of(jaxpr.jaxpr))
     blocks = select(jaxpr.jaxpr, calls, reached, where)
-    roles = outputs.choose(traced, blocks, select_branches(calls, reached, blocks, branch), output, loss)
+    roles = _outputs.choose(traced, blocks, select_branches(calls, reached, blocks, branch), output, loss)
     check_supported(jaxpr.jaxpr, calls, roles)
     ran = order(jaxpr.jaxpr, roles)
     places = [i for i, (tag, _) in enumerate(ran) if roles[tag] == BLOCK]
     leaves = jax.tree.leaves(model.arrays)
-    slots = tuple(variables.slots(model.arrays))
+    slots = tuple(_variables.slots(model.arrays))
 
     def measure(leaves: Sequence[jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def run(sinks: list[jax.Array]) -> tuple[jax.Array, Any]:
@@ -141,7 +141,7 @@ def _prepare(
             found = jnp.stack(taken.forward), jnp.stack(taken.changes)
             if loss is None:
                 return taken.last, found
-            return losses.apply(loss, jax.tree.unflatten(traced.out_tree, out), key), found
+            return _losses.apply(loss, jax.tree.unflatten(traced.out_tree, out), key), found
 
         sinks = [jnp.zeros(FIELDS, jnp.float32)] * len(places)
         value, pull, (forward, changes) = jax.vjp(run, sinks, has_aux=True)
@@ -157,19 +157,19 @@ def _prepare(
             raise ValueError(f"{model.name} cannot be differentiated: {error}") from error
         raise
     tags = tuple(ran[place][0] for place in places)
-    paths = outputs.numbered([calls[tag.call].path for tag in tags])
-    mode = variables.mode(traced, slots, model.arrays)
+    paths = _outputs.numbered([calls[tag.call].path for tag in tags])
+    mode = _variables.mode(traced, slots, model.arrays)
     if with_mutable is not None and (mode.batch or mode.running):
         mode = dataclasses.replace(mode, mutable_decides=_mutable_decides(mode, with_mutable))
     return Measurement(
         paths=paths,
-        outputs=tuple(path + outputs.leaf_path(calls, tag) for path, tag in zip(paths, tags, strict=True)),
+        outputs=tuple(path + _outputs.leaf_path(calls, tag) for path, tag in zip(paths, tags, strict=True)),
         shapes=tuple(ran[place][1] for place in places),
-        dtypes=tuple(str(outputs.dtype(calls, tag)) for tag in tags),
+        dtypes=tuple(str(_outputs.dtype(calls, tag)) for tag in tags),
         program=_compile(lowered, leaves),
         _mode=mode,
         _slots=slots,
-        _factors=variables.factors(traced, slots, tags),
+        _factors=_variables.factors(traced, slots, tags),
         _tags=tags,
         _blocks=tuple(places),
         _branches=_branch_places(calls, [tag for tag, _ in ran], roles),
@@ -181,7 +181,7 @@ def _mutable_decides(mode: Mode, with_mutable: Callable[[Any], Runnable]) -> boo
     mutable = False if mode.mutable != "none" else linen.DenyList("params")
     try:
         model = with_mutable(mutable)
-        other = variables.mode(tracing.trace(model), variables.slots(model.arrays), model.arrays)
+        other = _variables.mode(_tracing.trace(model), _variables.slots(model.arrays), model.arrays)
     except Exception:  # in its mode, it must write; or with these it does what it cannot: then a flag decides
         return False
     return other.running != mode.running

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nfjax.spp.diagnosis import Diagnosis, diagnose
-from nfjax.spp.mode import Mode
+from nfjax.spp._diagnosis import Diagnosis, diagnose
+from nfjax.spp._mode import Mode
 
 STATISTICS = ("forward_var", "backward_var", "channel_sq_mean", "channel_var", "branch_var", "branch_share")
 

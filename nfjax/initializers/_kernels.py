@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfjax.initializers.gains import Gain, gain
-from nfjax.initializers.stream import sample
-from nfjax.initializers.taps import Padding, effective_taps
+from nfjax.initializers._gains import Gain, gain
+from nfjax.initializers._stream import sample
+from nfjax.initializers._taps import Padding, effective_taps
 
 Shape = Sequence[int]
 Initializer = Callable[..., jax.Array]
@@ -239,6 +239,53 @@ def at_layer(
     return init.at(stride, padding, spatial_size) if hasattr(init, "at") else init
 
 
+def behind(init: Initializer, activation: str | Callable[[jax.Array], jax.Array]) -> Initializer:
+    """The initializer for layers behind this activation: `init` with that one's gain, or `init` itself where it has no
+    gain (it is not of this module).
+
+    Args:
+        init: An initializer.
+        activation: A name in `ACTIVATIONS` or an elementwise function.
+    """
+    if not isinstance(init, Normal | Standardized) or not hasattr(init.variance, "gain"):
+        return init
+    variance = dataclasses.replace(init.variance, gain=gain(activation))
+    changes = {"init": behind(init.init, activation)} if isinstance(init, Standardized) else {}
+    return dataclasses.replace(init, variance=variance, **changes)
+
+
+# ---------------------------------------------------------------- by name
+
+
+def he_fan_in(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
+    """The paper's first rule (eq. 1), standardized: the whole kernel has mean 0 and variance gain / n_in, which keeps
+    the second moment of the signal on its way forward.
+
+    Args:
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+    """
+    return standardize(he_normal("fan_in", activation))
+
+
+def he_fan_out(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
+    """The paper's scheme (eq. 2), standardized: the whole kernel has mean 0 and variance gain / n_out, which keeps the
+    variance of the gradient on its way back.
+
+    Args:
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+    """
+    return standardize(he_normal("fan_out", activation))
+
+
+def brock(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
+    """`brock_normal`, by the name that it has in `INITIALIZERS`.
+
+    Args:
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+    """
+    return brock_normal(activation)
+
+
 def _constant(value: float, shape: Shape) -> float:
     del shape
     return value
@@ -256,7 +303,7 @@ def check_initializer(init: Any, what: str = "init") -> None:
         raise ValueError(f"{what}={name}: expected an initializer, a function (key, shape, dtype) -> kernel")
     advice = f"an initializer draws a kernel by (key, shape, dtype); was it not called, as in {name}()?"
     shape, found = (3, 3, 2, 2), []
-    if init in (he_normal, brock_normal, he_effective_fan_out, standardize):
+    if init in (he_normal, brock_normal, he_fan_in, he_fan_out, brock, he_effective_fan_out, standardize):
         raise ValueError(f"{what}={name}: {advice}")
     try:
         inspect.signature(init).bind(None, shape, jnp.float32)

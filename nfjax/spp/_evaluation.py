@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
-from nfjax.spp.flow import INLINED, REMATERIALIZED, SCAN, executions, executions_of, scan_layout
-from nfjax.spp.tracing import Call, Tag, tag
+from nfjax.spp._flow import INLINED, REMATERIALIZED, SCAN, executions, executions_of, scan_layout
+from nfjax.spp._tracing import Call, Tag, tag
 
 FIELDS = 5  # reached, scale; of the channels' means: mean square and variance; mean of the channels' variances
 UNKNOWN = -1.0  # of a share: a NaN would stop a program under JAX's debugging switch

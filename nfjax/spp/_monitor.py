@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfjax._flax import ABSENT
-from nfjax.spp import tracing
-from nfjax.spp.losses import Loss
-from nfjax.spp.measuring import Measurement, prepare
-from nfjax.spp.outputs import Output
-from nfjax.spp.profile import Profile
-from nfjax.spp.propagation import COTANGENT, other_mutable, profile, same, stream
-from nfjax.spp.selection import Where
-from nfjax.spp.tracing import Runnable
+from nfjax.spp import _tracing
+from nfjax.spp._losses import Loss
+from nfjax.spp._measuring import Measurement, prepare
+from nfjax.spp._outputs import Output
+from nfjax.spp._profile import Profile
+from nfjax.spp._propagation import COTANGENT, other_mutable, profile, same, stream
+from nfjax.spp._selection import Where
+from nfjax.spp._tracing import Runnable
 
 
 class Monitor:
@@ -52,7 +52,7 @@ class Monitor:
         compiles again.
         """
         key = jax.random.key(self.seed)
-        runnable = tracing.runnable(model, self.inputs, self.kwargs, variables, rngs, self.mutable, key)
+        runnable = _tracing.runnable(model, self.inputs, self.kwargs, variables, rngs, self.mutable, key)
         if self._network is None or not same(self._network, runnable):
             # Only what decides whether another model fits is kept, not the parameters.
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), runnable.arrays)
