@@ -39,7 +39,8 @@ class Runnable:
     """A model with its inputs as a function of arrays. arrays: parameters, other variables and inputs, a pytree.
     function: `arrays -> output`. network: what decides, together with the arrays' shapes, which function it is.
     modules: the user's own by path, where the function runs copies of them. untouched: the same function for a model
-    that compares modules of its own with each other, to be had by `attempt`.
+    that compares modules of its own with each other, to be had by `attempt`. writing: of a Linen model, the same with
+    other mutable collections.
     """
 
     function: Callable[[Any], Any]
@@ -48,6 +49,7 @@ class Runnable:
     network: Any
     modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     untouched: Callable[[Any], Any] | None = None
+    writing: Callable[[Any], Runnable] | None = None
 
 
 def runnable(
@@ -237,7 +239,12 @@ def _linen(
                 _with_axes(lambda axes: jax.eval_shape(bind(dry, axes), tree), axes)
         except linen_errors.ModifyScopeVariableError:  # batch norm in training mode writes its statistics
             mutable = linen.DenyList("params")
-    return Runnable(functools.partial(function, mutable=mutable), tree, name, (model, repr(mutable)))
+
+    def writing(mutable: Any) -> Runnable:
+        called = functools.partial(function, mutable=mutable)
+        return Runnable(called, tree, name, (model, repr(mutable)), writing=writing)
+
+    return writing(mutable)
 
 
 # ---------------------------------------------------------------- what a model asks for while it is traced

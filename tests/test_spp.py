@@ -1,5 +1,7 @@
 """Signal propagation: the numbers against explicit derivatives, any Flax model, nothing left behind, clear errors."""
 
+import copy
+import csv
 import json
 import math
 
@@ -10,8 +12,8 @@ import pytest
 from flax import linen, nnx
 from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 
-from nfjax import resnet, spp
-from nfjax.spp import _evaluation, _measuring, _profile, _propagation, _tracing
+from nfjax import _flax, resnet, spp
+from nfjax.spp import _measuring, _monitor, _statistics, _tracing
 from tests.conftest import TINY
 
 RULES = ("identity", "idshort", "learnscalar", "convshort", "conv")
@@ -77,7 +79,7 @@ def test_equal_to_an_explicit_vjp_at_every_block(tiny, residual, norm):
     for block in model.blocks:
         y = block(y)
         outputs.append(y)
-    noise = jax.random.normal(_propagation.stream(3, _propagation.COTANGENT), y.shape)
+    noise = jax.random.normal(_monitor.stream(3, _monitor.COTANGENT), y.shape)
     for i, y in enumerate(outputs):
         _, pull = jax.vjp(lambda y, i=i: tail(y, i + 1), y)
         (gradient,) = pull(noise)
@@ -123,7 +125,7 @@ def test_cross_entropy_on_random_labels_agrees_in_shape_with_gaussian_noise(tiny
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 def test_variances_beyond_the_range_of_float32(scale):
     x = images(64, 5) * scale + 3 * scale
-    result = _evaluation.Statistics.of(np.asarray(_evaluation.statistics(x))[None])
+    result = _statistics.on_host(_statistics.moments(x))
     values = np.asarray(x, np.float64)
     np.testing.assert_allclose(result.var, values.var(), rtol=1e-5)
     np.testing.assert_allclose(result.channel_var, values.var(0).mean(), rtol=1e-5)
@@ -133,7 +135,7 @@ def test_variances_beyond_the_range_of_float32(scale):
 def test_a_mean_far_above_the_spread_between_channels():
     x = 1e4 + jnp.arange(6.0)[None] + images(4096, 6)
     values = np.asarray(x, np.float64)
-    result = _evaluation.Statistics.of(np.asarray(_evaluation.statistics(x))[None])
+    result = _statistics.on_host(_statistics.moments(x))
     np.testing.assert_allclose(result.var, values.var(), rtol=1e-2)
 
 
@@ -150,9 +152,7 @@ def test_the_cotangent_is_not_the_users_noise():
 
 def test_constant_and_zero_tensors_have_no_variance():
     for x in (jnp.zeros((4, 3)), jnp.full((4, 3), 7.0)):
-        assert _evaluation.Statistics.of(np.asarray(_evaluation.statistics(x))[None]).var == pytest.approx(
-            0.0, abs=1e-12
-        )
+        assert _statistics.on_host(_statistics.moments(x)).var == pytest.approx(0.0, abs=1e-12)
 
 
 def test_low_precision_is_measured_as_it_is(tiny):
@@ -610,8 +610,9 @@ def test_nothing_per_block_is_kept_but_statistics():
             return self.layer(x)
 
     def temporary(depth):
-        model = _propagation._runnable(Model([Linear] * depth, 64), None, 0, [images(4096, 64)], {}, None, None)
-        return _measuring.prepare(model, Linear, "branch", None).program.memory_analysis().temp_size_in_bytes
+        model = _flax.runnable(Model([Linear] * depth, 64), [images(4096, 64)], {}, None, None, None, jax.random.key(0))
+        measurement = _measuring.prepare(model, _measuring.Choice(where=Linear))
+        return measurement.program.memory_analysis().temp_size_in_bytes
 
     activation = 4096 * 64 * 4
     # Against 24 if every gradient were kept; shallower, XLA's schedule decides how many are alive at once.
@@ -760,7 +761,7 @@ def made(forward, backward, shapes=None):
     forward, backward = np.array(forward, np.float64), np.array(backward, np.float64)
     n = len(forward)
     nan = np.full(n, np.nan)
-    samples = dict(zip(_profile.STATISTICS, (forward, backward, nan, nan, nan, nan), strict=True))
+    samples = dict(zip(_statistics.STATISTICS, (forward, backward, nan, nan, nan, nan), strict=True))
     return spp.Profile(
         tuple(f"blocks/{i}" for i in range(n)),
         tuple(shapes or [(4, 8)] * n),
@@ -871,6 +872,32 @@ def test_plot_of_what_is_not_finite(tmp_path):
     figure.savefig(tmp_path / "plot.png")
 
 
+# ---------------------------------------------------------------- a statistic of one's own
+
+
+def test_a_statistic_is_one_line(monkeypatch, tiny, tmp_path):
+    """Attribute, quantiles over seeds, table, CSV and JSON follow, and the compiled pass stays."""
+    monkeypatch.setattr(_measuring, "_programs", type(_measuring._programs)())
+    before = spp.propagate_seeds(tiny, spp.noise((4, 8, 8, 3)), seeds=2)
+    monkeypatch.setitem(spp.STATISTICS, "backward_channel_var", lambda seen: seen.gradient.channel_var)
+    profile = spp.propagate_seeds(tiny, spp.noise((4, 8, 8, 3)), seeds=2)
+    assert len(_measuring._programs) == 1
+    assert profile.samples["backward_channel_var"].shape == (2, 4)
+    assert (profile.backward_channel_var > 0).all()
+    assert (profile.backward_channel_var < profile.backward_var).all()
+    np.testing.assert_array_equal(profile.backward_var, before.backward_var)
+    assert profile.quantile("backward_channel_var", 1.0)[0] == profile.samples["backward_channel_var"][:, 0].max()
+    assert "backward_channel_var" in repr(profile)
+    assert "backward_channel_var" in dir(profile)
+    profile.to_csv(tmp_path / "p.csv")
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    assert float(rows[5]["backward_channel_var"]) == pytest.approx(profile.samples["backward_channel_var"][1, 1])
+    assert len(json.loads(profile.to_json())["backward_channel_var"]) == 2
+    with pytest.raises(AttributeError, match="backward_channel_var"):
+        _ = before.backward_channel_var
+    assert copy.deepcopy(profile).backward_channel_var[0] == profile.backward_channel_var[0]
+
+
 # ---------------------------------------------------------------- while training
 
 
@@ -882,8 +909,8 @@ def test_a_monitor_compiles_once(monkeypatch, tiny):
     first = monitor(model)
     np.testing.assert_array_equal(first.backward_var, spp.propagate(model, x, seed=2).backward_var)
     model.blocks[0].branch.convolutions[1].kernel[...] *= 2.0
-    prepared, second = monitor._measurement, monitor(model)
-    assert monitor._measurement is prepared
+    prepared, second = monitor._prepared, monitor(model)
+    assert monitor._prepared is prepared
     assert second.forward_var[0] > first.forward_var[0]
     deeper = tiny(residual="identity")
     assert monitor(deeper).forward_var[0] == spp.propagate(deeper, x, seed=2).forward_var[0]  # another network

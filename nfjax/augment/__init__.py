@@ -33,3 +33,7 @@ __all__ = [
     "random_erasing",
     "random_flip",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

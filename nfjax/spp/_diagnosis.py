@@ -10,10 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nfjax.spp._mode import Mode
-
-# Blocks of which the branch makes up less than this share of the output's variance are the identity, as far as a
-# signal goes. A hundred pre-normalized blocks, each of which adds as much as the first, still have ten times that.
-IDENTITY = 1e-3
+from nfjax.spp._statistics import IDENTITY
 
 
 class Measured(Protocol):

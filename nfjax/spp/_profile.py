@@ -12,30 +12,41 @@ from typing import Any
 
 import numpy as np
 
+from nfjax import _names
 from nfjax.spp._diagnosis import Diagnosis, diagnose
 from nfjax.spp._mode import Mode
-
-STATISTICS = ("forward_var", "backward_var", "channel_sq_mean", "channel_var", "branch_var", "branch_share")
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Profile:
     """Signal propagation through a network, one entry per block in execution order.
 
-    paths: where each block stands in the model; a block that runs several times is numbered. shapes, dtypes: of the
-    blocks' outputs. seeds: of the runs. samples: each statistic as float64 [seeds, blocks]. outputs: what was measured
-    of each block, its path and, where it returns more than one array, the array's place in that: "blocks/0[1]". mode:
-    in which mode the network ran. zeros: parameters that are all zero and multiply what a block returns, before any
-    other block does, by the block's path ("" for what comes before the first); looked for only where a variance is 0 or
-    a block is the identity.
+    Every statistic of `samples` is also an attribute, the median over the seeds, float64 [blocks]:
 
-    As attributes, the median over the seeds, float64 [blocks]:
-    forward_var, Var[x_l] over the whole output tensor of block l; backward_var, Var[dL/dx_l] of the gradient there;
-    and Brock et al.'s three (2021a): channel_sq_mean, the squared mean of each channel, averaged over channels (the
-    last axis); channel_var, the variance within each channel, averaged; branch_var, that of the residual branch before
-    it is added, NaN where a block has none. Further branch_share, Var[branch] / Var[x_l] over whole tensors: of what is
-    called a branch, or where nothing is, or where a factor behind it makes the block the identity, of x_l - x for the
-    input x that has x_l's shape; NaN where there is none. All are population statistics, accumulated in float32.
+    - forward_var: Var[x_l] over the whole output tensor of block l.
+    - backward_var: Var[dL/dx_l] of the gradient there.
+    - channel_sq_mean: The squared mean of each channel, averaged over channels (the last axis); this one and the next
+      two are Brock et al.'s (2021a).
+    - channel_var: The variance within each channel, averaged over channels.
+    - branch_var: Likewise of the residual branch before it is added; NaN where a block has none.
+    - branch_share: Var[branch] / Var[x_l] over whole tensors: of what is called a branch, or where nothing is, or where
+      a factor behind it makes the block the identity, of x_l - x for the input x that has x_l's shape; NaN where there
+      is none.
+
+    All are population statistics, accumulated in float32.
+
+    Attributes:
+        paths: Where each block stands in the model; a block that runs several times is numbered.
+        shapes: Of the blocks' outputs.
+        dtypes: Likewise.
+        seeds: Of the runs.
+        samples: Each statistic as float64 [seeds, blocks].
+        outputs: What was measured of each block, its path and, where it returns more than one array, the array's place
+            in that: "blocks/0[1]".
+        mode: In which mode the network ran.
+        zeros: Parameters that are all zero and multiply what a block returns, before any other block does, by the
+            block's path ("" for what comes before the first); looked for only where a variance is 0 or a block is the
+            identity.
     """
 
     paths: tuple[str, ...]
@@ -51,41 +62,30 @@ class Profile:
         if not self.outputs:
             object.__setattr__(self, "outputs", self.paths)
 
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name in vars(self).get("samples", ()):
+            return self.quantile(name, 0.5)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self.samples})
+
     def quantile(self, statistic: str, q: float) -> np.ndarray:
-        """The q-quantile of a statistic over the seeds, [blocks]; q = 0.5 is the median that the attributes give."""
-        if statistic not in self.samples:
-            raise ValueError(f"unknown statistic {statistic!r}: expected one of {', '.join(self.samples)}")
+        """A quantile over the seeds.
+
+        Args:
+            statistic: A name in `samples`.
+            q: From 0 to 1; 0.5 is the median that the attributes give.
+
+        Returns:
+            float64 [blocks].
+
+        Raises:
+            ValueError: There is no such statistic.
+        """
+        samples = _names.lookup("statistic", statistic, self.samples, callables=False)
         # Of the sorted values without interpolation across infinities, which would be NaN.
-        return np.quantile(
-            self.samples[statistic], q, axis=0, method="linear" if self._finite(statistic) else "nearest"
-        )
-
-    def _finite(self, statistic: str) -> bool:
-        return bool(np.isfinite(self.samples[statistic]).all())
-
-    @property
-    def forward_var(self) -> np.ndarray:
-        return self.quantile("forward_var", 0.5)
-
-    @property
-    def backward_var(self) -> np.ndarray:
-        return self.quantile("backward_var", 0.5)
-
-    @property
-    def channel_sq_mean(self) -> np.ndarray:
-        return self.quantile("channel_sq_mean", 0.5)
-
-    @property
-    def channel_var(self) -> np.ndarray:
-        return self.quantile("channel_var", 0.5)
-
-    @property
-    def branch_var(self) -> np.ndarray:
-        return self.quantile("branch_var", 0.5)
-
-    @property
-    def branch_share(self) -> np.ndarray:
-        return self.quantile("branch_share", 0.5)
+        return np.quantile(samples, q, axis=0, method="linear" if np.isfinite(samples).all() else "nearest")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -105,11 +105,11 @@ class Profile:
 
     def rows(self) -> Iterator[list[Any]]:
         """A table of the samples: its head, then one row per seed and block, values to seven digits."""
-        yield ["seed", "index", "path", "shape", "dtype", *STATISTICS, "output", "mode"]
+        yield ["seed", "index", "path", "shape", "dtype", *self.samples, "output", "mode"]
         for s, seed in enumerate(self.seeds):
             for i, path in enumerate(self.paths):
                 shape = "x".join(map(str, self.shapes[i]))
-                values = [f"{self.samples[statistic][s, i]:.7g}" for statistic in STATISTICS]
+                values = [f"{self.samples[statistic][s, i]:.7g}" for statistic in self.samples]
                 yield [seed, i, path, shape, self.dtypes[i], *values, self.outputs[i], str(self.mode)]
 
     def to_csv(self, path: str | pathlib.Path) -> None:
@@ -139,9 +139,10 @@ class Profile:
         return text
 
     def __repr__(self) -> str:
-        columns = [getattr(self, statistic) for statistic in STATISTICS]
+        names = tuple(self.samples)
+        columns = [getattr(self, name) for name in names]
         shown = [i for i, column in enumerate(columns) if not np.isnan(column).all()]
-        head = ["", "block", "output", *(STATISTICS[i] for i in shown)]
+        head = ["", "block", "output", *(names[i] for i in shown)]
         lines = [head]
         for i, path in enumerate(self.outputs):
             shape = "x".join(map(str, self.shapes[i]))

@@ -23,7 +23,6 @@ from jax.ad_checkpoint import checkpoint_name
 from nfjax._calls import class_name, within
 from nfjax._calls import recorder as _recorder
 from nfjax._flax import Runnable, attempt, explained
-from nfjax._flax import runnable as runnable
 from nfjax.spp._mode import dropping
 
 _TAG = "nfjax.spp/"

@@ -77,7 +77,7 @@ def _kind(variable: nnx.Variable) -> str:
 def mode(traced: Trace, found: Sequence[Slot], arrays: Any) -> Mode:
     """How this trace of the model runs, `initial` left open; arrays: `Runnable.arrays`."""
     seeds = [1 << i if slot.kind in (STATISTIC, KEY) else 0 for i, slot in enumerate(found)]
-    used = set(bits(union(follow(traced.jaxpr.jaxpr, seeds, value))))
+    used = set(bits(union(follow(traced.jaxpr.jaxpr, seeds, value).out)))
     called = {call.path for call in traced.calls} | {""}
     owners: dict[str, bool] = {}
     for i, slot in enumerate(found):
