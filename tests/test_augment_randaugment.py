@@ -231,7 +231,7 @@ def test_an_operation_of_ones_own(monkeypatch):
         ({"magnitude": 9.5}, "magnitude=9.5: expected a Python integer"),
         ({"num_operations": -1}, "num_operations=-1: expected 0 or more"),
         ({"bins": 1, "magnitude": 0}, "bins=1: expected 2 or more"),
-        ({"interpolation": "cubic"}, "interpolation='cubic': expected one of nearest, bilinear"),
+        ({"interpolation": "cubic"}, "unknown interpolation 'cubic': expected one of nearest, bilinear"),
         ({"fill": 256}, "fill=256: expected an integer from 0 to 255"),
         ({"fill": (1, 2)}, r"fill=\(1, 2\): expected an integer"),
         ({"images": np.zeros((2, 8, 8, 3), np.float32)}, "dtype float32: expected uint8; augment before `normalize`"),

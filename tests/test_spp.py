@@ -725,7 +725,7 @@ def test_losses_that_do_not_fit():
     assert len(spp.propagate(linen_model, x, loss=lambda output: output["logits"].mean())) == 2
     with pytest.raises(ValueError, match=r"floating-point scalar, not shape \(16, 3\)"):
         spp.propagate(model, x, loss=lambda logits: logits)
-    with pytest.raises(ValueError, match="unknown loss 'hinge': expected one of cross_entropy"):
+    with pytest.raises(ValueError, match="unknown loss 'hinge': expected a callable or one of cross_entropy"):
         spp.propagate(model, x, loss="hinge")
     with pytest.raises(TypeError, match="loss=3"):
         spp.propagate(model, x, loss=3)

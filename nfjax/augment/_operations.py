@@ -48,9 +48,10 @@ class Change:
 class Operation:
     """One operation of RandAugment.
 
-    change: `(magnitude, height, width) -> Change`.
-    magnitudes: `(bins, height, width)` to the magnitude of each bin, float32 [bins]; None where nothing varies.
-    signed: whether the magnitude is negated in half of the cases.
+    Attributes:
+        change: `(magnitude, height, width) -> Change`.
+        magnitudes: `(bins, height, width)` to the magnitude of each bin, float32 [bins]; None where nothing varies.
+        signed: Whether the magnitude is negated in half of the cases.
     """
 
     change: Callable[[float, int, int], Change]

@@ -164,12 +164,20 @@ def standardize(
 ) -> Standardized:
     """Wraps an initializer so that the drawn kernel has exactly zero mean and exactly the wanted population variance.
 
-    init: `(key, shape, dtype) -> kernel`. per: "kernel" for statistics over the whole kernel, "channel" for each output
-    channel (the last axis) on its own. variance: a number or `shape -> number`; left out, that of `init` (any
-    initializer of this module has one). The statistics are computed in float32, before the cast to `dtype`.
+    The statistics are computed in float32, before the cast to `dtype`.
 
-    Raises ValueError for what is no initializer (one that was not called, such as `jax.nn.initializers.he_normal`), for
-    a kernel of one element or of rank below 2, and where no variance is known.
+    Args:
+        init: `(key, shape, dtype) -> kernel`.
+        per: "kernel" for statistics over the whole kernel, "channel" for each output channel (the last axis) on its
+            own.
+        variance: A number or `shape -> number`; left out, that of `init` (any initializer of this module has one).
+
+    Returns:
+        `(key, shape, dtype) -> kernel`.
+
+    Raises:
+        ValueError: It is no initializer (one that was not called, such as `jax.nn.initializers.he_normal`), or no
+            variance is known; when a kernel is drawn, it has one element, or rank below 2.
     """
     check_initializer(init)
     if per not in ("kernel", "channel"):
@@ -188,8 +196,13 @@ def standardize(
 
 
 def brock_normal(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
-    """Brock et al. 2020, eq. 3 and 11: each output channel has mean 0 and variance gamma^2 / n_in, gamma^2 = 2 / (1 -
-    1/pi) for ReLU. Of a grouped convolution n_in is that of the kernel's shape, whatever the number of groups.
+    """Brock et al. 2020, eq. 3 and 11 of the paper: each output channel has mean 0 and variance gamma^2 / n_in.
+
+    gamma^2 = 2 / (1 - 1/pi) for ReLU. Of a grouped convolution n_in is that of the kernel's shape, whatever the number
+    of groups.
+
+    Args:
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
     """
     return standardize(Normal(BrockVariance(gain(activation))), per="channel")
 
@@ -220,8 +233,16 @@ def he_effective_fan_out(
     drops the taps beyond the image (`effective_taps`). Beyond the paper; Henmi et al. 2020 (arXiv 2008.06885) is a
     relative for plain CNNs. Standardized over the whole kernel.
 
-    stride, padding: as for the layer. spatial_size: height and width of the layer's INPUT in pixels;
-    None means an image without borders, where only the stride counts. feature_group_count: as in `he_normal`.
+    Args:
+        stride: Of the layer.
+        padding: Of the layer.
+        spatial_size: Height and width of the layer's INPUT in pixels; None means an image without borders, where only
+            the stride counts.
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+        feature_group_count: As in `he_normal`.
+
+    Raises:
+        ValueError: An argument cannot be used.
     """
     stride = stride if isinstance(stride, int) else tuple(stride)
     spatial_size = spatial_size if spatial_size is None or isinstance(spatial_size, int) else tuple(spatial_size)
@@ -235,6 +256,12 @@ def at_layer(
 ) -> Initializer:
     """The initializer for one convolution: `init` itself, unless it depends on the layer's geometry
     (`he_effective_fan_out`).
+
+    Args:
+        init: An initializer.
+        stride: Of the layer.
+        padding: Of the layer.
+        spatial_size: Height and width of its input in pixels.
     """
     return init.at(stride, padding, spatial_size) if hasattr(init, "at") else init
 

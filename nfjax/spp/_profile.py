@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nfjax import _names
+from nfjax import _names, storage
 from nfjax.spp._diagnosis import Diagnosis, diagnose
 from nfjax.spp._mode import Mode
 
@@ -98,8 +97,13 @@ class Profile:
 
     def diagnose(self, tolerance: float = 10.0) -> Diagnosis:
         """Whether the signal survives, both ways, in which mode of the network, and what the verdict rests on.
-        tolerance: by what factor a variance may leave that of its first block (forward) or of its last (backward) and
-        still count as preserved; 10 is our choice.
+
+        Args:
+            tolerance: By what factor a variance may leave that of its first block (forward) or of its last (backward)
+                and still count as preserved; 10 is our choice.
+
+        Raises:
+            ValueError: The tolerance is not more than 1.
         """
         return diagnose(self, tolerance)
 
@@ -113,12 +117,25 @@ class Profile:
                 yield [seed, i, path, shape, self.dtypes[i], *values, self.outputs[i], str(self.mode)]
 
     def to_csv(self, path: str | pathlib.Path) -> None:
-        """Writes `rows` as CSV."""
-        with open(path, "w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream, lineterminator="\n").writerows(self.rows())
+        """Writes `rows` as CSV, the whole file or nothing.
+
+        Args:
+            path: Of the file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        storage.write_csv(pathlib.Path(path), self.rows())
 
     def to_json(self, path: str | pathlib.Path | None = None) -> str:
-        """As JSON text, also written to `path` if given. What is not finite stands as null, "inf" or "-inf"."""
+        """As JSON, where what is not finite stands as null, "inf" or "-inf".
+
+        Args:
+            path: A file that is written, too.
+
+        Returns:
+            The text.
+        """
 
         def plain(value: float) -> float | str | None:
             return value if math.isfinite(value) else None if math.isnan(value) else str(value)
@@ -135,7 +152,7 @@ class Profile:
         }
         text = json.dumps(content, indent=1)
         if path is not None:
-            pathlib.Path(path).write_text(text + "\n")
+            storage.write_text(pathlib.Path(path), text + "\n")
         return text
 
     def __repr__(self) -> str:
