@@ -5,7 +5,7 @@ import pytest
 
 from nfjax import cli
 from nfjax.reproduce import cost_table, propagation_figure
-from nfjax.reproduce.signal import CURVES
+from nfjax.reproduce._signal import CURVES
 from tests.conftest import TINY
 
 

@@ -25,8 +25,8 @@ from nfjax import compilation, preemption
 from nfjax.cli._outcome import FailedError, UsageError
 from nfjax.cli._parser import Parser, path
 from nfjax.reproduce import REPRODUCTIONS, SUMMARIES, TRAINED, Request, Result
-from nfjax.reproduce.runs import parse_changes, train_missing
-from nfjax.reproduce.training import training_figures
+from nfjax.reproduce._runs import parse_changes, train_missing
+from nfjax.reproduce._training import training_figures
 
 
 def add_arguments(parser: Parser) -> None:
