@@ -28,32 +28,6 @@ THREADS = 8
 BLOCK = 1 << 20
 
 
-def cache_directory() -> pathlib.Path:
-    """Where copies are kept: $NFJAX_CACHE, or nfjax in the user's cache directory.
-
-    Raises OSError where this user has no home directory and nothing else is said.
-    """
-    try:
-        if chosen := os.environ.get("NFJAX_CACHE"):
-            return pathlib.Path(chosen).expanduser()
-        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "nfjax"
-    except RuntimeError as error:
-        raise OSError(f"there is no place for copies ({error}); set NFJAX_CACHE to a directory for them") from error
-
-
-def cache_folder(*names: str) -> pathlib.Path:
-    """A folder below `cache_directory()`, made where it was not there. Raises OSError where it cannot be."""
-    folder = cache_directory().joinpath(*names)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder}, for copies, cannot be made ({error.strerror}); set NFJAX_CACHE to another directory",
-        ) from error
-    return folder
-
-
 def is_remote(directory: str) -> bool:
     """Whether this names a bucket and not a local directory."""
     return "://" in directory
@@ -98,7 +72,7 @@ def mirror(directory: str, sizes: dict[str, int], version: str, checksums: dict[
             raise storage.DamagedFileError(f"{directory} names the file {name!r}: expected one that is not hidden")
     key = hashlib.sha256(os.fsencode(f"{directory} {version}")).hexdigest()[:12]
     name = re.sub(r"\W+", "-", directory.partition("://")[2]).strip("-")[-60:]
-    local = cache_folder("mirror", f"{name}-{key}")
+    local = storage.cache_folder("mirror", f"{name}-{key}")
     with open(local / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for part in local.glob("*.part"):  # what a kill has left of a copy

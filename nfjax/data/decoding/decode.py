@@ -16,11 +16,14 @@ import io
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from nfjax.data.decoding import formats, jpeg, markers
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 T = TypeVar("T")
 # Raise it when other files count as damaged than before, or their pixels change: what was decoded by another rule and
@@ -240,12 +243,28 @@ def _opened(data: bytes):
 
 
 def _with_pillow(data: bytes) -> np.ndarray:
+    with _opened(data) as image:
+        return rgb(image)
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image.
+
+    Args:
+        image: Of any mode; it may be one that is still to be decoded.
+
+    Returns:
+        RGB uint8 [H, W, 3].
+
+    Raises:
+        BadImageError: It has too many pixels, it cannot be decoded, or its mode does not say what is white.
+    """
     from PIL import Image
 
-    with _opened(data) as image, warnings.catch_warnings():
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImageError("too many pixels", f"{image.width}x{image.height}")
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImageError("too many pixels", f"{image.width}x{image.height}")
         try:
             if image.mode in _DEEP or (image.mode == "I" and image.format == "PPM"):  # the latter from 0 to 65 535 too
                 image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))

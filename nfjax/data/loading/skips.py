@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from absl import logging
 
 from nfjax import storage
+from nfjax.data.decoding.decode import BadImageError
 
 FILE = "skipped.jsonl"
 GONE_AFTER = 32  # images that cannot be read, and not one in between that can: the data is gone
@@ -82,6 +83,21 @@ def summary(causes: Mapping[str, str]) -> str:
     counts = collections.Counter(causes.values())
     names = ", ".join(list(causes)[:10]) + (" and more" if len(causes) > 10 else "")
     return f"{', '.join(f'{count} {cause}' for cause, count in counts.most_common())}: {names}"
+
+
+def explained(error: Exception) -> tuple[str, str]:
+    """(cause, detail) of a failure to read or decode: causes are few, to be counted."""
+    if isinstance(error, BadImageError):
+        cause = error.cause
+    elif isinstance(error, FileNotFoundError):
+        cause = "missing"
+    elif isinstance(error, OSError):
+        cause = "cannot be read"
+    elif isinstance(error, MemoryError):
+        cause = "out of memory"
+    else:
+        cause = "bad record" if isinstance(error, ValueError) else type(error).__name__
+    return cause, str(error)[:300]
 
 
 def printable(name: str | bytes) -> str:

@@ -26,10 +26,10 @@ from absl import logging
 from nfjax import storage
 from nfjax.data import remote
 from nfjax.data.contents import contents
-from nfjax.data.loading.stream import default_workers
+from nfjax.data.loading.pool import default_workers
 from nfjax.data.packing import shards
 from nfjax.data.sources import records
-from nfjax.data.splits import Dataset, Images
+from nfjax.data.splits import Dataset
 
 STATE = "packing.json"  # the settings of a pack that is not finished
 LOCK = ".packing"  # held by the process that packs
@@ -73,7 +73,7 @@ def pack(
 
     Run again with the same arguments, it goes on where it was interrupted, and packs what was lost or damaged since; an
     unfinished pack of files that have changed since begins anew. A bucket is written from a local copy in
-    `remote.cache_directory()`. Raises ValueError where settings are wrong or differ from those of a pack already in
+    `storage.cache_directory()`. Raises ValueError where settings are wrong or differ from those of a pack already in
     `out`, FileExistsError where `out` holds something else, or another process packs there.
     """
     threads = default_workers() if threads is None else threads
@@ -81,9 +81,10 @@ def pack(
     local = pathlib.Path(os.path.expanduser(out))
     if remote.is_remote(out):
         remote.path(out)  # fails here, and not after the work, where a package is missing
-        local = remote.cache_directory() / "packed" / hashlib.sha256(os.fsencode(out)).hexdigest()[:16]
+        local = storage.cache_directory() / "packed" / hashlib.sha256(os.fsencode(out)).hexdigest()[:16]
     settings = {"source": source, "short_side": short_side, "quality": quality if short_side else None}
-    settings |= {"per_shard": per_shard, "fingerprint": _fingerprint(dataset)}
+    fingerprint = dataset.fingerprint() if dataset.fingerprint else contents(dataset)
+    settings |= {"per_shard": per_shard, "fingerprint": fingerprint}
     with _locked(local):
         manifest = _begin(local, settings)
         convert = functools.partial(shards.converted, short_side=short_side, quality=quality)
@@ -308,11 +309,3 @@ def _stop_at(split: str, bad: dict[str, str], total: int, max_skipped: float) ->
         f"them:{named}"
         f"{f'{chr(10)}  and more' if len(bad) > 10 else ''}\nRepair or remove them, or allow more with --max-skipped"
     )
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    if dataset.fingerprint is not None:
-        return dataset.fingerprint()
-    if not all(isinstance(split, Images) for split in (dataset.train, dataset.test)):
-        raise ValueError("a data set that is read from files needs a fingerprint")
-    return contents(dataset)

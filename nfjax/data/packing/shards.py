@@ -19,7 +19,7 @@ from absl import logging
 
 from nfjax import storage
 from nfjax.data.decoding import decode
-from nfjax.data.loading.worker import explained
+from nfjax.data.loading.skips import explained
 from nfjax.data.sources import records
 from nfjax.data.splits import Encoded, Images
 
