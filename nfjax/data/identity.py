@@ -19,11 +19,13 @@ THREADS = 16  # that ask for sizes: over a network every question waits
 
 
 def identity(dataset: Dataset) -> dict[str, dict[str, str]]:
-    """{"train": {what: 16 hexadecimal digits}, "test": ...}, equal for copies that differ in place and times only.
+    """What tells a data set from another, equal for copies that differ in place and times only.
 
-    Of arrays: "pixels" and "classes". Of files: "names and classes", "sizes", and "contents", which are those of every
-    file up to `WHOLE` bytes in a split, and of `SAMPLES` files in a larger one. Of a packed or prepared data set: the
-    "version" that it states.
+    Returns:
+        {"train": {what: 16 hexadecimal digits}, "test": ...}. Of arrays: "pixels" and "classes". Of files: "names and
+        classes", "sizes", and "contents", which are those of every file up to `WHOLE` bytes in a split, and of
+        `SAMPLES` files in a larger one. Of a packed or prepared data set: the "version" that it states. Of others: the
+        "contents" of `SAMPLES` examples.
     """
     return {name: _of(getattr(dataset, name), dataset.version) for name in ("train", "test")}
 

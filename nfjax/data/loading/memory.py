@@ -28,10 +28,20 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: float) -> Dataset:
-    """The data set with both splits as arrays of the crops' sizes; what is in memory already stays as it is.
+    """A data set with both splits as arrays; what is in memory already stays as it is.
 
-    An image that cannot be decoded is left out, and named in `skipped` with the cause. Raises ValueError if that is
-    more than the share `max_skipped` of a split, or if the arrays would take more than half of the machine's memory.
+    Args:
+        dataset: Of images that are encoded.
+        train: What is cut out of each training image, and to which size it is scaled.
+        test: The same of test images.
+        max_skipped: The share of a split that may be damaged.
+
+    Returns:
+        The data set, with `Images` of the crops' sizes. An image that cannot be decoded is left out, and named in
+        `skipped` with the cause.
+
+    Raises:
+        ValueError: More are damaged than may be, or the arrays would take more than half of the machine's memory.
     """
     splits = {"train": (dataset.train, train), "test": (dataset.test, test)}
     if all(isinstance(split, Images) for split, _ in splits.values()):

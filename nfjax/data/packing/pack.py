@@ -63,18 +63,32 @@ def pack(
     threads: int | None = None,
     verify_after: bool = False,
 ) -> records.Manifest:
-    """Writes `dataset` to the directory `out`, local or in a bucket, and returns its manifest.
-
-    source: where the data came from, for the manifest. short_side: images with a longer one are reduced to it, with
-    Pillow's antialiased bilinear resize, the one of the evaluation crop, so that evaluation at that size sees the same
-    pixels but for the JPEG of `quality` and 4:2:0 chroma that they become; all others, and all without short_side, keep
-    their bytes. Arrays are encoded as PNG, without loss. Every image is decoded on the way: those that cannot be are
-    left out, and named with their cause in the manifest; more than the share `max_skipped` of a split is an error.
+    """Writes a data set to a directory, from which the source "records" reads it.
 
     Run again with the same arguments, it goes on where it was interrupted, and packs what was lost or damaged since; an
-    unfinished pack of files that have changed since begins anew. A bucket is written from a local copy in
-    `storage.cache_directory()`. Raises ValueError where settings are wrong or differ from those of a pack already in
-    `out`, FileExistsError where `out` holds something else, or another process packs there.
+    unfinished pack of files that have changed since begins anew. Every image is decoded on the way: those that cannot
+    be are left out, and named with their cause in the manifest. Arrays are encoded as PNG, without loss.
+
+    Args:
+        dataset: The data set.
+        out: An empty directory, local or in a bucket, which is written from a local copy in
+            `storage.cache_directory()`; or one that was packed with the same settings.
+        source: Where the data came from, for the manifest.
+        short_side: Pixels to which images with a longer short side are reduced, with Pillow's antialiased bilinear
+            resize, the one of the evaluation crop, so that evaluation at that size sees the same pixels but for the
+            JPEG of 4:2:0 chroma that they become. All others, and all if this is None, keep their bytes.
+        quality: Of that JPEG, 1 to 100.
+        per_shard: Images of a shard.
+        max_skipped: The share of the images of a split that may be damaged.
+        threads: By default one for every core.
+        verify_after: Whether all of it is read again at the end, and compared.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: Settings are wrong, or differ from those of the pack in `out`, or too many images are damaged.
+        FileExistsError: `out` holds something else, or another process packs there.
     """
     threads = default_workers() if threads is None else threads
     _check(short_side, quality, per_shard, max_skipped, threads)
@@ -105,9 +119,13 @@ def pack(
 
 
 def verify(directory: str) -> int:
-    """Reads every byte and every record of a packed directory, and returns the number of records.
+    """Reads every byte and every record of a packed directory.
 
-    Raises ValueError, FileNotFoundError that name the first shard or record that is not as it was written.
+    Returns:
+        The number of records.
+
+    Raises:
+        ValueError, FileNotFoundError: A shard or a record is not as it was written; the first is named.
     """
     manifest, _ = records.read_manifest(directory)
     records.check_sizes(
