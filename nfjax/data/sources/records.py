@@ -40,7 +40,14 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of records: its name, how many, its bytes and their SHA-256."""
+    """A file of records.
+
+    Attributes:
+        file: Its name.
+        count: How many records.
+        bytes: Of the file.
+        sha256: Of the file.
+    """
 
     file: str
     count: Count
@@ -52,8 +59,13 @@ class Shard:
 class Manifest:
     """What a packed directory holds.
 
-    settings: source, short_side and the like, as given to `pack`; skipped: {split: {name of an image left out: why}},
-    and under "source" what the source itself could not offer; labels: {split: number of images of each class}.
+    Attributes:
+        class_names: Of label 0, label 1 and so on.
+        shards: {split: its files, in order}.
+        labels: {split: number of images of each class}.
+        skipped: {split: {name of an image left out: why}}, and under "source" what the source itself could not offer.
+        settings: source, short_side and the like, as given to `pack`.
+        version: Of this format.
     """
 
     class_names: tuple[str, ...]
@@ -68,7 +80,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
-        """Raises ValueError where this is no manifest, one of a later version, or one that contradicts itself."""
+        """Reads a manifest.
+
+        Args:
+            text: JSON.
+            where: It was read, for messages.
+
+        Raises:
+            ValueError: This is no manifest, one of a later version, or one that contradicts itself.
+        """
         try:
             version = storage.parse_json(text, _Versioned, "it", "pack the data again").version
             if version != VERSION:
@@ -190,8 +210,11 @@ class Records:
 def load(directory: str) -> Dataset:
     """A directory that `pack` wrote, local or in a bucket (copied to the local disk first, see `remote.mirror`).
 
-    Raises FileNotFoundError, ValueError that name what is missing or damaged; shards are checked by size and number of
-    records here, and record by record where they are read. `pack.verify` checks all.
+    Shards are checked by size and number of records here, and record by record where they are read. `pack.verify`
+    checks all.
+
+    Raises:
+        FileNotFoundError, ValueError: Something is missing or damaged; it is named.
     """
     manifest, text = read_manifest(directory)
     sizes = {shard.file: shard.bytes for split in SPLITS for shard in manifest.shards[split]}
@@ -241,9 +264,17 @@ def read_manifest(directory: str) -> tuple[Manifest, str]:
 
 
 def read(source: Any, index: int, name: Any) -> bytes:
-    """Record `index` of an array_record source. `name`: index -> how the error calls it.
+    """A record of an array_record source.
 
-    array_record reports any trouble as RuntimeError; a chunk whose hash does not match is one of them.
+    Args:
+        source: The source.
+        index: Of the record.
+        name: Index -> how the error calls it.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: The record is damaged. (array_record reports any trouble as RuntimeError; a chunk whose hash does
+            not match is one of them.)
     """
     try:
         return source[index]

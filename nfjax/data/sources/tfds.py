@@ -66,11 +66,17 @@ class TfdsReader:
 
 
 def load(name: str, directory: str) -> Dataset:
-    """The prepared data set `name`, with `/config` and `:version` where needed, below `directory`, as tfds lays it out.
+    """A prepared data set with the splits train, and test or validation.
 
-    directory: local or in a bucket (copied to the local disk first, see `remote.mirror`); empty: tfds's own default.
-    The splits are train, and test or validation. Raises FileNotFoundError or ValueError with the command that prepares
-    what is missing.
+    Args:
+        name: Of tensorflow-datasets, with `/config` and `:version` where needed.
+        directory: Below which it lies as tfds lays it out, local or in a bucket (copied to the local disk first, see
+            `remote.mirror`); empty for tfds's own default.
+
+    Raises:
+        FileNotFoundError, ValueError: It is missing, damaged, or prepared otherwise; the message has the command that
+            prepares it.
+        ImportError: tensorflow-datasets is not installed.
     """
     builder_dir = _prepared(name, directory)
     info = _builder(builder_dir).info
