@@ -7,10 +7,11 @@ concern.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,13 @@ class Reader(Protocol):
         """
 
 
+class NamingReader(Reader, Protocol):
+    """A reader that can say where it finds an example."""
+
+    def name(self, reference: Any) -> str:
+        """How a person finds it."""
+
+
 class Encoded(Protocol):
     """A split of images as their files hold them. The listing stays in the process that made it; what crosses to a
     worker is a reference per example.
@@ -104,6 +112,23 @@ class Part:
 
     def name(self, index: int) -> str:
         return self._whole.name(int(self._indices[index]))
+
+
+class Numbered:
+    """A split of encoded images that its reader finds, and names, by their number."""
+
+    def __init__(self, reader: NamingReader, size: int) -> None:
+        """Takes a reader whose references are the numbers from 0 to `size - 1`."""
+        self.reader, self._size = reader, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def reference(self, index: int) -> int:
+        return int(index)
+
+    def name(self, index: int) -> str:
+        return self.reader.name(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,3 +199,18 @@ def left_aside(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     each = ", ".join(f"{count:,} {ending}" for ending, count in sorted(counts.items(), key=lambda item: -item[1])[:8])
     return f"{total:,} file{'s that are no images are' if total > 1 else ' that is no image is'} left aside ({each})"
+
+
+def warn_of_missing_classes(what: str, counts: Iterable[int], class_names: tuple[str, ...]) -> None:
+    """Warns where a split has no example of some classes.
+
+    Args:
+        what: The split, for the message.
+        counts: Examples of each class.
+        class_names: Of the classes.
+    """
+    missing = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        named = ", ".join(name if name.isprintable() else ascii(name) for name in missing[:8])
+        logging.warning("%s has no example of %d classes: %s%s", what, len(missing), named, more)

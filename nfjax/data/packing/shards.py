@@ -20,7 +20,8 @@ from absl import logging
 from nfjax import storage
 from nfjax.data.decoding import decode
 from nfjax.data.loading.skips import explained
-from nfjax.data.sources import records
+from nfjax.data.packing import manifest
+from nfjax.data.sources import array_records
 from nfjax.data.splits import Encoded, Images
 
 
@@ -34,8 +35,8 @@ class Note:
         skipped: {name of an image left out: why}.
     """
 
-    shard: records.Shard
-    labels: tuple[records.Count, ...]
+    shard: manifest.Shard
+    labels: tuple[manifest.Count, ...]
     skipped: dict[str, str]
 
 
@@ -60,7 +61,7 @@ def example(examples: Images | Encoded, convert: Callable[[bytes], bytes], num_c
     name = examples.name(index)
     try:
         data, label = examples.reader(examples.reference(index))
-        records.check_label(label, num_classes, lambda: name)
+        array_records.check_label(label, num_classes, lambda: name)
         return name, convert(data), label, ""
     except Exception as error:  # any file may be bad in any way
         return name, b"", 0, ": ".join(explained(error))
@@ -120,7 +121,7 @@ def write(file: pathlib.Path, examples: Iterator[Example], bar: Any) -> Note:
     try:
         with storage.replacing(file) as part:
             labels, skipped = _write_records(part, examples, bar)
-            shard = records.Shard(file.name, len(labels), part.stat().st_size, sha256(part))
+            shard = manifest.Shard(file.name, len(labels), part.stat().st_size, sha256(part))
     except RuntimeError as error:  # how array_record reports every trouble
         raise OSError(f"{file} cannot be written: {error}; is the disk full?") from error
     note = Note(shard, tuple(labels), skipped)
@@ -132,7 +133,7 @@ def _write_records(temporary: pathlib.Path, examples: Iterator[Example], bar: An
     from array_record.python import array_record_module
 
     labels, skipped = [], {}
-    writer = array_record_module.ArrayRecordWriter(str(temporary), records.OPTIONS)
+    writer = array_record_module.ArrayRecordWriter(str(temporary), manifest.OPTIONS)
     try:
         for name, image, label, problem in examples:
             bar.update()

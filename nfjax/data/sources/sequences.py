@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nfjax.data.decoding import decode
-from nfjax.data.splits import Dataset
+from nfjax.data.splits import Dataset, Numbered
 
 EXPECTED = "a pair (image, label), the image as uint8 array [H, W, 3], [H, W, 1] or [H, W], Pillow image, or file bytes"
 
@@ -54,31 +54,14 @@ def from_sequences(train: Examples, test: Examples, class_names: Sequence[str]) 
     return Dataset(_split("train", train, len(names)), _split("test", test, len(names)), names)
 
 
-def _split(name: str, examples: Examples, num_classes: int) -> SequenceSplit:
+def _split(name: str, examples: Examples, num_classes: int) -> Numbered:
     if not hasattr(examples, "__getitem__") or not hasattr(examples, "__len__"):
         raise ValueError(f"{name} is {_described(examples)}: expected something with __len__ and __getitem__")
     if not len(examples):
         raise ValueError(f"{name} has no examples")
-    split = SequenceSplit(name, examples, num_classes)
-    split.reader(0)
-    return split
-
-
-class SequenceSplit:
-    """A split whose examples a sequence gives; a reference is an index."""
-
-    def __init__(self, split: str, examples: Examples, num_classes: int) -> None:
-        self.reader = SequenceReader(split, examples, num_classes)
-        self._size = len(examples)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def reference(self, index: int) -> int:
-        return int(index)
-
-    def name(self, index: int) -> str:
-        return self.reader.name(index)
+    reader = SequenceReader(name, examples, num_classes)
+    reader(0)
+    return Numbered(reader, len(examples))
 
 
 class SequenceReader:
