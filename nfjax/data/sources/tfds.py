@@ -143,7 +143,7 @@ def _prepared(name: str, directory: str) -> str:
         from tensorflow_datasets.core import read_only_builder, registered
     except ImportError as error:
         raise ImportError(
-            f"the source tfds:{name} needs a package more: pip install tensorflow-datasets ({error})"
+            f'the source tfds:{name} needs a package more: pip install "nfjax[tfds]" ({error})'
         ) from error
     if directory:
         root = remote.path(directory)
