@@ -70,6 +70,42 @@ def test_what_is_no_source(source, message):
         data.load(source, "", 8)
 
 
+def images(count=4, size=(8, 8), labels=None):
+    labels = np.arange(count, dtype=np.int32) % 2 if labels is None else labels
+    return data.Images(np.zeros((count, *size, 3), np.uint8), labels)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (
+            [(np.zeros((8, 8, 3), np.uint8), 0)],
+            r"train .* is list: expected nfjax\.data\.Images, or what .*from_sequences",
+        ),
+        (images(0), "train of the data source .* has no images"),
+        (
+            images(labels=np.array([0, 1, 2, 0], np.int32)),
+            r"labels int32 \[4\], label 2 is 2: expected int32 \[4\], from 0 to 1",
+        ),
+        (images(labels=np.array([-1, 0, 0, 0], np.int32)), "label 0 is -1"),
+        (images(labels=np.zeros(4, np.float32)), r"labels float32 \[4\], label 0 is 0\.0"),
+        (images(labels=np.eye(4, 2, dtype=np.int32)), r"labels int32 \[4, 2\], label 0 is \[1 0\]"),
+        (images(size=(8, 12)), "have 8x12 pixels: expected as many rows as columns"),
+        (images(size=(12, 12)), "have 12x12 pixels: expected --config.data.image_size=12"),
+    ],
+)
+def test_what_is_no_split(train, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(lambda directory, image_size: data.Dataset(train, images(), CLASSES), "", 8)
+
+
+def test_arrays_in_memory_are_taken_as_they_are():
+    train = images()
+    made = data.load(lambda directory, image_size: data.Dataset(train, images(), list(CLASSES)), "", 8)
+    assert made.train is train
+    assert made.class_names == CLASSES
+
+
 def test_a_source_of_the_current_folder(tmp_path):
     (tmp_path / "birds.py").write_text("from own_source import load\n")
     code = "from nfjax import data; print(len(data.load('birds:load', '', 8).train))"

@@ -6,11 +6,14 @@ as a catalogue, a function `(name, directory) -> Dataset` and one line in `COLLE
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from nfjax import _names
 from nfjax.data.splits import Dataset, Images, check_classes
@@ -78,7 +81,31 @@ def _load(source: str | Loader, function: Loader, directory: str, image_size: in
             f"the data source {source} gives {type(dataset).__name__}: expected an nfjax.data.Dataset, such as "
             "nfjax.data.from_sequences(train, test, class_names) makes"
         )
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        if not all(hasattr(split, member) for member in ("__len__", "reader", "reference", "name")):
+            _check_images(source, name, split, len(dataset.class_names))
+    if not isinstance(dataset.class_names, tuple):
+        dataset = dataclasses.replace(dataset, class_names=tuple(dataset.class_names))
     return dataset
+
+
+def _check_images(source: str | Loader, name: str, split: Any, num_classes: int) -> None:
+    """Raises ValueError unless a split is made of images in memory, and of labels that are numbers of classes."""
+    if not isinstance(split, Images):
+        raise ValueError(
+            f"{name} of the data source {source} is {type(split).__name__}: expected nfjax.data.Images, or what "
+            "nfjax.data.from_sequences(train, test, class_names) makes of it"
+        )
+    if not len(split):
+        raise ValueError(f"{name} of the data source {source} has no images")
+    labels = np.asarray(split.labels)
+    numbers = labels.dtype.kind in "iu" and labels.ndim == 1
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes)) if numbers else [0]
+    if len(wrong):
+        raise ValueError(
+            f"{name} of the data source {source} has labels {labels.dtype} {list(labels.shape)}, label {wrong[0]} is "
+            f"{labels[wrong[0]]}: expected int32 [{len(split)}], from 0 to {num_classes - 1}"
+        )
 
 
 def load(source: str | Loader, directory: str, image_size: int) -> Dataset:
@@ -104,6 +131,7 @@ def load(source: str | Loader, directory: str, image_size: int) -> Dataset:
         if isinstance(split, Images) and split.images.shape[1:3] != (image_size, image_size):
             height, width = split.images.shape[1:3]
             raise ValueError(
-                f"the images of {source} have {height}x{width} pixels: expected --config.data.image_size={height}"
+                f"the images of {source} have {height}x{width} pixels: expected "
+                f"{f'--config.data.image_size={height}' if height == width else 'as many rows as columns'}"
             )
     return dataset
