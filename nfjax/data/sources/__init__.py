@@ -50,7 +50,8 @@ def loader(source: str | Loader) -> Loader:
 
     Returns:
         `(directory, image_size) -> Dataset`, where image_size, in pixels, is for images that are made up. It raises
-        ValueError where the source gives something else, besides all that the source raises.
+        ValueError where the source gives something else, or has fewer than two classes, besides all that the source
+        raises.
 
     Raises:
         ValueError: There is no such source; the message lists those that there are.
@@ -81,6 +82,7 @@ def _load(source: str | Loader, function: Loader, directory: str, image_size: in
             f"the data source {source} gives {type(dataset).__name__}: expected an nfjax.data.Dataset, such as "
             "nfjax.data.from_sequences(train, test, class_names) makes"
         )
+    check_classes(dataset.class_names, f"the classes of {source} {directory}")
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         if not all(hasattr(split, member) for member in ("__len__", "reader", "reference", "name")):
             _check_images(source, name, split, len(dataset.class_names))
@@ -126,7 +128,6 @@ def load(source: str | Loader, directory: str, image_size: int) -> Dataset:
     if image_size < 1:
         raise ValueError(f"data.image_size={image_size} must be a positive number of pixels")
     dataset = loader(source)(os.path.expanduser(directory), image_size)
-    check_classes(dataset.class_names, f"the classes of {source} {directory}")
     for split in (dataset.train, dataset.test):
         if isinstance(split, Images) and split.images.shape[1:3] != (image_size, image_size):
             height, width = split.images.shape[1:3]
