@@ -36,7 +36,13 @@ Reference = tuple[bytes, int]  # path relative to the root, label
 
 
 class FileReader:
-    """Reads an image file below `root`. Raises OSError where it cannot, ValueError where it is too large to be one."""
+    """Reads an image file below a folder: (its bytes, label).
+
+    Raises OSError where it cannot be read, BadImageError where it is too large to be an image.
+
+    Attributes:
+        root: The folder.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = os.fsencode(root)
@@ -79,8 +85,11 @@ class Files:
 def load(directory: str) -> Dataset:
     """Lists `directory/train` and `directory/test` (or `val`).
 
-    Raises FileNotFoundError, NotADirectoryError or ValueError that name the folder and the layout expected; a class of
-    train that test lacks is a warning, and so are class folders that look as if the classes were below them.
+    A class of train that test lacks is a warning, and so are class folders that look as if the classes were below them.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: It has another layout; the message names the folder, and the
+            layout expected.
     """
     if not directory:
         raise ValueError(
