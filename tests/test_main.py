@@ -149,7 +149,7 @@ def test_what_cannot_be_trained_gets_one_message(tmp_path, arguments, message):
         (("--config=configs/nope.py", "--workdir=W"), "configs/nope.py"),
         (
             (DIGITS, "--workdir=W", "--config.optim.lr=0.1"),
-            "unknown config field 'optim.lr': config.optim has adaptive_clip, anneal, ",
+            "unknown config field 'optim.lr': config.optim has adaptive_clip, arguments, ",
         ),
         ((DIGITS, "--workdir=W", "--config.modle.width=3"), "unknown config field 'modle.width': config has "),
         ((DIGITS, "--workdir=W", "--config.optimizer=x"), "unknown config field 'optimizer': config has "),

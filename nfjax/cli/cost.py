@@ -48,16 +48,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _of_config(arguments: argparse.Namespace) -> tuple[str, cost.Cost, str]:
     from nfjax.cli import settings  # here: the others need nothing of training
-    from nfjax.training import assembly
+    from nfjax.training import checks
+    from nfjax.training import networks as trained
 
     if arguments.module or arguments.depth is not None:
         raise UsageError("--config describes a network; it goes neither with --depth nor with --module")
     networks.refuse(arguments, networks.PAPER, "--config")
     config = settings.read(arguments)
-    assembly.check(config)
+    checks.check(config)
     size = config.data.image_size
     classes = arguments.num_classes or 10
-    model = nnx.eval_shape(lambda: assembly.build_model(config, classes, jax.random.key(0)))
+    model = nnx.eval_shape(lambda: trained.build(config, classes, jax.random.key(0)))
     return arguments.config, cost.count(model, (1, size, size, 3)), f"{size}x{size} pixels, {classes} classes"
 
 

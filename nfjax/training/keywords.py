@@ -43,11 +43,16 @@ def call(field: str, function: Callable[..., Any], text: str, /, *args: Any, **s
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     if unknown := [name for name in given if name not in taken and not anything]:
         known = ", ".join(list(taken)[len(args) :]) or "none"
-        raise ValueError(f"{field} has {unknown[0]!r}, which {function.__name__} does not take: expected {known}")
+        raise ValueError(f"{field} has {unknown[0]!r}, which {_name(function)} does not take: expected {known}")
     try:
         return function(*args, **(settings | given))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{field}={text!r}: {function.__name__} refuses it: {error}") from error
+        what = f"{field}={text!r}: {_name(function)} refuses it" if given else f"{_name(function)} cannot be called"
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(getattr(function, "func", function), "__name__", repr(function))  # of a partial, its function's
 
 
 def _value(node: ast.expr) -> Any:

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import resnet
+from nfjax import models, resnet
 from nfjax._names import lookup
-from nfjax.training import cpu, ranges
+from nfjax.training import cpu, keywords, ranges
 from nfjax.training.ranges import Range
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MOST_BLOCKS = 2048  # of a network, with which tracing still takes minutes only
+# The fields of `config.model` that our networks take, and which of them are the shape of one of a given depth.
+FIELDS = ("depth", "stage_sizes", "block", "residual", "norm", "init", "stem", "width", "remat")
+SHAPE = ("depth", "stage_sizes", "block")
 STATE = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.RngState))  # what is neither a parameter nor a random stream
 
 
@@ -38,34 +41,79 @@ RANGES: dict[str, Range] = {
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for a network that cannot be: found here, at no cost, and not after the images are decoded."""
-    lookup("model.dtype", config.model.dtype, DTYPES, callables=False)
-    nnx.eval_shape(lambda: build(config, num_classes=2, key=jax.random.key(0)))
+    try:
+        nnx.eval_shape(lambda: build(config, num_classes=2, key=jax.random.key(0)))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
-def build(config: ConfigDict, num_classes: int, key: jax.Array, settings: dict[str, Any] | None = None) -> nnx.Module:
+def build(config: ConfigDict, num_classes: int, key: jax.Array, **instead: Any) -> nnx.Module:
     """The network that a config describes.
 
     Args:
         config: Of the run.
         num_classes: Logits of the network.
         key: From which its parameters are drawn.
-        settings: Instead of `config.model`.
+        **instead: Arguments of the network in place of those of the config.
     """
-    settings = dict(config.model.to_dict() if settings is None else settings)
-    if settings["stage_sizes"] is not None:
+    return models.build(
+        config.model.name,
+        num_classes=num_classes,
+        image_size=config.data.image_size,
+        dtype=lookup("model.dtype", config.model.dtype, DTYPES, callables=False),
+        rngs=nnx.Rngs(jax.random.fold_in(key, 1), params=key),
+        **_settings(config) | instead,
+    )
+
+
+def _settings(config: ConfigDict) -> dict[str, Any]:
+    """The arguments of the network: the fields of `config.model` for those of ours, and what the config adds."""
+    arguments = keywords.parse("model.arguments", config.model.arguments)
+    if not is_ours(config):
+        return arguments
+    settings = {name: getattr(config.model, name) for name in FIELDS}
+    if config.model.name != "preact_resnet":
+        settings = {name: value for name, value in settings.items() if name not in SHAPE}
+    elif settings["stage_sizes"] is not None:
         settings["depth"] = None
-    settings["norm"] = None if settings["norm"] == "none" else settings["norm"]
-    settings["dtype"] = DTYPES[settings["dtype"]]
-    rngs = nnx.Rngs(params=key)
-    return resnet.PreActResNet(**settings, num_classes=num_classes, image_size=config.data.image_size, rngs=rngs)
+    if settings["norm"] == "none":
+        settings["norm"] = None
+    return settings | arguments
+
+
+def is_ours(config: ConfigDict) -> bool:
+    """Whether the network is one of `nfjax.models.MODELS`, which take the fields of `config.model`."""
+    return config.model.name in models.MODELS
+
+
+def title(config: ConfigDict) -> str:
+    """The network in a few words: "ResNet-18 convshort"."""
+    model = config.model
+    if not is_ours(config):
+        return model.name
+    if model.name != "preact_resnet":
+        return f"{model.name} {model.residual}"
+    name = f"ResNet-{model.depth}" if model.stage_sizes is None else f"ResNet {'-'.join(map(str, model.stage_sizes))}"
+    return f"{name} {model.residual}"
+
+
+def describe(config: ConfigDict) -> str:
+    """The network in a line: what it is, and what of it was set."""
+    model = config.model
+    more = f", {model.arguments}" if model.arguments else ""
+    if not is_ours(config):
+        return f"{title(config)}{more}"
+    norm = " without normalization" if model.norm in (None, "none") else f" with {model.norm} norm"
+    return f"{title(config)}{norm}, {model.init}, width {model.width}{more}"
 
 
 def count_parts(config: ConfigDict, platform: str) -> int:
     """In how many parts a step computes its batch: as many as the config says, but on a CPU more than one where that
-    lets a part stay in the caches. Not with batch norm, whose statistics are those of a part.
+    lets a part stay in the caches. Not with batch norm, whose statistics are those of a part, nor for a network that is
+    not ours and may have some.
     """
     given = config.train.accumulate_steps
-    if given > 1 or config.model.norm not in (None, "none"):
+    if given > 1 or config.model.name != "preact_resnet" or config.model.norm not in (None, "none"):
         return given
     depth = config.model.depth if config.model.stage_sizes is None else None
     block, _ = resnet.stages(depth, config.model.stage_sizes, config.model.block)
@@ -143,13 +191,18 @@ class Network:
             jax.tree.unflatten(structure, jax.tree.leaves(tree))
             for structure, tree in zip(self.structures, (params, batch_stats), strict=True)
         ]
-        random = self.random if noise is None else _restarted(self.random, noise)
+        random = restarted(self.random, noise)
         return nnx.merge(graph, states[0], random, states[1])
 
 
-def _restarted(random: Any, key: jax.Array) -> Any:
-    """The state of random streams that begin with keys of `key`."""
+def restarted(random: Any, key: jax.Array | None) -> Any:
+    """The state of a model's random streams, its `nnx.RngState`, such that they begin with keys of `key`.
+
+    As they were if it is None, but a copy: a model that draws from its streams changes them.
+    """
     leaves, structure = jax.tree.flatten(random)
+    if key is None:
+        return jax.tree.unflatten(structure, leaves)
 
     def started(number: int, leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

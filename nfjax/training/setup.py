@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,11 +16,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nfjax import data, distributed, preemption, spp
-from nfjax.runs import checkpoint, metrics, mirror, report, trackers
-from nfjax.runs import workdir as workdirs
+from nfjax.runs import checkpoint, metrics, mirror, report, trackers, workdirs
 from nfjax.runs.progress import Bar, say
-from nfjax.training import cpu, failures, footprint, loader, optimizers, preprocessing, rng, schedules, sharding, step
-from nfjax.training import network as networks
+from nfjax.training import (
+    cpu,
+    failures,
+    footprint,
+    loader,
+    networks,
+    optimizers,
+    preprocessing,
+    rng,
+    schedules,
+    sharding,
+    step,
+)
 from nfjax.training.loader import Loader
 from nfjax.training.progress import Progress
 from nfjax.training.state import Batch, Steps, TrainState
@@ -167,7 +178,7 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
     train_loader = loader.build(config, dataset, "train", mesh, folder)
     train_step, steps_per_dispatch = _train_step(config, network, optimizer, mesh, size)
     normalize = preprocessing.make_normalize(config)
-    tracked = (folder, progress.step, config.log.trackers, config.to_dict())
+    tracked = (folder, progress.step, config.log.trackers, json.loads(config.to_json_best_effort()))
     return Run(
         config,
         folder,
@@ -220,16 +231,16 @@ def _monitor(
     if config.log.signal_every_steps is None:
         return None
     images = normalize(jnp.asarray(loader.first_images(config, split)))
-    return spp.Monitor(images, seed=config.seed)
+    where = config.log.signal_where
+    return spp.Monitor(images, where=where and tuple(name.strip() for name in where.split(",")), seed=config.seed)
 
 
 @contextlib.contextmanager
 def closing(run: Run) -> Iterator[None]:
-    """Within it the run is at work: signals are heeded and the bar is drawn. Afterwards everything is closed."""
+    """Afterwards everything that the run has open is closed."""
     together = jax.process_count() == 1
     try:
-        with run.interrupts, run.bar:
-            yield
+        yield
         together = True  # or in step with the others
     finally:
         run.loader.close()
