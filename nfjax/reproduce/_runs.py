@@ -23,9 +23,8 @@ from nfjax.reproduce import _records
 from nfjax.reproduce._curves import CURVES
 from nfjax.reproduce._grids import Cell, Grid
 from nfjax.reproduce._records import Record, Start
-from nfjax.runs import metrics
-from nfjax.runs import workdir as workdirs
-from nfjax.training import assembly
+from nfjax.runs import metrics, workdirs
+from nfjax.training import checks, loader
 from nfjax.training import loop as train
 
 
@@ -161,8 +160,8 @@ def train_missing(grid: Grid, request: Request) -> None:
     """
     runs = planned(grid, request)
     for run in runs:
-        assembly.check(run.config)
-    dataset = assembly.open_data(runs[0].config, request.data)
+        checks.check(run.config)
+    dataset = loader.open_data(runs[0].config, request.data)
     fingerprint, images = contents(dataset), (len(dataset.train), len(dataset.test))
     classes, expected = len(dataset.class_names), BASES[grid.dataset].classes
     if classes != expected:
