@@ -47,9 +47,15 @@ _FLAG = re.compile(r"--config\.([\w.]+)=(.*)", re.S)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for. seeds: how many, from 0. changes: {"model.width": 8}, over the paper's settings.
-    data: directory of the images; empty to train nothing. data_name: what they are called in results. runs: where the
-    workdirs are.
+    """What the command line asks for.
+
+    Attributes:
+        out: Folder of the results.
+        seeds: How many, from 0.
+        changes: {"model.width": 8}, over the paper's settings.
+        data: Directory of the images; empty to train nothing.
+        data_name: What they are called in results.
+        runs: Where the workdirs are.
     """
 
     out: pathlib.Path
@@ -79,7 +85,11 @@ class Run:
 def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
     """{"model.width": 8} from ["--config.model.width=8"]; "none" stands for None.
 
-    Raises ValueError for what is no such flag, and for fields that the figures themselves set.
+    Args:
+        flags: Of the command line.
+
+    Raises:
+        ValueError: One is no such flag, or sets a field that the figures themselves set.
     """
     changes = {}
     for flag in flags:
@@ -99,7 +109,17 @@ def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> ConfigDict:
-    """The config of one run. Raises ValueError for a setting that does not exist, or has no such value."""
+    """The config of one run.
+
+    Args:
+        dataset: A name in `BASES`.
+        cell: The network.
+        seed: Of the run.
+        request: What is asked for.
+
+    Raises:
+        ValueError: A setting does not exist, or has no such value.
+    """
     config = BASES[dataset].config()
     config.checkpoint.keep = 1
     for name, value in request.changes.items():
@@ -155,8 +175,13 @@ def train_missing(grid: Grid, request: Request) -> None:
     Stopped at any point, the same call goes on from there. Runs whose programs agree (another seed, another
     initialization) compile once; the programs are kept for the next time.
 
-    Raises ValueError for images that are not of this data set, or that are called like others that were trained on; and
-    what `train.train` raises, but for runs that diverge: this is a result.
+    Args:
+        grid: What is compared.
+        request: What is asked for.
+
+    Raises:
+        ValueError: The images are not of this data set, or are called like others that were trained on. What
+            `loop.train` raises passes through, but for runs that diverge: this is a result.
     """
     runs = planned(grid, request)
     for run in runs:
