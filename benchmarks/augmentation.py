@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from nfjax import augment, resnet
-from nfjax.augment import color, geometry, operations
+from nfjax.augment import _color, _geometry, _operations
 from nfjax.training import optimizers as optim
 from nfjax.training import step as steps
 
@@ -147,28 +147,28 @@ def agreement_of_policy(torchvision: Torchvision, images: np.ndarray, interpolat
 
 def branch(name: str, size: int, magnitude: int, interpolation: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`(image, is_negative) -> image`: one operation and nothing else, on uint8 [H, W, 3]."""
-    table = operations.numbers_of_changes((augment.OPERATIONS[name],), BINS, size, size, interpolation)
+    table = _operations.numbers_of_changes((augment.OPERATIONS[name],), BINS, size, size, interpolation)
     table = {key: values[0, magnitude] for key, values in table.items()}
 
     def alone(image: jax.Array, is_negative: jax.Array) -> jax.Array:
         images, number = image[None], {key: jnp.asarray(values)[is_negative][None] for key, values in table.items()}
         factor = number["factor"][:, None, None, None]
         if name in GEOMETRIC:
-            images = geometry.resample(images, number["matrix"], (0, 0, 0), interpolation)
+            images = _geometry.resample(images, number["matrix"], (0, 0, 0), interpolation)
         elif name == "autocontrast":
-            images = color.apply_table(images, color.autocontrast_table(color.histogram(images)))
+            images = _color.apply_table(images, _color.autocontrast_table(_color.histogram(images)))
         elif name == "equalize":
-            images = color.apply_table(images, color.equalize_table(color.histogram(images)))
+            images = _color.apply_table(images, _color.equalize_table(_color.histogram(images)))
         elif name in ("posterize", "solarize"):
-            images = color.posterize_solarize(images, number["mask"], number["threshold"])
+            images = _color.posterize_solarize(images, number["mask"], number["threshold"])
         elif name == "brightness":
-            images = color.blend(jnp.zeros_like(images, jnp.int32), images, factor)
+            images = _color.blend(jnp.zeros_like(images, jnp.int32), images, factor)
         elif name == "contrast":
-            images = color.blend(color.mean_grey(images)[:, None, None, None], images, factor)
+            images = _color.blend(_color.mean_grey(images)[:, None, None, None], images, factor)
         elif name == "color":
-            images = color.blend(color.grey(images)[..., None], images, factor)
+            images = _color.blend(_color.grey(images)[..., None], images, factor)
         elif name == "sharpness":
-            images = color.blend(color.smooth(images), images, factor)
+            images = _color.blend(_color.smooth(images), images, factor)
         return images[0]
 
     return alone
@@ -199,16 +199,16 @@ def crop_flip_normalize(key: jax.Array, images: jax.Array) -> jax.Array:
 
 def forms(size: int) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
     found = {"crop, flip, normalise": crop_flip_normalize}
-    for interpolation in geometry.INTERPOLATIONS:
+    for interpolation in _geometry.INTERPOLATIONS:
         found |= {
             f"rand_augment, {interpolation}": functools.partial(augment.rand_augment, interpolation=interpolation),
             f"vmap(switch), {interpolation}": by_switch(lambda f, x: jax.vmap(f)(x), size, interpolation),
             f"lax.map(switch), {interpolation}": by_switch(jax.lax.map, size, interpolation),
         }
-    found["histogram by scatter"] = lambda key, images: color.histogram_by_scatter(images)
+    found["histogram by scatter"] = lambda key, images: _color.histogram_by_scatter(images)
     # On a CPU the other way takes many seconds for the larger images.
     if jax.default_backend() != "cpu" or size < 64:
-        found["histogram by comparison"] = lambda key, images: color.histogram_by_comparison(images)
+        found["histogram by comparison"] = lambda key, images: _color.histogram_by_comparison(images)
     return found
 
 
@@ -296,7 +296,7 @@ def agreement(torchvision: Torchvision, images: list[Image.Image]) -> list[dict]
     records = []
     for height, width in SIZES:
         pixels = resized(images, height, width)
-        for interpolation in geometry.INTERPOLATIONS:
+        for interpolation in _geometry.INTERPOLATIONS:
             names = augment.OPERATIONS if interpolation == "nearest" else GEOMETRIC
             found = [agreement_of_operation(torchvision, name, pixels, interpolation) for name in names]
             found.append(agreement_of_policy(torchvision, pixels, interpolation))
@@ -306,7 +306,7 @@ def agreement(torchvision: Torchvision, images: list[Image.Image]) -> list[dict]
                 print(records[-1], flush=True)
     for batch, side in BATCHES:
         pixels = resized(images[:batch], side, side)
-        for interpolation in geometry.INTERPOLATIONS:
+        for interpolation in _geometry.INTERPOLATIONS:
             value, versions = torchvision.ask("timing", pixels, interpolation=interpolation)
             form = f"torchvision, {interpolation}"
             records.append({"kind": "cost", "batch": batch, "side": side, "form": form, "ms": value, **versions})
@@ -348,7 +348,7 @@ def agreement_table(records: list[dict]) -> list[str]:
     ]
     for name in (*GEOMETRIC, *(name for name in augment.OPERATIONS if name not in GEOMETRIC), "policy"):
         cells = []
-        for interpolation in geometry.INTERPOLATIONS:
+        for interpolation in _geometry.INTERPOLATIONS:
             found = [r for r in records if r["operation"] == name and r["interpolation"] == interpolation]
             if not found:
                 cells += ["", ""]

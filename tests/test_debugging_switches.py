@@ -18,7 +18,7 @@ from jax._src import config as jax_config  # jax.config has these as settings, a
 from jax.sharding import AxisType
 
 from nfjax import augment, cost, initializers, resnet, spp
-from nfjax.initializers import gains
+from nfjax.initializers import _gains
 from nfjax.training import optimizers, schedules, step
 from nfjax.training.networks import as_functions
 from nfjax.training.state import Batch, TrainState
@@ -54,7 +54,7 @@ class Scanned(linen.Module):
 
 
 def kernels():
-    gains._gain.cache_clear()
+    _gains._gain.cache_clear()
     foreign = initializers.standardize(jax.nn.initializers.uniform(), variance=2.0)
     drawn = {name: init(jax.random.key(0), (3, 3, 4, 8)) for name, init in initializers.INITIALIZERS.items()}
     traced = jax.jit(lambda key: foreign(key, (4, 8)))(jax.random.key(0))

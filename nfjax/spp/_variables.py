@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from nfjax.spp.flow import Marks, bits, follow, union, value
-from nfjax.spp.mode import Mode
-from nfjax.spp.tracing import Tag, Trace
+from nfjax.spp._flow import Marks, bits, follow, union, value
+from nfjax.spp._mode import Mode
+from nfjax.spp._tracing import Tag, Trace
 
 PARAMETER, STATISTIC, KEY, OTHER = "parameter", "statistic", "key", "other"
 _STATISTICS = ("batch_stats", "BatchStat")  # Linen's collection, and that of an NNX module inside a Linen one
@@ -77,7 +77,7 @@ def _kind(variable: nnx.Variable) -> str:
 def mode(traced: Trace, found: Sequence[Slot], arrays: Any) -> Mode:
     """How this trace of the model runs, `initial` left open; arrays: `Runnable.arrays`."""
     seeds = [1 << i if slot.kind in (STATISTIC, KEY) else 0 for i, slot in enumerate(found)]
-    used = set(bits(union(follow(traced.jaxpr.jaxpr, seeds, value))))
+    used = set(bits(union(follow(traced.jaxpr.jaxpr, seeds, value).out)))
     called = {call.path for call in traced.calls} | {""}
     owners: dict[str, bool] = {}
     for i, slot in enumerate(found):

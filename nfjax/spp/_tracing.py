@@ -23,8 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from nfjax._calls import class_name, within
 from nfjax._calls import recorder as _recorder
 from nfjax._flax import Runnable, attempt, explained
-from nfjax._flax import runnable as runnable
-from nfjax.spp.mode import dropping
+from nfjax.spp._mode import dropping
 
 _TAG = "nfjax.spp/"
 # Each trace has a context of its own, part of the key of JAX's caches: a function that the model jits is traced anew,

@@ -31,9 +31,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Gain:
     """What an activation g does to z ~ N(0, 1), as the factors that undo it.
 
-    forward: 1 / E[g(z)^2], keeps the second moment of a layer's input (eq. 1: 2 for ReLU).
-    backward: 1 / E[g'(z)^2], keeps the variance of gradients (eq. 2: 2 for ReLU).
-    channel: 1 / Var[g(z)], keeps each channel's variance when its weights sum to zero (eq. 3: 2 / (1 - 1/pi) for ReLU).
+    Attributes:
+        forward: 1 / E[g(z)^2], keeps the second moment of a layer's input (eq. 1: 2 for ReLU).
+        backward: 1 / E[g'(z)^2], keeps the variance of gradients (eq. 2: 2 for ReLU).
+        channel: 1 / Var[g(z)], keeps each channel's variance when its weights sum to zero (eq. 3: 2 / (1 - 1/pi) for
+            ReLU).
     """
 
     forward: float
@@ -44,7 +46,11 @@ class Gain:
 def gain(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Gain:
     """The gains of an activation, closed form for ReLU and the identity, else by quadrature over N(0, 1).
 
-    activation: a name in `ACTIVATIONS` or an elementwise JAX function, kinks (if any) at 0.
+    Args:
+        activation: A name in `ACTIVATIONS` or an elementwise JAX function, kinks (if any) at 0.
+
+    Raises:
+        ValueError: The name is unknown, or a gain is not finite and positive.
     """
     return _gain(_names.lookup("activation", activation, ACTIVATIONS))
 

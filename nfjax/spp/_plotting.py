@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nfjax import _figures as figures
-from nfjax.spp.profile import Profile
-from nfjax.spp.theory import Prediction
+from nfjax.spp._profile import Profile
+from nfjax.spp._theory import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ _MARKERS = "osD^vPX*"
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How one curve is drawn."""
+    """How one curve is drawn, in Matplotlib's terms."""
 
     color: str
     linestyle: str = "-"
@@ -51,12 +51,23 @@ def plot(
 ) -> Figure:
     """Forward and backward variance by block, on log axes; one curve for each profile, by name.
 
-    predictions: of `spp.predict`, one for all or by the same names, thin lines under the curves. relative: the backward
-    variance is divided by that at the last block (its level depends on batch and loss). band: two quantiles over the
-    seeds, between which the surroundings of the median are shaded, by default all of them. style: of each curve, by
-    name.
+    Values that a log axis cannot show (0, infinite, NaN) are gaps.
 
-    Values that a log axis cannot show (0, infinite, NaN) are gaps. Returns a matplotlib Figure: `figure.savefig(path)`.
+    Args:
+        profiles: One, or several by name.
+        predictions: Of `spp.predict`, one for all or by the same names: thin lines under the curves.
+        relative: Whether the backward variance is divided by that at the last block (its level depends on batch and
+            loss).
+        band: Two quantiles over the seeds, between which the surroundings of the median are shaded; all of them by
+            default.
+        title: Of the figure.
+        style: Of each curve, by name.
+
+    Returns:
+        A Matplotlib figure, `figure.savefig(path)`.
+
+    Raises:
+        ValueError: There is no profile, or none for a prediction.
     """
     if isinstance(profiles, Profile):
         profiles = {"": profiles}

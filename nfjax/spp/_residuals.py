@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Literal, jaxprs_in_params
 
-from nfjax.spp.tracing import Call, tag
+from nfjax.spp._tracing import Call, tag
 
 PROJECTED, IDENTITY = 1, 2  # what a skip is: through a convolution or a matrix, or not
 

@@ -8,15 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nfjax import _names
+
 Loss = Callable[[Any], jax.Array]
 
 
 def apply(loss: str | Loss, output: Any, key: jax.Array) -> jax.Array:
-    """The loss of that name in `LOSSES`, with the key of what it draws, or `loss(output)`; checked to be a scalar."""
+    """The loss of a model's output.
+
+    Args:
+        loss: A name in `LOSSES`, or a function of the output.
+        output: What the model returns.
+        key: Of what a loss by name draws.
+
+    Returns:
+        A floating-point scalar.
+
+    Raises:
+        ValueError: There is no such name, or it is no scalar.
+    """
     if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: expected one of {', '.join(LOSSES)}, or a function of the output")
-        return LOSSES[loss](output, key)
+        return _names.lookup("loss", loss, LOSSES)(output, key)
     value = loss(output)
     if not isinstance(value, jax.Array) or value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
         shown = f"shape {value.shape}, {value.dtype}" if isinstance(value, jax.Array) else type(value).__name__
@@ -25,7 +37,18 @@ def apply(loss: str | Loss, output: Any, key: jax.Array) -> jax.Array:
 
 
 def cross_entropy(output: jax.Array, key: jax.Array) -> jax.Array:
-    """Mean cross-entropy of logits [..., C] on labels drawn uniformly at random."""
+    """Mean cross-entropy on labels drawn uniformly at random.
+
+    Args:
+        output: Logits [..., C].
+        key: Of the labels.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: The model's output is no array of logits.
+    """
     if not isinstance(output, jax.Array) or output.ndim < 2 or not jnp.issubdtype(output.dtype, jnp.floating):
         shown = f"shape {output.shape}, {output.dtype}" if isinstance(output, jax.Array) else type(output).__name__
         raise ValueError(

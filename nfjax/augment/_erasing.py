@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfjax.augment.checks import check_images, check_key, check_probability, check_range
+from nfjax.augment._checks import check_images, check_key, check_probability, check_range
 
 TRIES = 10
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from scipy import stats
 
-from nfjax.reproduce import records, runs, training
-from nfjax.reproduce.grids import BASELINE, BROCK, CONVSHORT, GRIDS, SCHEMES, TORCHVISION
-from nfjax.reproduce.records import Mean, Record
-from nfjax.reproduce.tables import Table
+from nfjax.reproduce import _records, _runs, _training
+from nfjax.reproduce._grids import BASELINE, BROCK, CONVSHORT, GRIDS, SCHEMES, TORCHVISION
+from nfjax.reproduce._records import Mean, Record
+from nfjax.reproduce._tables import Table
 
 COLUMNS = ("claim", "network", "runs", "held?", "test accuracy")
 CONFIDENCE = 0.95
@@ -206,9 +206,9 @@ def _all(answers: Sequence[str]) -> str:
 def _accuracy(group: Sequence[Record], epoch: int | None = None) -> Mean | None:
     """At the end of the runs that came to it, or after an epoch, from 1, of those that reached it."""
     if epoch is None:
-        return records.over_seeds(group, "test_accuracy")
+        return _records.over_seeds(group, "test_accuracy")
     reached = [record.epochs["test_accuracy"][epoch - 1 : epoch] for record in group]
-    return records.mean(value for values in reached for value in values)
+    return _records.mean(value for values in reached for value in values)
 
 
 # ---------------------------------------------------------------- the table
@@ -244,7 +244,7 @@ CLAIMS = _claims()
 
 def claims_table(out: pathlib.Path) -> Table:
     """Every claim, once for each set of runs that may be compared and says something about it."""
-    known = records.groups(records.read(out))
+    known = _records.groups(_records.read(out))
     used: list[str] = []  # descriptions of sets of runs, in the order in which they come up
     rows = []
     for claim in CLAIMS:
@@ -266,11 +266,11 @@ def _row(claim: Claim, group: Sequence[Record], used: list[str]) -> list[str] | 
     if first.dataset != grid.dataset or not needed <= networks.keys():
         return None
     verdict = claim.judge(networks)
-    description = f"{first.data}, {first.counted()}; {training.described(grid.dataset, first.settings)}"
+    description = f"{first.data}, {first.counted()}; {_training.described(grid.dataset, first.settings)}"
     if description not in used:
         used.append(description)
     number = str(used.index(description) + 1)
-    held = verdict.held if runs.is_the_papers(first) else f"here: {verdict.held}"
+    held = verdict.held if _runs.is_the_papers(first) else f"here: {verdict.held}"
     return [claim.text, f"{grid.dataset}, ResNet-{claim.depth}", number, held, verdict.numbers]
 
 

@@ -15,19 +15,25 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from nfjax.augment.checks import check_images, check_key, check_mask
+from nfjax.augment._checks import check_images, check_key, check_mask
 
 Mixed = tuple[jax.Array, jax.Array, jax.Array]  # (images, partner int32 [B], weight float32 [B])
 
 
 def mixup(key: jax.Array, images: jax.Array, alpha: float, mask: jax.Array | None = None) -> Mixed:
-    """weight x + (1 - weight) x[partner], weight from Beta(alpha, alpha).
+    """weight x + (1 - weight) x[partner], weight from Beta(alpha, alpha) (Zhang et al. 2018).
 
-    images: floats [B, H, W, C], behind `normalize`; the result has their dtype. alpha: 0.2 to 0.4 on ImageNet and 1 on
-    CIFAR in the paper; 0 changes nothing. mask: [B], 0 for examples that are not there; their neighbours keep all of
-    themselves.
+    Args:
+        key: Of the weights.
+        images: Floats [B, H, W, C], behind `normalize`; the result has their dtype.
+        alpha: 0.2 to 0.4 on ImageNet and 1 on CIFAR in the paper; 0 changes nothing.
+        mask: [B], 0 for examples that are not there; their neighbours keep all of themselves.
 
-    Returns (images, partner int32 [B], weight float32 [B]). Raises ValueError for integer images or a negative alpha.
+    Returns:
+        (images, partner int32 [B], weight float32 [B]).
+
+    Raises:
+        ValueError: The images are integers, or alpha is negative.
     """
     check_key(key)
     check_images(images)
@@ -45,12 +51,20 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float, mask: jax.Array | No
     """A rectangle of each image replaced by the same rectangle of its partner.
 
     The rectangle has the image's proportions and the share 1 - l of its area, l from Beta(alpha, alpha); its centre is
-    any pixel, and what lies outside of the image is cut off. The weight is the share that remains, counted in pixels.
+    any pixel, and what lies outside of the image is cut off. The weight is the share that remains, counted in pixels
+    (Yun et al. 2019).
 
-    images: [B, H, W, C] of any dtype, which the result keeps. alpha: 1 in the paper; 0 changes nothing. mask: as in
-    `mixup`.
+    Args:
+        key: Of the rectangles.
+        images: [B, H, W, C] of any dtype, which the result keeps.
+        alpha: 1 in the paper; 0 changes nothing.
+        mask: As in `mixup`.
 
-    Returns (images, partner int32 [B], weight float32 [B]). Raises ValueError for a negative alpha.
+    Returns:
+        (images, partner int32 [B], weight float32 [B]).
+
+    Raises:
+        ValueError: Alpha is negative.
     """
     check_key(key)
     check_images(images)

@@ -100,13 +100,31 @@ class Table:
         return [path.with_suffix(".csv"), path.with_suffix(".md")]
 
 
+def as_printed(spent: cost.Cost) -> tuple[float, float]:
+    """A cost as tables 1 and 2 of the paper count it.
+
+    Args:
+        spent: By `cost.count`, for one image.
+
+    Returns:
+        Parameters in millions to two decimals, without the normalization layers' own; FLOPs in units of 1e9, twice the
+        multiply-accumulates after these were rounded to two decimals.
+    """
+    return round((spent.parameters - spent.norm_parameters) / 1e6, 2), round(2 * round(spent.macs / 1e9, 2), 2)
+
+
 def cost_table(title: str, printed: dict[tuple[int, str], tuple[float, float]]) -> Table:
-    """Table 1 or 2 of the paper, counted from networks that are traced but never allocated."""
+    """Table 1 or 2 of the paper, counted from networks that are traced but never allocated.
+
+    Args:
+        title: Of the table.
+        printed: `TABLE_1` or `TABLE_2`.
+    """
     rows: list[list[Cell]] = []
     for (depth, scheme), (parameters, flops) in printed.items():
         build = functools.partial(resnet.PreActResNet, depth, *SCHEMES[scheme], num_classes=CLASSES)
         ours = cost.count(nnx.eval_shape(lambda build=build: build(rngs=nnx.Rngs(0))), INPUT)
-        agrees = (ours.paper_parameters, ours.paper_flops) == (parameters, flops)
-        as_printed = [parameters, ours.paper_parameters, flops, ours.paper_flops, "yes" if agrees else "NO"]
-        rows.append([f"ResNet-{depth} {scheme}", *as_printed, ours.parameters, ours.macs, ours.flops])
+        counted = as_printed(ours)
+        compared = [parameters, counted[0], flops, counted[1], "yes" if counted == (parameters, flops) else "NO"]
+        rows.append([f"ResNet-{depth} {scheme}", *compared, ours.parameters, ours.macs, ours.flops])
     return Table(title, COLUMNS, rows, NOTE)

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from nfjax.spp import flow, losses
-from nfjax.spp.evaluation import BLOCK, BRANCH
-from nfjax.spp.flow import Marks
-from nfjax.spp.losses import Loss
-from nfjax.spp.tracing import Call, Leaf, Tag, Trace
+from nfjax.spp import _flow, _losses
+from nfjax.spp._evaluation import BLOCK, BRANCH
+from nfjax.spp._flow import Marks
+from nfjax.spp._losses import Loss
+from nfjax.spp._tracing import Call, Leaf, Tag, Trace
 
 Output = Callable[[Any], Any] | int | str | Sequence[int | str]
 
@@ -35,7 +35,7 @@ def choose(
 
     Raises ValueError where no gradient reaches a block's array, saying why, and where `output` does not name one.
     """
-    executed = flow.executions_of(traced.jaxpr.jaxpr)
+    executed = _flow.executions_of(traced.jaxpr.jaxpr)
     there = {tag for tag in executed if not tag.entry}
     candidates = {call: _candidates(traced.calls[call], call, there) for call in blocks}
     wanted = {} if output is None else {call: _named(output, traced.calls[call], call) for call in blocks}
@@ -122,24 +122,22 @@ def _ranked(traced: Trace, candidates: Mapping[int, Sequence[Tag]], sinks: Seque
         call = calls[tag.call]
         return type(call.module), tuple((leaf.path, leaf.number) for leaf in call.leaves), tag.number
 
-    for way, through in (("gradient", flow.gradient), ("value", flow.value)):
-        passed_on: set[Tag] = set()
+    def at_tag(tag: Tag, marks: Marks) -> Marks:
+        if tag.entry or tag.call not in candidates:
+            return marks
+        # What comes from a block inside this one goes on beside its output.
+        inside = (1 << i for i in _flow.bits(marks) if _within(calls, tags[i].call, tag.call))
+        return _flow.union([*inside, own.get(tag, 0)])
 
-        def at_tag(tag: Tag, marks: Marks, passed_on: set[Tag] = passed_on) -> Marks:
-            if tag.entry or tag.call not in candidates:
-                return marks
-            inside = 0  # what comes from a block inside this one goes on beside its output
-            for i in flow.bits(marks):
-                if _within(calls, tags[i].call, tag.call):
-                    inside |= 1 << i
-                else:
-                    passed_on.add(tags[i])
-            return inside | own.get(tag, 0)
-
-        out = flow.follow(traced.jaxpr.jaxpr, [0] * len(traced.jaxpr.in_avals), through, at_tag)
-        read = flow.union([marks for marks, sink in zip(out, sinks, strict=True) if sink])
+    for way, through in (("gradient", _flow.gradient), ("value", _flow.value)):
+        out, at = _flow.follow(traced.jaxpr.jaxpr, [0] * len(traced.jaxpr.in_avals), through, at_tag)
+        read = _flow.union([marks for marks, sink in zip(out, sinks, strict=True) if sink])
+        arrived = [(tag, marks) for tag, marks in at.items() if not tag.entry and tag.call in candidates]
+        passed_on = {
+            tags[i] for tag, marks in arrived for i in _flow.bits(marks) if not _within(calls, tags[i].call, tag.call)
+        }
         uses.update((way, "passed on", kind(tag)) for tag in passed_on)
-        uses.update((way, "returned", kind(tags[i])) for i in flow.bits(read))
+        uses.update((way, "returned", kind(tags[i])) for i in _flow.bits(read))
 
     def rank(tag: Tag) -> tuple[int, ...]:
         leaves = [leaf for leaf in calls[tag.call].leaves if leaf.number == tag.number]
@@ -166,12 +164,12 @@ def _sinks(traced: Trace, loss: str | Loss | None) -> list[Marks]:
         return [1] * len(avals)
 
     def value(out: Sequence[Any], key: jax.Array) -> jax.Array:
-        return losses.apply(loss, jax.tree.unflatten(traced.out_tree, out), key)
+        return _losses.apply(loss, jax.tree.unflatten(traced.out_tree, out), key)
 
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     jaxpr = jax.make_jaxpr(value)(shapes, jax.random.key(0))
     marks = [*(1 << i for i in range(len(avals))), *[0] * (len(jaxpr.in_avals) - len(avals))]
-    (read,) = flow.follow(jaxpr.jaxpr, marks, flow.gradient)
+    (read,) = _flow.follow(jaxpr.jaxpr, marks, _flow.gradient).out
     return [read >> i & 1 for i in range(len(avals))]
 
 
@@ -181,18 +179,11 @@ def _with_gradient(traced: Trace, ranked: Mapping[int, Sequence[Tag]], sinks: Se
     tags = [tag for group in ranked.values() for tag in group]
     start = None if sinks is not None else _last(jaxpr, [group[0] for group in ranked.values()])
     own = {tag: 1 << i for i, tag in enumerate(tags)}
-    reached = 0
-
-    def at_tag(tag: Tag, marks: Marks) -> Marks:
-        nonlocal reached
-        marks |= own.get(tag, 0)
-        if tag == start:
-            reached |= marks
-        return marks
-
-    out = flow.follow(jaxpr, [0] * len(jaxpr.invars), flow.gradient, at_tag)
-    if sinks is not None:
-        reached = flow.union([marks for marks, sink in zip(out, sinks, strict=True) if sink])
+    out, at = _flow.follow(jaxpr, [0] * len(jaxpr.invars), _flow.gradient, lambda tag, marks: marks | own.get(tag, 0))
+    if sinks is None:
+        reached = at.get(start, 0) | own.get(start, 0)
+    else:
+        reached = _flow.union([marks for marks, sink in zip(out, sinks, strict=True) if sink])
     chosen = []
     for group in ranked.values():
         with_gradient = [tag for tag in group if own[tag] & reached]
@@ -204,7 +195,7 @@ def _with_gradient(traced: Trace, ranked: Mapping[int, Sequence[Tag]], sinks: Se
 
 
 def _last(jaxpr: Any, tags: Sequence[Tag]) -> Tag | None:
-    ran = flow.order(jaxpr, dict.fromkeys(tags, BLOCK))
+    ran = _flow.order(jaxpr, dict.fromkeys(tags, BLOCK))
     return ran[-1][0] if ran else None
 
 
@@ -214,16 +205,12 @@ def _branch_outputs(traced: Trace, branches: Sequence[int], chosen: Sequence[Tag
         return [tags[0] for tags in candidates.values()]
     tags = [tag for group in candidates.values() for tag in group]
     own = {tag: 1 << i for i, tag in enumerate(tags)}
-    used = 0
 
     def at_tag(tag: Tag, marks: Marks) -> Marks:
-        nonlocal used
-        if tag in chosen:
-            used |= marks
-            return 0
-        return marks | own.get(tag, 0)
+        return 0 if tag in chosen else marks | own.get(tag, 0)
 
-    flow.follow(traced.jaxpr.jaxpr, [0] * len(traced.jaxpr.in_avals), flow.gradient, at_tag)
+    at = _flow.follow(traced.jaxpr.jaxpr, [0] * len(traced.jaxpr.in_avals), _flow.gradient, at_tag).at
+    used = _flow.union([at.get(tag, 0) for tag in chosen])
 
     def rank(tag: Tag) -> tuple[int, ...]:
         leaves = [leaf for leaf in traced.calls[tag.call].leaves if leaf.number == tag.number]
@@ -243,18 +230,10 @@ def _why(
     tag = _last(jaxpr, missed) or missed[-1]
     named = dict(zip(chosen, numbered([calls[one.call].path for one in chosen]), strict=True))
     stopped: list[str] = []  # by what: each has a bit of its own behind the first, which is the way of the gradient
-    arrived = 0
-
-    def at_tag(other: Tag, marks: Marks) -> Marks:
-        nonlocal arrived
-        marks |= other == tag
-        if other == start:
-            arrived |= marks
-        return marks
 
     def through(eqn: Any, out: Any, given: Sequence[Marks]) -> Marks:
-        marks = flow.union(given)
-        if not marks & 1 or not flow.stops(eqn, out):
+        marks = _flow.union(given)
+        if not marks & 1 or not _flow.stops(eqn, out):
             return marks
         name = eqn.primitive.name
         if name not in ("stop_gradient", "floor", "ceil", "round", "sign"):
@@ -263,12 +242,14 @@ def _why(
             stopped.append(name)
         return marks & ~1 | 2 << stopped.index(name)
 
-    out = flow.follow(jaxpr, [0] * len(jaxpr.invars), through, at_tag)
-    if sinks is not None:
-        arrived = flow.union([marks for marks, sink in zip(out, sinks, strict=True) if sink])
+    out, at = _flow.follow(jaxpr, [0] * len(jaxpr.invars), through, lambda other, marks: marks | int(other == tag))
+    if sinks is None:
+        arrived = at.get(start, 0) | int(start == tag)
+    else:
+        arrived = _flow.union([marks for marks, sink in zip(out, sinks, strict=True) if sink])
     path, returned = leaf_path(calls, tag), calls[tag.call].leaves
     what = f"no gradient reaches the output of {named[tag]!r}" + (f", array {path}" if path else "")
-    culprits = [stopped[i - 1] for i in flow.bits(arrived)]
+    culprits = [stopped[i - 1] for i in _flow.bits(arrived)]
     others = [str(leaf) for leaf in returned if leaf.number != tag.number]
     if culprits:
         # A comparison may only steer; what stops a gradient outright is the likelier cause.
@@ -277,7 +258,7 @@ def _why(
             f"{what}: behind it, what depends on it passes {', '.join(culprits)}, which is not differentiable. Select "
             "other blocks with where=, or another array of theirs with output="
         )
-    if others and not flow.union(out) and not arrived:
+    if others and not _flow.union(out) and not arrived:
         return (
             f"{what}: nothing that the model returns depends on it. It also returns {', '.join(others)}: choose with "
             "output="

@@ -19,10 +19,10 @@ from nfjax import config as configs
 from nfjax import storage
 from nfjax.cli.settings import check_known, set_none
 from nfjax.data.contents import contents
-from nfjax.reproduce import records
-from nfjax.reproduce.curves import CURVES
-from nfjax.reproduce.grids import Cell, Grid
-from nfjax.reproduce.records import Record, Start
+from nfjax.reproduce import _records
+from nfjax.reproduce._curves import CURVES
+from nfjax.reproduce._grids import Cell, Grid
+from nfjax.reproduce._records import Record, Start
 from nfjax.runs import metrics, workdirs
 from nfjax.training import checks, loader
 from nfjax.training import loop as train
@@ -47,9 +47,15 @@ _FLAG = re.compile(r"--config\.([\w.]+)=(.*)", re.S)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for. seeds: how many, from 0. changes: {"model.width": 8}, over the paper's settings.
-    data: directory of the images; empty to train nothing. data_name: what they are called in results. runs: where the
-    workdirs are.
+    """What the command line asks for.
+
+    Attributes:
+        out: Folder of the results.
+        seeds: How many, from 0.
+        changes: {"model.width": 8}, over the paper's settings.
+        data: Directory of the images; empty to train nothing.
+        data_name: What they are called in results.
+        runs: Where the workdirs are.
     """
 
     out: pathlib.Path
@@ -79,7 +85,11 @@ class Run:
 def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
     """{"model.width": 8} from ["--config.model.width=8"]; "none" stands for None.
 
-    Raises ValueError for what is no such flag, and for fields that the figures themselves set.
+    Args:
+        flags: Of the command line.
+
+    Raises:
+        ValueError: One is no such flag, or sets a field that the figures themselves set.
     """
     changes = {}
     for flag in flags:
@@ -89,7 +99,7 @@ def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
                 f"unknown argument {flag!r}: settings are flags such as --config.model.width=8, see --help"
             )
         name, text = match.groups()
-        if name in (*records.COMPARED, "data.dir"):
+        if name in (*_records.COMPARED, "data.dir"):
             raise ValueError(f"{flag}: {name} is not for you to choose here; --seeds and --data are, or use nfjax.main")
         try:
             changes[name] = None if text.lower() == "none" else ast.literal_eval(text)
@@ -99,7 +109,17 @@ def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> ConfigDict:
-    """The config of one run. Raises ValueError for a setting that does not exist, or has no such value."""
+    """The config of one run.
+
+    Args:
+        dataset: A name in `BASES`.
+        cell: The network.
+        seed: Of the run.
+        request: What is asked for.
+
+    Raises:
+        ValueError: A setting does not exist, or has no such value.
+    """
     config = BASES[dataset].config()
     config.checkpoint.keep = 1
     for name, value in request.changes.items():
@@ -138,8 +158,8 @@ def planned(grid: Grid, request: Request) -> list[Run]:
 
 def deviations(dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `settings` have other than the paper's, or where it states none than ours: {"epochs": 8}."""
-    own = records.terms(workdirs.essence(BASES[dataset].config()))
-    return {name: value for name, value in records.terms(settings).items() if name in own and own[name] != value}
+    own = _records.terms(workdirs.essence(BASES[dataset].config()))
+    return {name: value for name, value in _records.terms(settings).items() if name in own and own[name] != value}
 
 
 def is_the_papers(record: Record) -> bool:
@@ -155,8 +175,13 @@ def train_missing(grid: Grid, request: Request) -> None:
     Stopped at any point, the same call goes on from there. Runs whose programs agree (another seed, another
     initialization) compile once; the programs are kept for the next time.
 
-    Raises ValueError for images that are not of this data set, or that are called like others that were trained on; and
-    what `train.train` raises, but for runs that diverge: this is a result.
+    Args:
+        grid: What is compared.
+        request: What is asked for.
+
+    Raises:
+        ValueError: The images are not of this data set, or are called like others that were trained on. What
+            `loop.train` raises passes through, but for runs that diverge: this is a result.
     """
     runs = planned(grid, request)
     for run in runs:
@@ -169,7 +194,7 @@ def train_missing(grid: Grid, request: Request) -> None:
             f"{request.data} has {classes} classes, expected the {expected} of {grid.dataset}: choose another --data"
         )
     del dataset
-    missing = [run for run in runs if not matching(records.read(request.out), grid.dataset, run.settings, fingerprint)]
+    missing = [run for run in runs if not matching(_records.read(request.out), grid.dataset, run.settings, fingerprint)]
     _check_name(grid.dataset, runs, request, fingerprint)
     print(f"{grid.title}: {len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
     for number, run in enumerate(missing, 1):
@@ -183,7 +208,7 @@ def train_missing(grid: Grid, request: Request) -> None:
             print(f"diverged: {error}", flush=True)
         measured = _measured(workdir, run, diverged)
         about = {"dataset": grid.dataset, "data": request.data_name, "fingerprint": fingerprint}
-        records.append(request.out, Record(**about, images=images, classes=classes, **measured))
+        _records.append(request.out, Record(**about, images=images, classes=classes, **measured))
 
 
 def matching(known: Sequence[Record], dataset: str, settings: Mapping[str, Any], fingerprint: str) -> list[Record]:
@@ -191,25 +216,25 @@ def matching(known: Sequence[Record], dataset: str, settings: Mapping[str, Any],
     return [
         record
         for record in known
-        if (record.dataset, record.fingerprint) == (dataset, fingerprint) and records.agree(record.settings, settings)
+        if (record.dataset, record.fingerprint) == (dataset, fingerprint) and _records.agree(record.settings, settings)
     ]
 
 
 def _check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint: str) -> None:
     """Other images of the same name would be drawn as the same figure."""
-    for record in records.read(request.out):
-        comparable = any(records.agree(record.terms, records.terms(run.settings)) for run in runs)
+    for record in _records.read(request.out):
+        comparable = any(_records.agree(record.terms, _records.terms(run.settings)) for run in runs)
         if record.dataset == dataset and comparable:
             # Names that differ in case or punctuation only would share the figures' files.
             same_name, same_data = slug(record.data) == slug(request.data_name), record.fingerprint == fingerprint
             if same_name and not same_data:
                 raise ValueError(
-                    f"{request.out / records.FILE} has runs on {record.data!r} whose images are others (fingerprint "
+                    f"{request.out / _records.FILE} has runs on {record.data!r} whose images are others (fingerprint "
                     f"{record.fingerprint}, here {fingerprint}): give these another name with --data-name"
                 )
             if same_data and record.data != request.data_name:
                 raise ValueError(
-                    f"{request.out / records.FILE} has runs on these images under the name {record.data!r}: give "
+                    f"{request.out / _records.FILE} has runs on these images under the name {record.data!r}: give "
                     f"--data-name={record.data!r}"
                 )
 
@@ -238,7 +263,7 @@ def _measured(workdir: pathlib.Path, run: Run, diverged: str | None) -> dict[str
     return {
         "curve": run.cell.curve,
         "settings": run.settings,
-        "epochs": {name: [float(f"{line[name]:.6g}") for line in ended] for name in records.PER_EPOCH},
+        "epochs": {name: [float(f"{line[name]:.6g}") for line in ended] for name in _records.PER_EPOCH},
         "diverged": diverged,
         "seconds": round(seconds, 1),
         "starts": _starts(workdir / "versions.json"),

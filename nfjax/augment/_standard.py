@@ -7,15 +7,22 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from nfjax.augment.checks import as_integer, by_channel, check_images, check_key
+from nfjax.augment._checks import as_integer, by_channel, check_images, check_key
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-    """Pads `padding` zeros on every side and cuts a window of the original size at a random place (the paper: 4 on
-    32x32).
+    """Pads zeros on every side and cuts a window of the original size at a random place.
 
-    images: [B, H, W, C] of any dtype, which the result keeps. Raises ValueError for other shapes, and for a padding
-    with which a window could lie beside the image.
+    Args:
+        key: Of the places.
+        images: [B, H, W, C] of any dtype, which the result keeps.
+        padding: Zeros on every side, in pixels; the paper's: 4 on 32x32.
+
+    Returns:
+        [B, H, W, C].
+
+    Raises:
+        ValueError: The images have another shape, or with this padding a window could lie beside the image.
     """
     check_key(key)
     check_images(images)
@@ -32,7 +39,15 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     """Mirrors each image left to right with probability 1/2.
 
-    images: [B, H, W, C] of any dtype, which the result keeps. Raises ValueError for other shapes.
+    Args:
+        key: Of the decisions.
+        images: [B, H, W, C] of any dtype, which the result keeps.
+
+    Returns:
+        [B, H, W, C].
+
+    Raises:
+        ValueError: The images have another shape.
     """
     check_key(key)
     check_images(images)
@@ -41,10 +56,19 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """uint8 [B, H, W, C] to float32, (images / 255 - mean) / std by channel.
+    """(images / 255 - mean) / std, by channel.
 
-    mean, std: of pixels in [0, 1], one number per channel. Raises ValueError for other images (floats are normalised
-    already, or not levels) and other numbers.
+    Args:
+        images: uint8 [B, H, W, C].
+        mean: Of pixels in [0, 1], one number per channel.
+        std: Likewise.
+
+    Returns:
+        float32 [B, H, W, C].
+
+    Raises:
+        ValueError: The images have another dtype (floats are normalised already, or no levels) or shape, or the numbers
+            are not one per channel.
     """
     check_images(images)
     if images.dtype != jnp.uint8:

@@ -20,8 +20,14 @@ def effective_taps(
     """The mean number of output positions that one input position feeds: at most `prod(window)`, less where strides or
     borders drop taps.
 
-    window, stride, spatial_size: one entry per spatial axis, or one integer for all. padding: "SAME", "VALID",
-    "CIRCULAR" (no tap is lost), an integer, or one integer or `(low, high)` per axis.
+    Args:
+        window: Of the kernel, one entry per spatial axis.
+        stride: Likewise, or one integer for all.
+        padding: "SAME", "VALID", "CIRCULAR" (no tap is lost), an integer, or one integer or `(low, high)` per axis.
+        spatial_size: Of the input in pixels, as `stride`; None for an image without borders.
+
+    Raises:
+        ValueError: The arguments do not fit each other, or the window does not fit the input.
     """
     rank = len(window)
     strides = _per_axis("stride", stride, rank)

@@ -9,11 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nfjax.spp.mode import Mode
-
-# Blocks of which the branch makes up less than this share of the output's variance are the identity, as far as a
-# signal goes. A hundred pre-normalized blocks, each of which adds as much as the first, still have ten times that.
-IDENTITY = 1e-3
+from nfjax.spp._mode import Mode
+from nfjax.spp._statistics import IDENTITY
 
 
 class Measured(Protocol):
@@ -38,11 +35,15 @@ class Measured(Protocol):
 class Direction:
     """What happens to a variance along one way through the network.
 
-    quantity: "activation" (towards the output) or "gradient" (towards the input). verdict: "preserved", "vanishing",
-    "exploding" or "non-finite". block: the path of the first block, on this way, at which it is no longer preserved,
-    None if it always is. total: the variance at the way's end divided by that at its start. per_block: total to the
-    power of 1 / number of steps. extreme: the ratio to the start farthest from 1. stages: per_block within each stage,
-    in execution order, NaN for a stage of one block. transitions: the ratio across each boundary between stages.
+    Attributes:
+        quantity: "activation" (towards the output) or "gradient" (towards the input).
+        verdict: "preserved", "vanishing", "exploding" or "non-finite".
+        block: The path of the first block, on this way, at which it is no longer preserved; None if it always is.
+        total: The variance at the way's end divided by that at its start.
+        per_block: `total` to the power of 1 / number of steps.
+        extreme: The ratio to the start farthest from 1.
+        stages: `per_block` within each stage, in execution order, NaN for a stage of one block.
+        transitions: The ratio across each boundary between stages.
     """
 
     quantity: str
@@ -81,9 +82,12 @@ class Direction:
 class Diagnosis:
     """Verdicts on both directions; `str` of it is what a person reads.
 
-    mode: in which mode the network ran, in words, empty where it has but one. notes: what the verdicts rest on, where
-    that is not what one would think: norms on initial statistics, blocks that are the identity, parameters that are
-    all zero.
+    Attributes:
+        forward: Of the activations.
+        backward: Of the gradients.
+        mode: In which mode the network ran, in words; empty where it has but one.
+        notes: What the verdicts rest on, where that is not what one would think: norms on initial statistics, blocks
+            that are the identity, parameters that are all zero.
     """
 
     forward: Direction
@@ -97,6 +101,7 @@ class Diagnosis:
 
 
 def diagnose(profile: Measured, tolerance: float) -> Diagnosis:
+    """`Profile.diagnose`."""
     if not tolerance > 1:
         raise ValueError(f"tolerance={tolerance} must be more than 1: it is a factor")
     forward = _direction(profile, profile.forward_var, tolerance, "activation")

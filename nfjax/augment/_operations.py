@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfjax.augment import color, geometry
+from nfjax.augment import _color, _geometry
 
 TABLES = ("identity", "autocontrast", "equalize")
 DEGENERATES = ("black", "mean_grey", "grey", "smooth")
@@ -36,7 +36,7 @@ class Change:
         factor: The positive share of the image in that blend; more than 1 leads away from `degenerate`.
     """
 
-    matrix: geometry.Matrix = geometry.IDENTITY
+    matrix: _geometry.Matrix = _geometry.IDENTITY
     table: str = "identity"
     bits: int = 8
     threshold: float = 256.0
@@ -48,9 +48,10 @@ class Change:
 class Operation:
     """One operation of RandAugment.
 
-    change: `(magnitude, height, width) -> Change`.
-    magnitudes: `(bins, height, width)` to the magnitude of each bin, float32 [bins]; None where nothing varies.
-    signed: whether the magnitude is negated in half of the cases.
+    Attributes:
+        change: `(magnitude, height, width) -> Change`.
+        magnitudes: `(bins, height, width)` to the magnitude of each bin, float32 [bins]; None where nothing varies.
+        signed: Whether the magnitude is negated in half of the cases.
     """
 
     change: Callable[[float, int, int], Change]
@@ -72,19 +73,19 @@ def _evenly(start: float, stop: float) -> Callable[[int, int, int], np.ndarray]:
 
 OPERATIONS: dict[str, Operation] = {
     "identity": Operation(lambda m, h, w: Change()),
-    "shear_x": Operation(lambda m, h, w: Change(matrix=geometry.shear_x(m)), _evenly(0, 0.3), signed=True),
-    "shear_y": Operation(lambda m, h, w: Change(matrix=geometry.shear_y(m)), _evenly(0, 0.3), signed=True),
+    "shear_x": Operation(lambda m, h, w: Change(matrix=_geometry.shear_x(m)), _evenly(0, 0.3), signed=True),
+    "shear_y": Operation(lambda m, h, w: Change(matrix=_geometry.shear_y(m)), _evenly(0, 0.3), signed=True),
     "translate_x": Operation(
-        lambda m, h, w: Change(matrix=geometry.translation(int(m), 0)),
+        lambda m, h, w: Change(matrix=_geometry.translation(int(m), 0)),
         lambda bins, h, w: linspace(0, 150 / 331 * w, bins),
         signed=True,
     ),
     "translate_y": Operation(
-        lambda m, h, w: Change(matrix=geometry.translation(0, int(m))),
+        lambda m, h, w: Change(matrix=_geometry.translation(0, int(m))),
         lambda bins, h, w: linspace(0, 150 / 331 * h, bins),
         signed=True,
     ),
-    "rotate": Operation(lambda m, h, w: Change(matrix=geometry.rotation(m, h, w)), _evenly(0, 30), signed=True),
+    "rotate": Operation(lambda m, h, w: Change(matrix=_geometry.rotation(m, h, w)), _evenly(0, 30), signed=True),
     "brightness": Operation(lambda m, h, w: Change(degenerate="black", factor=1 + m), _evenly(0, 0.9), signed=True),
     "color": Operation(lambda m, h, w: Change(degenerate="grey", factor=1 + m), _evenly(0, 0.9), signed=True),
     "contrast": Operation(lambda m, h, w: Change(degenerate="mean_grey", factor=1 + m), _evenly(0, 0.9), signed=True),
@@ -103,20 +104,20 @@ def change_images(
     images: jax.Array, numbers: dict[str, jax.Array], fill: Sequence[int], interpolation: str
 ) -> jax.Array:
     """uint8 [B, H, W, 3] changed by `numbers`, arrays of one entry per example; fill: one level per channel."""
-    images = geometry.resample(images, numbers["matrix"], fill, interpolation)
-    counts = color.histogram(images)
+    images = _geometry.resample(images, numbers["matrix"], fill, interpolation)
+    counts = _color.histogram(images)
     identity = jax.lax.broadcasted_iota(jnp.int32, counts.shape, 2)
-    table = _select(numbers["table"], identity, color.autocontrast_table(counts), color.equalize_table(counts))
-    images = color.apply_table(images, table)
-    images = color.posterize_solarize(images, numbers["mask"], numbers["threshold"])
+    table = _select(numbers["table"], identity, _color.autocontrast_table(counts), _color.equalize_table(counts))
+    images = _color.apply_table(images, table)
+    images = _color.posterize_solarize(images, numbers["mask"], numbers["threshold"])
     degenerate = _select(
         numbers["degenerate"],
         jnp.zeros_like(images, jnp.int32),
-        color.mean_grey(images)[:, None, None, None],
-        color.grey(images)[..., None],
-        color.smooth(images),
+        _color.mean_grey(images)[:, None, None, None],
+        _color.grey(images)[..., None],
+        _color.smooth(images),
     )
-    return color.blend(degenerate, images, numbers["factor"][:, None, None, None])
+    return _color.blend(degenerate, images, numbers["factor"][:, None, None, None])
 
 
 def _select(which: jax.Array, *cases: jax.Array) -> jax.Array:
@@ -139,7 +140,7 @@ def numbers_of_changes(
             magnitude = float(operation.magnitudes(bins, height, width)[position])
         c = operation.change(sign * magnitude if operation.signed else magnitude, height, width)
         return {
-            "matrix": geometry.fixed_point(c.matrix, interpolation),
+            "matrix": _geometry.fixed_point(c.matrix, interpolation),
             "table": np.int32(TABLES.index(c.table)),
             "mask": np.int32(256 - 2 ** (8 - c.bits)),
             "threshold": np.int32(np.ceil(c.threshold)),

@@ -10,12 +10,12 @@ import collections
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.extend.core import Literal, jaxprs_in_params
 
-from nfjax.spp.tracing import Tag, tag
+from nfjax.spp._tracing import Tag, tag
 
 # JAX's names for what is walked into.
 INLINED = {"jit": "jaxpr", "closed_call": "call_jaxpr"}
@@ -56,23 +56,42 @@ def stops(eqn: Any, out: Any) -> bool:
     return eqn.primitive.name in _WITHOUT_GRADIENT or not jnp.issubdtype(out.aval.dtype, jnp.inexact)
 
 
-def follow(
-    jaxpr: Any, given: Sequence[Marks], through: Through, at_tag: AtTag = lambda tag, marks: marks
-) -> list[Marks]:
-    """The marks of a jaxpr's outputs, from those of its inputs.
+class Followed(NamedTuple):
+    """Marks behind a jaxpr.
 
-    through: `(equation, output variable, marks of its inputs) -> marks`. at_tag: `(tag, marks) -> marks`, of the value
-    behind a tag; both may note what they see. The body of a loop is followed until nothing new arrives.
+    Attributes:
+        out: Of its outputs.
+        at: Of what arrives at each tag.
+    """
+
+    out: list[Marks]
+    at: dict[Tag, Marks]
+
+
+def follow(jaxpr: Any, given: Sequence[Marks], through: Through, at_tag: AtTag = lambda tag, marks: marks) -> Followed:
+    """Follows marks through a jaxpr; the body of a loop until nothing new arrives.
+
+    Args:
+        jaxpr: The jaxpr.
+        given: Marks of its inputs.
+        through: `(equation, output variable, marks of its inputs) -> marks`.
+        at_tag: `(tag, marks) -> marks` of the value behind a tag.
     """
     marks: dict[Any, Marks] = dict(zip(jaxpr.invars, given, strict=True))
+    at: dict[Tag, Marks] = {}
 
     def read(atom: Any) -> Marks:
         return 0 if isinstance(atom, Literal) else marks.get(atom, 0)
 
+    def inside(jaxpr: Any, given: Sequence[Marks]) -> list[Marks]:
+        inner = follow(jaxpr, given, through, at_tag)
+        at.update({tag: at.get(tag, 0) | new for tag, new in inner.at.items()})
+        return inner.out
+
     for eqn in jaxpr.eqns:
         name, ins = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-        inside = functools.partial(follow, through=through, at_tag=at_tag)
         if (tagged := tag(eqn)) is not None:
+            at[tagged] = at.get(tagged, 0) | ins[0]
             out = [at_tag(tagged, ins[0])]
         elif name in INLINED:
             out = inside(eqn.params[INLINED[name]].jaxpr, ins)
@@ -87,7 +106,7 @@ def follow(
         else:
             out = [through(eqn, variable, ins) for variable in eqn.outvars]
         marks.update(zip(eqn.outvars, out, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return Followed([read(atom) for atom in jaxpr.outvars], at)
 
 
 def _loop(eqn: Any, given: Sequence[Marks], inside: Callable[..., list[Marks]]) -> list[Marks]:

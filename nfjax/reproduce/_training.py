@@ -13,11 +13,11 @@ import numpy as np
 
 from nfjax import _figures as figures
 from nfjax import spp, storage
-from nfjax.reproduce import grids, records, runs
-from nfjax.reproduce.curves import styles
-from nfjax.reproduce.grids import Cell, Grid
-from nfjax.reproduce.records import Record
-from nfjax.reproduce.tables import Table
+from nfjax.reproduce import _grids, _records, _runs
+from nfjax.reproduce._curves import styles
+from nfjax.reproduce._grids import Cell, Grid
+from nfjax.reproduce._records import Record
+from nfjax.reproduce._tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +41,8 @@ NOTE = (
 )
 
 ABOUT = {
-    grids.BASELINE: "BatchNorm has identity shortcuts.",
-    grids.BEYOND: "The effective fan-out is not in the paper.",
+    _grids.BASELINE: "BatchNorm has identity shortcuts.",
+    _grids.BEYOND: "The effective fan-out is not in the paper.",
 }
 
 
@@ -86,16 +86,16 @@ class TrainingFigure:
 
     def write(self, path: pathlib.Path) -> list[pathlib.Path]:
         """PATH_<data and settings> with .md, .png, and .csv of every epoch of every run."""
-        differing = runs.deviations(self.grid.dataset, self.settings)
+        differing = _runs.deviations(self.grid.dataset, self.settings)
         parts = [f"{name.rpartition('.')[2]}{value}" for name, value in differing.items()]
-        stem = path.with_name("_".join([path.name, *map(runs.slug, [self.first.data, *parts])]))
+        stem = path.with_name("_".join([path.name, *map(_runs.slug, [self.first.data, *parts])]))
         written = [stem.with_suffix(suffix) for suffix in (".md", ".png", ".csv")]
         storage.write_text(written[0], self.table().markdown())
         storage.write_figure(written[1], self.plot(), dpi=120)
-        rows: list[list[Any]] = [["network", "seed", "epoch", *records.PER_EPOCH]]
+        rows: list[list[Any]] = [["network", "seed", "epoch", *_records.PER_EPOCH]]
         for label, group in self.found.items():
             for record in group:
-                columns = zip(*(record.epochs[name] for name in records.PER_EPOCH), strict=True)
+                columns = zip(*(record.epochs[name] for name in _records.PER_EPOCH), strict=True)
                 rows += [[label, record.seed, epoch, *values] for epoch, values in enumerate(columns, 1)]
         storage.write_csv(written[2], rows)
         return written
@@ -156,15 +156,22 @@ class TrainingFigure:
         return [cell for cell in self.grid.cells if cell.depth == depth and self.found[cell.label]]
 
 
-def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
-    """What there is of a grid with the settings that are asked for: one figure for each set of images that it was
-    trained on.
+def training_figures(grid: Grid, request: _runs.Request) -> list[TrainingFigure]:
+    """What there is of a grid with the settings that are asked for.
 
-    Raises ValueError where there is nothing yet.
+    Args:
+        grid: What is compared.
+        request: What is asked for.
+
+    Returns:
+        One figure for each set of images that it was trained on.
+
+    Raises:
+        ValueError: There is nothing yet.
     """
-    known = [record for record in records.read(request.out) if record.dataset == grid.dataset]
+    known = [record for record in _records.read(request.out) if record.dataset == grid.dataset]
     names = dict.fromkeys((record.data, record.fingerprint) for record in known)
-    networks = [run for run in runs.planned(grid, request) if run.seed == 0]
+    networks = [run for run in _runs.planned(grid, request) if run.seed == 0]
     drawn = []
     for data, fingerprint in names:
         if request.data_name and data != request.data_name:
@@ -181,7 +188,7 @@ def training_figures(grid: Grid, request: runs.Request) -> list[TrainingFigure]:
     if not drawn:
         images = f" on {request.data_name}" if request.data_name else ""
         raise ValueError(
-            f"{request.out / records.FILE} has no run of {grid.title} with these settings{images}; train them with "
+            f"{request.out / _records.FILE} has no run of {grid.title} with these settings{images}; train them with "
             f"--data=DIR{_others(grid, known)}"
         )
     return drawn
@@ -192,18 +199,18 @@ def _others(grid: Grid, known: Sequence[Record]) -> str:
     curves = {(cell.depth, cell.curve) for cell in grid.cells}
     sets = dict.fromkeys(
         f"{group[0].data}, {described(grid.dataset, group[0].settings)}"
-        for group in records.groups(record for record in known if (record.depth, record.curve) in curves)
+        for group in _records.groups(record for record in known if (record.depth, record.curve) in curves)
     )
     return "".join([". There are runs of", *(f"\n  {text}" for text in sets)]) if sets else ""
 
 
-def _same_network(record: Record, run: runs.Run) -> bool:
-    return records.agree(record.settings, {name: value for name, value in run.settings.items() if name != "seed"})
+def _same_network(record: Record, run: _runs.Run) -> bool:
+    return _records.agree(record.settings, {name: value for name, value in run.settings.items() if name != "seed"})
 
 
 def described(dataset: str, settings: Mapping[str, Any]) -> str:
     """How settings differ from the paper's, for a person."""
-    differing = runs.deviations(dataset, settings)
+    differing = _runs.deviations(dataset, settings)
     if not differing:
         return "the settings of the paper, and where it states none those of the configs"
     return "not as in the configs: " + ", ".join(f"{name} {_shown(value)}" for name, value in differing.items())
@@ -217,10 +224,10 @@ def _row(label: str, group: Sequence[Record]) -> list[str | int]:
     diverged = [record for record in group if record.diverged is not None]
 
     def percent(name: str, of: str = "final") -> str:
-        value = records.over_seeds(group, name, of)
+        value = _records.over_seeds(group, name, of)
         return value.percent() if value else "diverged"
 
-    minutes = records.mean(record.seconds / 60 for record in group if record.diverged is None)
+    minutes = _records.mean(record.seconds / 60 for record in group if record.diverged is None)
     steps = [f"after epoch {len(record.epochs['test_accuracy'])}" for record in diverged]
     without_seed = {name: value for name, value in group[0].settings.items() if name != "seed"}
     return [
@@ -256,7 +263,7 @@ def _looks(cells: Sequence[Cell]) -> dict[str, spp.Style]:
     names = [cell.curve for cell in cells]
     if len(set(names)) == len(names):
         return {cell.label: styles(names)[cell.curve] for cell in cells}
-    return spp.plotting.styles([cell.label for cell in cells])
+    return spp.styles([cell.label for cell in cells])
 
 
 def _draw(axes: Axes, group: Sequence[Record], name: str, look: spp.Style, label: str) -> None:
@@ -282,7 +289,7 @@ def _draw(axes: Axes, group: Sequence[Record], name: str, look: spp.Style, label
         axes.plot(epochs[-1:], values[-1:], marker="x", color=look.color, markersize=8, linestyle="")
 
 
-def ablation_grid(request: runs.Request) -> Grid:
+def ablation_grid(request: _runs.Request) -> Grid:
     """The ablations, with the number of epochs that is asked for."""
-    usual = Cell(18, grids.CONVSHORT, "")
-    return grids.ablations(runs.make_config("CIFAR-10", usual, 0, request).epochs)
+    usual = Cell(18, _grids.CONVSHORT, "")
+    return _grids.ablations(_runs.make_config("CIFAR-10", usual, 0, request).epochs)

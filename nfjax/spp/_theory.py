@@ -45,8 +45,12 @@ _MEAN_SHARE = 1 / math.pi
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """The closed-form variances of a network, one entry per block in execution order: forward_var of the block outputs
-    for an input with variance 1, and backward_var of the gradient there for one with variance 1 at the last block.
+    """The closed-form variances of a network, one entry per block in execution order.
+
+    Attributes:
+        paths: Of the blocks.
+        forward_var: Of the block outputs, for an input with variance 1.
+        backward_var: Of the gradient there, for one with variance 1 at the last block.
     """
 
     paths: tuple[str, ...]

@@ -16,12 +16,17 @@ _RATES = ("rate", "dropout_rate", "drop_rate", "drop_prob", "dropout_prob", "dro
 class Mode:
     """How a network ran; modules by their path in it.
 
-    batch, running: modules that keep statistics (batch norm and its kin), by whether the output depended on what they
-    keep (running) or not (they took the batch's). initial: those of `running` whose statistics are as they begin, means
-    0 and variances 1. dropout_on, dropout_off: dropout and its kin that dropped or not; those with rate 0 are left out.
-    random: the keys of random numbers on which the output depended, by stream or place. mutable: for Linen, the
-    collections that the model could write, such as "none" or "all but params"; None for NNX. mutable_decides: whether
-    it was that which decided between batch and running statistics.
+    Attributes:
+        batch: Modules that keep statistics (batch norm and its kin) on which the output did not depend: they took the
+            batch's.
+        running: Those on whose statistics it did.
+        initial: Those of `running` whose statistics are as they begin, means 0 and variances 1.
+        dropout_on: Dropout and its kin that dropped; those with rate 0 are left out.
+        dropout_off: Those that did not.
+        random: The keys of random numbers on which the output depended, by stream or place.
+        mutable: For Linen, the collections that the model could write, such as "none" or "all but params"; None for
+            NNX.
+        mutable_decides: Whether it was that which decided between batch and running statistics.
     """
 
     batch: tuple[str, ...] = ()

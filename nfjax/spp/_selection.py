@@ -11,8 +11,8 @@ from typing import Any
 
 from flax import linen, nnx
 
-from nfjax.spp.residuals import IDENTITY, ancestors, in_one_line, residual_calls
-from nfjax.spp.tracing import Call, class_name
+from nfjax.spp._residuals import IDENTITY, ancestors, in_one_line, residual_calls
+from nfjax.spp._tracing import Call, class_name
 
 DEFAULT_BRANCH = "branch"
 

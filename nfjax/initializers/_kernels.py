@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfjax.initializers.gains import Gain, gain
-from nfjax.initializers.stream import sample
-from nfjax.initializers.taps import Padding, effective_taps
+from nfjax.initializers._gains import Gain, gain
+from nfjax.initializers._stream import sample
+from nfjax.initializers._taps import Padding, effective_taps
 
 Shape = Sequence[int]
 Initializer = Callable[..., jax.Array]
@@ -164,12 +164,20 @@ def standardize(
 ) -> Standardized:
     """Wraps an initializer so that the drawn kernel has exactly zero mean and exactly the wanted population variance.
 
-    init: `(key, shape, dtype) -> kernel`. per: "kernel" for statistics over the whole kernel, "channel" for each output
-    channel (the last axis) on its own. variance: a number or `shape -> number`; left out, that of `init` (any
-    initializer of this module has one). The statistics are computed in float32, before the cast to `dtype`.
+    The statistics are computed in float32, before the cast to `dtype`.
 
-    Raises ValueError for what is no initializer (one that was not called, such as `jax.nn.initializers.he_normal`), for
-    a kernel of one element or of rank below 2, and where no variance is known.
+    Args:
+        init: `(key, shape, dtype) -> kernel`.
+        per: "kernel" for statistics over the whole kernel, "channel" for each output channel (the last axis) on its
+            own.
+        variance: A number or `shape -> number`; left out, that of `init` (any initializer of this module has one).
+
+    Returns:
+        `(key, shape, dtype) -> kernel`.
+
+    Raises:
+        ValueError: It is no initializer (one that was not called, such as `jax.nn.initializers.he_normal`), or no
+            variance is known; when a kernel is drawn, it has one element, or rank below 2.
     """
     check_initializer(init)
     if per not in ("kernel", "channel"):
@@ -188,8 +196,13 @@ def standardize(
 
 
 def brock_normal(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
-    """Brock et al. 2020, eq. 3 and 11: each output channel has mean 0 and variance gamma^2 / n_in, gamma^2 = 2 / (1 -
-    1/pi) for ReLU. Of a grouped convolution n_in is that of the kernel's shape, whatever the number of groups.
+    """Brock et al. 2020, eq. 3 and 11 of the paper: each output channel has mean 0 and variance gamma^2 / n_in.
+
+    gamma^2 = 2 / (1 - 1/pi) for ReLU. Of a grouped convolution n_in is that of the kernel's shape, whatever the number
+    of groups.
+
+    Args:
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
     """
     return standardize(Normal(BrockVariance(gain(activation))), per="channel")
 
@@ -220,8 +233,16 @@ def he_effective_fan_out(
     drops the taps beyond the image (`effective_taps`). Beyond the paper; Henmi et al. 2020 (arXiv 2008.06885) is a
     relative for plain CNNs. Standardized over the whole kernel.
 
-    stride, padding: as for the layer. spatial_size: height and width of the layer's INPUT in pixels;
-    None means an image without borders, where only the stride counts. feature_group_count: as in `he_normal`.
+    Args:
+        stride: Of the layer.
+        padding: Of the layer.
+        spatial_size: Height and width of the layer's INPUT in pixels; None means an image without borders, where only
+            the stride counts.
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+        feature_group_count: As in `he_normal`.
+
+    Raises:
+        ValueError: An argument cannot be used.
     """
     stride = stride if isinstance(stride, int) else tuple(stride)
     spatial_size = spatial_size if spatial_size is None or isinstance(spatial_size, int) else tuple(spatial_size)
@@ -235,8 +256,61 @@ def at_layer(
 ) -> Initializer:
     """The initializer for one convolution: `init` itself, unless it depends on the layer's geometry
     (`he_effective_fan_out`).
+
+    Args:
+        init: An initializer.
+        stride: Of the layer.
+        padding: Of the layer.
+        spatial_size: Height and width of its input in pixels.
     """
     return init.at(stride, padding, spatial_size) if hasattr(init, "at") else init
+
+
+def behind(init: Initializer, activation: str | Callable[[jax.Array], jax.Array]) -> Initializer:
+    """The initializer for layers behind this activation: `init` with that one's gain, or `init` itself where it has no
+    gain (it is not of this module).
+
+    Args:
+        init: An initializer.
+        activation: A name in `ACTIVATIONS` or an elementwise function.
+    """
+    if not isinstance(init, Normal | Standardized) or not hasattr(init.variance, "gain"):
+        return init
+    variance = dataclasses.replace(init.variance, gain=gain(activation))
+    changes = {"init": behind(init.init, activation)} if isinstance(init, Standardized) else {}
+    return dataclasses.replace(init, variance=variance, **changes)
+
+
+# ---------------------------------------------------------------- by name
+
+
+def he_fan_in(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
+    """The paper's first rule (eq. 1), standardized: the whole kernel has mean 0 and variance gain / n_in, which keeps
+    the second moment of the signal on its way forward.
+
+    Args:
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+    """
+    return standardize(he_normal("fan_in", activation))
+
+
+def he_fan_out(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
+    """The paper's scheme (eq. 2), standardized: the whole kernel has mean 0 and variance gain / n_out, which keeps the
+    variance of the gradient on its way back.
+
+    Args:
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+    """
+    return standardize(he_normal("fan_out", activation))
+
+
+def brock(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standardized:
+    """`brock_normal`, by the name that it has in `INITIALIZERS`.
+
+    Args:
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+    """
+    return brock_normal(activation)
 
 
 def _constant(value: float, shape: Shape) -> float:
@@ -256,7 +330,7 @@ def check_initializer(init: Any, what: str = "init") -> None:
         raise ValueError(f"{what}={name}: expected an initializer, a function (key, shape, dtype) -> kernel")
     advice = f"an initializer draws a kernel by (key, shape, dtype); was it not called, as in {name}()?"
     shape, found = (3, 3, 2, 2), []
-    if init in (he_normal, brock_normal, he_effective_fan_out, standardize):
+    if init in (he_normal, brock_normal, he_fan_in, he_fan_out, brock, he_effective_fan_out, standardize):
         raise ValueError(f"{what}={name}: {advice}")
     try:
         inspect.signature(init).bind(None, shape, jnp.float32)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfjax.augment import geometry
-from nfjax.augment.checks import as_integer, check_key, check_rgb
-from nfjax.augment.operations import OPERATIONS, change_images, numbers_of_changes
+from nfjax import _names
+from nfjax.augment import _geometry
+from nfjax.augment._checks import as_integer, check_key, check_rgb
+from nfjax.augment._operations import OPERATIONS, change_images, numbers_of_changes
 
 
 def rand_augment(
@@ -24,15 +25,24 @@ def rand_augment(
     fill: int | Sequence[int] = 0,
     interpolation: str = "nearest",
 ) -> jax.Array:
-    """`num_operations` random operations, one after the other, on each image; the operations and their signs are drawn
-    by `choose`.
+    """Random operations on each image, one after the other; they and their signs are drawn by `choose`.
 
-    images: uint8 [B, H, W, 3], and so is the result. magnitude: the bin of all operations, 0 (weakest) to bins - 1.
-    fill: the level of what is moved in from outside of the image, or one per channel. interpolation: "nearest" or
-    "bilinear", of rotate, shear and translate. All but `key` and `images` are Python values. The defaults are
-    torchvision's.
+    All but `key` and `images` are Python values; the defaults are torchvision's.
 
-    Raises ValueError for settings or images that cannot be used.
+    Args:
+        key: Of the operations and signs.
+        images: uint8 [B, H, W, 3].
+        num_operations: On each image.
+        magnitude: The bin of all operations, 0 (weakest) to bins - 1.
+        bins: How many magnitudes there are.
+        fill: The level of what is moved in from outside of the image, or one per channel.
+        interpolation: "nearest" or "bilinear", of rotate, shear and translate.
+
+    Returns:
+        uint8 [B, H, W, 3].
+
+    Raises:
+        ValueError: Settings or images cannot be used.
     """
     check_key(key)
     check_rgb(images)
@@ -45,8 +55,15 @@ def rand_augment(
 
 
 def choose(key: jax.Array, batch: int, num_operations: int) -> tuple[jax.Array, jax.Array]:
-    """What `rand_augment` draws, each example for itself: positions in OPERATIONS and signs, 1 or -1, both int32
-    [num_operations, B].
+    """What `rand_augment` draws, each example for itself.
+
+    Args:
+        key: As there.
+        batch: B, the number of images.
+        num_operations: As there.
+
+    Returns:
+        Positions in OPERATIONS, and signs, 1 or -1; both int32 [num_operations, B].
     """
     operation_key, sign_key = jax.random.split(key)
     shape = (num_operations, batch)
@@ -63,20 +80,30 @@ def apply(
     fill: int | Sequence[int] = 0,
     interpolation: str = "nearest",
 ) -> jax.Array:
-    """Given operations, one per example, on uint8 [B, H, W, 3].
+    """Given operations, one per example.
 
-    operations: int32 [B], positions in OPERATIONS, or names, or the one of all examples. magnitudes: bins, int32 [B] or
-    one integer, 0 to bins - 1. signs: int32 [B] or one integer, of which the sign counts, and only for signed
-    operations. Under `jit` an operation or magnitude beyond the ends is the nearest that there is.
+    Under `jit` an operation or magnitude beyond the ends is the nearest that there is.
 
-    Raises ValueError for settings or images that cannot be used.
+    Args:
+        images: uint8 [B, H, W, 3].
+        operations: int32 [B], positions in OPERATIONS, or names, or the one of all examples.
+        magnitudes: Bins, int32 [B] or one integer, 0 to bins - 1.
+        signs: int32 [B] or one integer, of which the sign counts, and only for signed operations.
+        bins: How many magnitudes there are.
+        fill: As in `rand_augment`.
+        interpolation: Likewise.
+
+    Returns:
+        uint8 [B, H, W, 3].
+
+    Raises:
+        ValueError: Settings or images cannot be used.
     """
     check_rgb(images)
     batch, height, width, _ = images.shape
     bins = as_integer("bins", bins, 2, None)
     fill = _fill(fill)
-    if interpolation not in geometry.INTERPOLATIONS:
-        raise ValueError(f"interpolation={interpolation!r}: expected one of {', '.join(geometry.INTERPOLATIONS)}")
+    _names.lookup("interpolation", interpolation, dict.fromkeys(_geometry.INTERPOLATIONS), callables=False)
     operations = _per_example("operations", _positions(operations), batch, len(OPERATIONS))
     is_negative = (_per_example("signs", signs, batch) < 0).astype(jnp.int32)
     table = numbers_of_changes(tuple(OPERATIONS.values()), bins, height, width, interpolation)
@@ -90,15 +117,12 @@ def apply(
 
 
 def _positions(operations: jax.Array | Sequence[str] | str) -> jax.Array | np.ndarray | int:
-    names = list(OPERATIONS)
     if isinstance(operations, str) or (
         isinstance(operations, Sequence) and all(isinstance(name, str) for name in operations)
     ):
         given = [operations] if isinstance(operations, str) else operations
-        for name in given:
-            if name not in OPERATIONS:
-                raise ValueError(f"unknown operation {name!r}: expected one of {', '.join(names)}")
-        positions = [names.index(name) for name in given]
+        numbers = {name: number for number, name in enumerate(OPERATIONS)}
+        positions = [_names.lookup("operation", name, numbers, callables=False) for name in given]
         return positions[0] if isinstance(operations, str) else np.array(positions, np.int32)
     return operations
 
