@@ -1,6 +1,6 @@
 """A whole data set decoded into memory: once, in parallel, and cached for the next run.
 
-The cache lies under `storage.cache_directory()`, keyed by the fingerprint of the data set and by what was done to its
+The cache lies under `_cache.cache_directory()`, keyed by the fingerprint of the data set and by what was done to its
 pixels.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from nfjax import storage
+from nfjax import _cache, storage
 from nfjax.data.decoding import decode
 from nfjax.data.decoding.crops import CentreCrop
 from nfjax.data.loading import skips
@@ -91,7 +91,7 @@ def _cache(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> pathlib.Pat
         return None
     key = hashlib.sha256(f"4 {decode.RULE} {dataset.fingerprint()} {train} {test}".encode()).hexdigest()[:16]
     try:
-        return storage.cache_directory() / f"decoded-{key}.npz"
+        return _cache.cache_directory() / f"decoded-{key}.npz"
     except OSError as error:
         logging.warning("the decoded images are not cached: %s", error)
         return None
