@@ -47,7 +47,7 @@ def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: 
     if all(isinstance(split, Images) for split, _ in splits.values()):
         return dataset
     _check_memory([(len(split), crop.size) for split, crop in splits.values()])
-    cache = _cache(dataset, train, test)
+    cache = _kept_in(dataset, train, test)
     stored = None if cache is None else _read(cache)
     if stored is None:
         arrays, skipped = {}, {}
@@ -83,7 +83,7 @@ def _check_memory(splits: list[tuple[int, int]]) -> None:
         )
 
 
-def _cache(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> pathlib.Path | None:
+def _kept_in(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> pathlib.Path | None:
     """Where the decoded images of this data set lie; None where nobody could tell whether they are still the same, and
     where there is no place for them.
     """
