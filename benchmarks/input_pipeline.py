@@ -29,7 +29,10 @@ import time
 import numpy as np
 from image_files import Files, read
 
-from nfjax.data import crops, decode, order, pack, records, stream
+from nfjax.data.decoding import crops, decode
+from nfjax.data.loading import order, stream
+from nfjax.data.packing import pack
+from nfjax.data.sources import records
 from nfjax.data.splits import Dataset
 
 HERE = pathlib.Path(__file__).parent

@@ -141,7 +141,7 @@ class Crop:
     """For grain: nfjax's own crop, so that the machinery around it is compared."""
 
     def __init__(self):
-        from nfjax.data.crops import RandomResizedCrop
+        from nfjax.data.decoding.crops import RandomResizedCrop
 
         self.crop = RandomResizedCrop(SIZE)
 

@@ -9,7 +9,8 @@ from PIL import Image
 from test_train import assert_equal, final_state, interrupt_at, records
 
 from nfjax import evaluate, preemption
-from nfjax.data import crops, skips
+from nfjax.data.decoding import crops
+from nfjax.data.loading import skips
 from nfjax.runs import metrics
 from nfjax.runs.progress import Bar
 from nfjax.training import loader

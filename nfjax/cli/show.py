@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from nfjax import _figures as figures
 from nfjax import _streams as streams
 from nfjax import data
-from nfjax.data import crops, stream
+from nfjax.data.decoding import crops
+from nfjax.data.loading import stream
 from nfjax.training import loader, preprocessing, rng
 
 if TYPE_CHECKING:

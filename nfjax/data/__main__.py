@@ -21,7 +21,7 @@ if __name__ == "__main__":
     preemption.begin(signal.SIGTERM)  # Ctrl-C is told apart below: a pack tidies up, and says that it goes on
 
 from nfjax import data
-from nfjax.data import pack
+from nfjax.data.packing import pack
 from nfjax.data.splits import left_aside
 
 

@@ -18,8 +18,9 @@ from typing import Any
 from absl import logging
 
 from nfjax import storage
-from nfjax.data import records, remote
-from nfjax.data.splits import Dataset, check_classes
+from nfjax.data import remote
+from nfjax.data.sources import array_records
+from nfjax.data.splits import Dataset, Numbered, check_classes
 
 TEST_NAMES = ("test", "validation")
 FORMAT = "array_record"
@@ -52,7 +53,7 @@ class TfdsReader:
         if self._source is None:
             self._source = _open(self._directory, self._split)
         source, parse = self._source
-        data = records.read(source, reference, self.name)
+        data = array_records.read(source, reference, self.name)
         try:
             example = parse(data)
             image, label = example["image"], example["label"]
@@ -60,16 +61,22 @@ class TfdsReader:
             raise ValueError(f"{self.name(reference)} cannot be parsed: {error!r}") from error
         if not isinstance(image, bytes):
             raise ValueError(f"{self.name(reference)} holds no encoded image")
-        records.check_label(label, self._num_classes, lambda: self.name(reference))
+        array_records.check_label(label, self._num_classes, lambda: self.name(reference))
         return image, label
 
 
 def load(name: str, directory: str) -> Dataset:
-    """The prepared data set `name`, with `/config` and `:version` where needed, below `directory`, as tfds lays it out.
+    """A prepared data set with the splits train, and test or validation.
 
-    directory: local or in a bucket (copied to the local disk first, see `remote.mirror`); empty: tfds's own default.
-    The splits are train, and test or validation. Raises FileNotFoundError or ValueError with the command that prepares
-    what is missing.
+    Args:
+        name: Of tensorflow-datasets, with `/config` and `:version` where needed.
+        directory: Below which it lies as tfds lays it out, local or in a bucket (copied to the local disk first, see
+            `remote.mirror`); empty for tfds's own default.
+
+    Raises:
+        FileNotFoundError, ValueError: It is missing, damaged, or prepared otherwise; the message has the command that
+            prepares it.
+        ImportError: tensorflow-datasets is not installed.
     """
     builder_dir = _prepared(name, directory)
     info = _builder(builder_dir).info
@@ -85,9 +92,9 @@ def load(name: str, directory: str) -> Dataset:
     class_names = _class_names(builder_dir, info.features["label"])
     check_classes(class_names, f"the classes of tfds:{name}")
 
-    def split(of: str) -> records.Records:
+    def split(of: str) -> Numbered:
         _check_shards(name, builder_dir, info.splits[of])
-        return records.Records(TfdsReader(name, builder_dir, of, len(class_names)), info.splits[of].num_examples)
+        return Numbered(TfdsReader(name, builder_dir, of, len(class_names)), info.splits[of].num_examples)
 
     sizes = {key: info.splits[key].num_examples for key in info.splits}
     if not sizes.get("train"):
@@ -106,7 +113,7 @@ def _listed(sizes: dict[str, int]) -> str:
     return ", ".join(f"{split} ({size})" for split, size in sizes.items()) or "none"
 
 
-def _has_labels(test: records.Records) -> bool:
+def _has_labels(test: Numbered) -> bool:
     """False for splits such as ImageNet's test, whose labels are secret, -1."""
     try:
         test.reader(test.reference(0))
@@ -136,7 +143,7 @@ def _prepared(name: str, directory: str) -> str:
         from tensorflow_datasets.core import read_only_builder, registered
     except ImportError as error:
         raise ImportError(
-            f"the source tfds:{name} needs a package more: pip install tensorflow-datasets ({error})"
+            f'the source tfds:{name} needs a package more: pip install "nfjax[tfds]" ({error})'
         ) from error
     if directory:
         root = remote.path(directory)
@@ -244,7 +251,7 @@ def _check_shards(name: str, builder_dir: str, split: Any) -> None:
             raise FileNotFoundError(f"{file} is missing, a part of {name}: copy it, or prepare it again")
         if not storage.regular_file(pathlib.Path(file)):
             raise storage.DamagedFileError(f"{file} is a folder, a pipe or a device: expected a shard; {AGAIN}")
-    records.check_counts(zip(files, lengths, strict=True))
+    array_records.check_counts(zip(files, lengths, strict=True), AGAIN)
 
 
 def _unreadable(what: str, error: Exception) -> storage.DamagedFileError:
@@ -268,7 +275,7 @@ def _open(builder_dir: str, split: str) -> tuple[Any, Callable[[bytes], dict[str
     from tensorflow_datasets.core import decode
 
     builder = _builder(builder_dir, FORMAT)
-    records.allow_open_files(builder.info.splits[split].num_shards)
+    array_records.allow_open_files(builder.info.splits[split].num_shards)
     source = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
     skip = {"image": decode.SkipDecoding()}
     return source, functools.partial(builder.info.features.deserialize_example_np, decoders=skip)

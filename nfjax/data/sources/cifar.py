@@ -37,8 +37,18 @@ LARGEST = 200_000_000  # bytes; the archives have 170 MB, the largest file in th
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """Where a data set lies: its archive, its folder when unpacked, and in it the files of the splits and of the class
-    names. md5: of each, as published.
+    """Where a data set lies, as published.
+
+    Attributes:
+        title: For messages.
+        file: The archive.
+        folder: In which its files lie.
+        train: The files of the training split.
+        test: Those of the test split.
+        names: The file of the class names.
+        labels_key: Of the labels, in the files of the splits.
+        names_key: Of the class names, in theirs.
+        md5: Of the archive, and of each file in it.
     """
 
     title: str
@@ -101,7 +111,7 @@ def load_cifar100(directory: str) -> Dataset:
 
 
 def found(directory: str) -> Callable[[str], Dataset] | None:
-    """What loads the archive in `directory`, if there is one."""
+    """`load_cifar10` or `load_cifar100`, whose archive lies in `directory`; None where there is none."""
     for archive, loader in ((CIFAR10, load_cifar10), (CIFAR100, load_cifar100)):
         if any(os.path.exists(os.path.join(directory, name)) for name in (archive.file, archive.folder)):
             return loader
@@ -109,10 +119,15 @@ def found(directory: str) -> Callable[[str], Dataset] | None:
 
 
 def load(archive: Archive, directory: str) -> Dataset:
-    """Reads the unpacked folder in `directory`, else the archive, which is downloaded where it is missing.
+    """Reads the unpacked folder in a directory, else the archive, which is downloaded where it is missing.
 
-    Raises ValueError where a file is not the published one, OSError with the way to get it by hand where downloading
-    fails.
+    Args:
+        archive: Which data set.
+        directory: Where it lies, or is to be downloaded to.
+
+    Raises:
+        ValueError: A file is not the published one.
+        OSError: Downloading fails; the message says how to get the archive by hand.
     """
     if not directory:
         raise ValueError(

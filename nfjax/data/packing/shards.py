@@ -18,17 +18,25 @@ import numpy as np
 from absl import logging
 
 from nfjax import storage
-from nfjax.data import decode, records
+from nfjax.data.decoding import decode
+from nfjax.data.loading.skips import explained
+from nfjax.data.packing import manifest
+from nfjax.data.sources import array_records
 from nfjax.data.splits import Encoded, Images
-from nfjax.data.worker import explained
 
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What a shard holds. labels: of its images, in order; skipped: {name of an image left out: why}."""
+    """What a shard holds.
 
-    shard: records.Shard
-    labels: tuple[records.Count, ...]
+    Attributes:
+        shard: The file.
+        labels: Of its images, in order.
+        skipped: {name of an image left out: why}.
+    """
+
+    shard: manifest.Shard
+    labels: tuple[manifest.Count, ...]
     skipped: dict[str, str]
 
 
@@ -36,7 +44,14 @@ Example = tuple[str, bytes, int, str]  # (name, image, label, "") or, of a bad o
 
 
 def example(examples: Images | Encoded, convert: Callable[[bytes], bytes], num_classes: int, index: int) -> Example:
-    """Example `index` of a split, its image converted, or an array as PNG."""
+    """An example of a split, made ready for its record.
+
+    Args:
+        examples: The split.
+        convert: Called with the bytes of an image file; an array becomes a PNG instead.
+        num_classes: Labels are below it.
+        index: Of the example.
+    """
     if isinstance(examples, Images):
         from PIL import Image
 
@@ -46,15 +61,23 @@ def example(examples: Images | Encoded, convert: Callable[[bytes], bytes], num_c
     name = examples.name(index)
     try:
         data, label = examples.reader(examples.reference(index))
-        records.check_label(label, num_classes, lambda: name)
+        array_records.check_label(label, num_classes, lambda: name)
         return name, convert(data), label, ""
     except Exception as error:  # any file may be bad in any way
         return name, b"", 0, ": ".join(explained(error))
 
 
 def converted(data: bytes, short_side: int | None, quality: int) -> bytes:
-    """The image, decoded to see that it can be; reduced and encoded as JPEG where it is larger than `short_side`.
-    What EXIF says of its orientation is kept, for those who ask for it.
+    """An image file as it is packed: decoded to see that it can be, and reduced where it is too large.
+
+    Args:
+        data: The bytes of the file.
+        short_side: Pixels above which the short side is reduced to it; None for never.
+        quality: Of the JPEG that a reduced image becomes. What EXIF says of its orientation is kept, for those who ask
+            for it.
+
+    Raises:
+        BadImageError: It cannot be decoded.
     """
     pixels = decode.decode(data)
     short = min(pixels.shape[:2])
@@ -70,7 +93,7 @@ def converted(data: bytes, short_side: int | None, quality: int) -> bytes:
 
 
 def in_order(pool: Any, function: Callable[[int], Any], indices: range, ahead: int) -> Iterator[Any]:
-    """function(index) of each index, in order, computed in parallel, at most `ahead` of them at a time."""
+    """function(index) of each index, in order, computed by a pool of threads, at most `ahead` of them at a time."""
     waiting: collections.deque = collections.deque()
     try:
         for index in indices:
@@ -85,11 +108,20 @@ def in_order(pool: Any, function: Callable[[int], Any], indices: range, ahead: i
 
 
 def write(file: pathlib.Path, examples: Iterator[Example], bar: Any) -> Note:
-    """Writes a shard, and the note beside it. Raises OSError where it cannot; then nothing is left of it."""
+    """Writes a shard, and the note beside it.
+
+    Args:
+        file: The shard.
+        examples: Of it; bad ones are noted.
+        bar: Shows the progress.
+
+    Raises:
+        OSError: It cannot be written; nothing is left of it then.
+    """
     try:
         with storage.replacing(file) as part:
             labels, skipped = _write_records(part, examples, bar)
-            shard = records.Shard(file.name, len(labels), part.stat().st_size, sha256(part))
+            shard = manifest.Shard(file.name, len(labels), part.stat().st_size, sha256(part))
     except RuntimeError as error:  # how array_record reports every trouble
         raise OSError(f"{file} cannot be written: {error}; is the disk full?") from error
     note = Note(shard, tuple(labels), skipped)
@@ -101,7 +133,7 @@ def _write_records(temporary: pathlib.Path, examples: Iterator[Example], bar: An
     from array_record.python import array_record_module
 
     labels, skipped = [], {}
-    writer = array_record_module.ArrayRecordWriter(str(temporary), records.OPTIONS)
+    writer = array_record_module.ArrayRecordWriter(str(temporary), manifest.OPTIONS)
     try:
         for name, image, label, problem in examples:
             bar.update()

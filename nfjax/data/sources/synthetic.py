@@ -9,11 +9,13 @@ from nfjax.data.splits import Dataset, Images
 CLASSES, TRAIN, TEST = 10, 1024, 250
 
 
-def load(directory: str, image_size: int) -> Dataset:
+def load(image_size: int) -> Dataset:
     """1 024 training and 250 test images in 10 classes: a fixed 4x4 colour pattern per class, scaled up, under strong
     noise.
+
+    Args:
+        image_size: Height and width in pixels.
     """
-    del directory  # nothing to read
     rng = np.random.default_rng(0)
     patterns = rng.uniform(64, 192, (CLASSES, 4, 4, 3))
     cells = np.arange(image_size) * 4 // image_size

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from nfjax.data import decode
+from nfjax.data.decoding import decode
 
 _ATTEMPTS = 10
 
@@ -24,13 +24,20 @@ class RandomResizedCrop:
     The resize is bilinear with antialiasing: a blur as wide as the reduction asks for, then OpenCV's bilinear
     interpolation; on ImageNet on average within one grey level (of 255) of Pillow's. Where the box is at least twice
     `size`, a JPEG is decoded at a reduced scale and the box begins at a multiple of that.
+
+    Attributes:
+        size: Of a side of the crop, in pixels.
+        scale: The smallest and the largest share of the image's area.
+        ratio: The smallest and the largest aspect, width / height.
+        seed: Of the random numbers.
+        upright: Whether the image is turned as EXIF says, first.
     """
 
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     seed: int = 0
-    upright: bool = False  # whether the image is turned as EXIF says, first
+    upright: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
@@ -41,7 +48,19 @@ class RandomResizedCrop:
                 )
 
     def __call__(self, data: bytes, position: int, checked: bool = False) -> np.ndarray:
-        """The crop of the example at `position` of the run. checked: see `decode.region`. Raises BadImageError."""
+        """The crop of an image.
+
+        Args:
+            data: The bytes of an image file.
+            position: Of the example in the run, from which the random numbers follow.
+            checked: See `decode.region`.
+
+        Returns:
+            RGB uint8 [size, size, 3].
+
+        Raises:
+            BadImageError: It is no image, or a damaged one.
+        """
         header = decode.header(data, self.upright)
         box = self.box(header.height, header.width, position)
         factor = reduction(box, self.size, header.reductions)
@@ -76,11 +95,16 @@ class CentreCrop:
 
     Pillow's antialiased bilinear resize, of that square only. A JPEG at least twice too large is decoded at a reduced
     scale.
+
+    Attributes:
+        size: Of a side of the square, in pixels.
+        resize: Of the short side before it is cut out, in pixels.
+        upright: Whether the image is turned as EXIF says, first.
     """
 
     size: int
     resize: int
-    upright: bool = False  # likewise
+    upright: bool = False
 
     def __post_init__(self) -> None:
         if self.resize < self.size:
@@ -90,7 +114,7 @@ class CentreCrop:
             )
 
     def __call__(self, data: bytes, position: int = 0, checked: bool = False) -> np.ndarray:
-        """The middle of the image. checked: see `decode.region`. Raises BadImageError."""
+        """The middle of an image; arguments, value and errors as of `RandomResizedCrop`."""
         from PIL import Image
 
         del position  # nothing is random

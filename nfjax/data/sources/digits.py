@@ -9,15 +9,16 @@ import numpy as np
 from nfjax.data.splits import Dataset, Images
 
 
-def load(directory: str, image_size: int) -> Dataset:
-    """1 437 training and 360 test images, a fixed stratified split; grey in all three channels, upscaled to
-    `image_size` if it is not 8.
+def load(image_size: int = 8) -> Dataset:
+    """1 437 training and 360 test images, a fixed stratified split; grey in all three channels.
+
+    Args:
+        image_size: Height and width in pixels, to which the images of 8x8 are scaled.
     """
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    del directory  # nothing to read: the images come with scikit-learn
     grey, labels = load_digits(return_X_y=True)
     grey = np.round(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     if image_size != 8:

@@ -1,6 +1,6 @@
 """A whole data set decoded into memory: once, in parallel, and cached for the next run.
 
-The cache lies under `remote.cache_directory()`, keyed by the fingerprint of the data set and by what was done to its
+The cache lies under `_cache.cache_directory()`, keyed by the fingerprint of the data set and by what was done to its
 pixels.
 """
 
@@ -17,32 +17,37 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from nfjax import storage
-from nfjax.data import decode, skips
-from nfjax.data.crops import CentreCrop
-from nfjax.data.remote import cache_directory
+from nfjax import _cache, storage
+from nfjax.data.decoding import decode
+from nfjax.data.decoding.crops import CentreCrop
+from nfjax.data.loading import skips
+from nfjax.data.loading.pool import default_workers
 from nfjax.data.splits import Dataset, Encoded, Images
-from nfjax.data.stream import default_workers
-from nfjax.data.worker import explained
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: float) -> Dataset:
-    """The data set with both splits as arrays of the crops' sizes; what is in memory already stays as it is.
+    """A data set with both splits as arrays; what is in memory already stays as it is.
 
-    An image that cannot be decoded is left out, and named in `skipped` with the cause. Raises ValueError if that is
-    more than the share `max_skipped` of a split, or if the arrays would take more than half of the machine's memory.
+    Args:
+        dataset: Of images that are encoded.
+        train: What is cut out of each training image, and to which size it is scaled.
+        test: The same of test images.
+        max_skipped: The share of a split that may be damaged.
+
+    Returns:
+        The data set, with `Images` of the crops' sizes. An image that cannot be decoded is left out, and named in
+        `skipped` with the cause.
+
+    Raises:
+        ValueError: More are damaged than may be, or the arrays would take more than half of the machine's memory.
     """
     splits = {"train": (dataset.train, train), "test": (dataset.test, test)}
     if all(isinstance(split, Images) for split, _ in splits.values()):
         return dataset
     _check_memory([(len(split), crop.size) for split, crop in splits.values()])
-    try:
-        cache = cache_directory() / f"decoded-{_key(dataset, train, test)}.npz"
-    except OSError as error:
-        cache = None
-        logging.warning("the decoded images are not cached: %s", error)
+    cache = _kept_in(dataset, train, test)
     stored = None if cache is None else _read(cache)
     if stored is None:
         arrays, skipped = {}, {}
@@ -78,9 +83,18 @@ def _check_memory(splits: list[tuple[int, int]]) -> None:
         )
 
 
-def _key(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> str:
-    fingerprint = dataset.fingerprint() if dataset.fingerprint else ""
-    return hashlib.sha256(f"4 {decode.RULE} {fingerprint} {train} {test}".encode()).hexdigest()[:16]
+def _kept_in(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> pathlib.Path | None:
+    """Where the decoded images of this data set lie; None where nobody could tell whether they are still the same, and
+    where there is no place for them.
+    """
+    if dataset.fingerprint is None:
+        return None
+    key = hashlib.sha256(f"4 {decode.RULE} {dataset.fingerprint()} {train} {test}".encode()).hexdigest()[:16]
+    try:
+        return _cache.cache_directory() / f"decoded-{key}.npz"
+    except OSError as error:
+        logging.warning("the decoded images are not cached: %s", error)
+        return None
 
 
 def _decode(split: Encoded, crop: CentreCrop, name: str) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
@@ -96,7 +110,7 @@ def _decode(split: Encoded, crop: CentreCrop, name: str) -> tuple[np.ndarray, np
                 data, labels[i] = split.reader(split.reference(i))
                 images[i] = crop(data)
             except Exception as error:  # any file may be bad in any way
-                failures[i] = explained(error)
+                failures[i] = skips.explained(error)
         bar.update(stop - start)
 
     with (

@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from nfjax.data import huffman
+from nfjax.data.decoding import huffman
 
 START = b"\xff\xd8\xff"
 MAX_SCANS = 100  # a progressive file of thousands of scans costs minutes
@@ -29,7 +29,15 @@ _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker")
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What the frame header says. sampling: {component: (horizontal, vertical)} in the order of the file."""
+    """What the frame header says.
+
+    Attributes:
+        marker: Which kind of frame it is, the second byte of its marker.
+        precision: Bits of a sample.
+        height: In pixels.
+        width: In pixels.
+        sampling: {component: (horizontal, vertical) factors} in the order of the file.
+    """
 
     marker: int
     precision: int
@@ -65,7 +73,11 @@ class Frame:
 
 
 def frame(data: bytes) -> Frame:
-    """The frame header of a JPEG. Raises ValueError where there is none."""
+    """The frame header of a JPEG.
+
+    Raises:
+        ValueError: There is none.
+    """
     for marker, segment in _segments(data):
         if marker in _FRAMES:
             return _frame(marker, segment)
@@ -93,10 +105,15 @@ def has_too_many_scans(data: bytes) -> bool:
 
 
 def mended(data: bytes, complaint: str) -> bytes | None:
-    """The same image without what costs no pixel; None where the segments cannot be followed.
+    """The same image without what costs no pixel.
 
-    complaint: libjpeg's warning. If it is of bytes behind the data of a scan, they are taken away where that data is
-    whole and they are no part of it: see `huffman.end`.
+    Args:
+        data: A JPEG file.
+        complaint: libjpeg's warning. If it is of bytes behind the data of a scan, they are taken away where that data
+            is whole and they are no part of it: see `huffman.end`.
+
+    Returns:
+        A JPEG file; None where the segments cannot be followed.
     """
     try:
         return b"".join(_mended(data, complaint))

@@ -16,8 +16,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """One batch to be made: positions int64 [B] in the run, indices int32 [B] of the examples there, mask float32 [B],
-    0 for padding, which comes last.
+    """One batch to be made.
+
+    Attributes:
+        positions: In the run, int64 [B].
+        indices: Of the examples there, int32 [B].
+        mask: float32 [B], 0 for padding, which comes last.
     """
 
     positions: np.ndarray
@@ -25,7 +29,7 @@ class Order:
     mask: np.ndarray
 
     def take(self, rows: np.ndarray) -> Order:
-        """The part of it that one of several processes makes."""
+        """The part of it that one of several processes makes: the examples at `rows`, [b]."""
         return Order(self.positions[rows], self.indices[rows], self.mask[rows])
 
 
@@ -35,7 +39,18 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def train_indices(seed: int, size: int, batch_size: int, step: int, steps: int) -> np.ndarray:
-    """The examples of training steps `step` to `step + steps - 1` out of `size` examples, int32 [steps, batch_size]."""
+    """The examples of some training steps.
+
+    Args:
+        seed: Of the order.
+        size: Examples of the split.
+        batch_size: Examples of a step.
+        step: The first of these steps, from 0.
+        steps: How many.
+
+    Returns:
+        Indices int32 [steps, batch_size].
+    """
     positions = np.arange(step * batch_size, (step + steps) * batch_size, dtype=np.int64)
     indices = np.empty(len(positions), np.int32)
     for epoch in range(int(positions[0] // size), int(positions[-1] // size) + 1):
@@ -45,7 +60,7 @@ def train_indices(seed: int, size: int, batch_size: int, step: int, steps: int) 
 
 
 def train_orders(seed: int, size: int, batch_size: int, step: int, last: int) -> Iterator[Order]:
-    """The batches of training steps `step` to `last - 1`."""
+    """The batches of training steps `step` to `last - 1`; the rest as in `train_indices`."""
     for number in range(step, last):
         positions = np.arange(number * batch_size, (number + 1) * batch_size, dtype=np.int64)
         (indices,) = train_indices(seed, size, batch_size, number, 1)
@@ -61,5 +76,5 @@ def eval_orders(size: int, batch_size: int) -> Iterator[Order]:
 
 
 def epoch_end(epoch: int, size: int, batch_size: int) -> int:
-    """The number of steps after which `epoch` whole passes over the data are done."""
+    """The number of steps after which `epoch` whole passes over `size` examples are done."""
     return -(-epoch * size // batch_size)

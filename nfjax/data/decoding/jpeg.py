@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nfjax.data.markers import MAX_SCANS
+from nfjax.data.decoding.markers import MAX_SCANS
 
 
 class _Region(ctypes.Structure):
@@ -101,11 +101,25 @@ class RegionDecoder:
     def __call__(
         self, data: bytes, top: int, left: int, height: int, width: int, factor: int, checked: bool
     ) -> np.ndarray:
-        """RGB uint8 [height, width, 3], a view that the next call overwrites, of the image at 1/factor of its size.
+        """The pixels of a region, of the image at 1/factor of its size.
 
-        factor: 1, 2, 4 or 8. checked: the file was decoded to its end before, without complaint: what lies below the
-        region is then not read. Raises DamagedError, and UnknownFormError for what is to be read otherwise: CMYK,
-        unusual chroma subsampling, what the library does not decode.
+        Args:
+            data: A JPEG file.
+            top: The first row.
+            left: The first column.
+            height: Rows.
+            width: Columns.
+            factor: 1, 2, 4 or 8.
+            checked: Whether the file was decoded to its end before, without complaint: what lies below the region is
+                then not read.
+
+        Returns:
+            RGB uint8 [height, width, 3], a view that the next call overwrites.
+
+        Raises:
+            DamagedError: libjpeg warns of these data.
+            UnknownFormError: They are to be read otherwise: CMYK, unusual chroma subsampling, what the library does not
+                decode.
         """
         with self._opened(data) as handle:
             value = functools.partial(self._library.tj3Get, handle)

@@ -14,7 +14,11 @@ Tables = tuple[Table, Table]  # of a block: for its mean (DC), for the rest (AC)
 
 
 def tables(segment: bytes) -> dict[int, Table]:
-    """{number of a table, from 0 for DC and from 16 for AC: the table} of a DHT segment. Raises ValueError."""
+    """The tables of a DHT segment, {number, from 0 for DC and from 16 for AC: table}.
+
+    Raises:
+        ValueError: It holds no tables.
+    """
     found = {}
     while segment:
         number, counts = segment[0], segment[1:17]
@@ -36,10 +40,15 @@ def tables(segment: bytes) -> dict[int, Table]:
 
 
 def end(data: bytes, units: int, blocks: list[Tables]) -> int | None:
-    """How many bytes of `data` its first `units` minimum coded units take; None where that is not certain.
+    """How many bytes its first minimum coded units take.
 
-    data: of a scan, or behind its last restart marker, without stuffed bytes. blocks: the tables of each block of a
-    unit, in order.
+    Args:
+        data: Of a scan, or behind its last restart marker, without stuffed bytes.
+        units: How many of them.
+        blocks: The tables of each block of a unit, in order.
+
+    Returns:
+        The number of bytes; None where that is not certain.
 
     Certain means: all of them are there, and the last byte is filled with ones, as the standard has it; and what
     follows is not itself units to its end, as it would be if some before had been garbled and the last were left over.

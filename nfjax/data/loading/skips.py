@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from absl import logging
 
 from nfjax import storage
+from nfjax.data.decoding.decode import BadImageError
 
 FILE = "skipped.jsonl"
 GONE_AFTER = 32  # images that cannot be read, and not one in between that can: the data is gone
@@ -24,16 +25,27 @@ class TooManySkippedError(ValueError):
 class Skips:
     """The examples of one split that were skipped; called with (index, cause, detail) for each, as often as it is met.
 
-    name_of: index -> how a person finds the example. limit: the share of `size` above which TooManySkippedError is
-    raised. folder: where `skipped.jsonl` gets one line for each of them. What that file names from before the run was
-    stopped does not count: it may have been repaired, and is met again where it was not.
+    What the file names from before the run was stopped does not count: it may have been repaired, and is met again
+    where it was not.
+
+    Attributes:
+        causes: {name: cause} of those.
     """
 
     def __init__(
         self, split: str, name_of: Callable[[int], str], size: int, limit: float, folder: pathlib.Path | None = None
     ):
+        """Begins to count.
+
+        Args:
+            split: Its name.
+            name_of: Index -> how a person finds the example.
+            size: Of the split.
+            limit: The share of `size` above which `check` raises.
+            folder: Where `skipped.jsonl` gets one line for each example; None for nowhere.
+        """
         self.split, self.size, self.limit = split, size, limit
-        self.causes: dict[str, str] = {}  # {name: cause}
+        self.causes: dict[str, str] = {}
         self._name_of, self._in_a_row = name_of, 0
         self._file = None if folder is None else folder / FILE
         self._named = set() if folder is None else set(read(folder, split))
@@ -51,9 +63,15 @@ class Skips:
                 file.write(json.dumps(record) + "\n")
 
     def check(self, good: int, wanted: int) -> None:
-        """Call it after every batch, of which `good` of the `wanted` images could be read.
+        """Call it after every batch.
 
-        Raises TooManySkippedError that says what happened and what to do.
+        Args:
+            good: How many of its images could be read.
+            wanted: Of so many.
+
+        Raises:
+            TooManySkippedError: More are damaged than may be, or none of the last `GONE_AFTER` could be read; the
+                message says what to do.
         """
         self._in_a_row = 0 if good else self._in_a_row + wanted
         if self._in_a_row >= GONE_AFTER:
@@ -65,8 +83,17 @@ class Skips:
 
 
 def check(split: str, causes: Mapping[str, str], size: int, limit: float, file: os.PathLike[str] | None = None) -> None:
-    """Raises TooManySkippedError, which lists the causes and the first names, for more than the share `limit` of a
-    split of `size` images. file: which names them all.
+    """Ends a run of which too much cannot be read.
+
+    Args:
+        split: The name of the split.
+        causes: {name: cause} of what cannot be read.
+        size: Of the split.
+        limit: The share that may be damaged.
+        file: Which names them all.
+
+    Raises:
+        TooManySkippedError: It is more; the message lists the causes, and the first names.
     """
     if len(causes) > limit * size:
         raise TooManySkippedError(
@@ -82,6 +109,21 @@ def summary(causes: Mapping[str, str]) -> str:
     counts = collections.Counter(causes.values())
     names = ", ".join(list(causes)[:10]) + (" and more" if len(causes) > 10 else "")
     return f"{', '.join(f'{count} {cause}' for cause, count in counts.most_common())}: {names}"
+
+
+def explained(error: Exception) -> tuple[str, str]:
+    """(cause, detail) of a failure to read or decode: causes are few, to be counted."""
+    if isinstance(error, BadImageError):
+        cause = error.cause
+    elif isinstance(error, FileNotFoundError):
+        cause = "missing"
+    elif isinstance(error, OSError):
+        cause = "cannot be read"
+    elif isinstance(error, MemoryError):
+        cause = "out of memory"
+    else:
+        cause = "bad record" if isinstance(error, ValueError) else type(error).__name__
+    return cause, str(error)[:300]
 
 
 def printable(name: str | bytes) -> str:

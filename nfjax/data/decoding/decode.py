@@ -16,11 +16,14 @@ import io
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from nfjax.data import formats, jpeg, markers
+from nfjax.data.decoding import formats, jpeg, markers
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 T = TypeVar("T")
 # Raise it when other files count as damaged than before, or their pixels change: what was decoded by another rule and
@@ -40,7 +43,11 @@ _NOTED = (b"Exif", b"EXIF", b"eXIf", b"exif", b"Orientation")  # nothing is note
 
 
 class BadImageError(ValueError):
-    """No image that can be used. cause: a few words by which such files are counted."""
+    """No image that can be used.
+
+    Attributes:
+        cause: A few words by which such files are counted.
+    """
 
     def __init__(self, cause: str, detail: str = ""):
         super().__init__(f"{cause}: {detail}" if detail else cause)
@@ -48,15 +55,24 @@ class BadImageError(ValueError):
 
 
 def decode(data: bytes) -> np.ndarray:
-    """RGB uint8 [H, W, 3]. Raises BadImageError."""
+    """All pixels of an image file, RGB uint8 [H, W, 3].
+
+    Raises:
+        BadImageError: It is no image, or a damaged one.
+    """
     height, width = size(data)
     return region(data, (0, 0, height, width), 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """height, width: in pixels. reductions: at which parts of its size the image can be decoded, such as (8, 4, 2, 1).
-    orientation: 1 to 8 as EXIF counts; not 1 where height and width are those of the upright image.
+    """What is known of an image before it is decoded.
+
+    Attributes:
+        height: In pixels.
+        width: In pixels.
+        reductions: At which parts of its size it can be decoded, such as (8, 4, 2, 1).
+        orientation: 1 to 8 as EXIF counts; not 1 where height and width are those of the upright image.
     """
 
     height: int
@@ -66,8 +82,14 @@ class Header:
 
 
 def header(data: bytes, upright: bool = False) -> Header:
-    """What is known before anything is decoded. upright: turned and mirrored as EXIF says, as
-    `PIL.ImageOps.exif_transpose` does. Raises BadImageError for no image, or one of too many pixels.
+    """What is known before anything is decoded.
+
+    Args:
+        data: The bytes of an image file.
+        upright: Whether the image is to be turned and mirrored as EXIF says, as `PIL.ImageOps.exif_transpose` does.
+
+    Raises:
+        BadImageError: It is no image, or has too many pixels.
     """
     height, width = size(data)
     reductions = REDUCTIONS if data.startswith(_START) else (1,)
@@ -82,7 +104,7 @@ def header(data: bytes, upright: bool = False) -> Header:
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """(height, width) in pixels, from the header. Raises BadImageError for no image, or one of too many pixels."""
+    """(height, width) in pixels, from the header; otherwise as `header`."""
     if not data:
         raise BadImageError("empty file")
     if len(data) > MAX_BYTES:
@@ -107,17 +129,22 @@ def size(data: bytes) -> tuple[int, int]:
 def region(
     data: bytes, box: tuple[int, int, int, int], factor: int, checked: bool = False, orientation: int = 1
 ) -> np.ndarray:
-    """The pixels in a box of an image, RGB uint8 [height / factor, width / factor, 3]; valid until the next call in
-    this thread.
+    """The pixels in a box of an image. Call `size` or `header` before, which check what must be checked first.
 
-    box: (top, left, height, width), within the image, every number a multiple of `factor`, except at the image's lower
-    and right borders. factor: one of `Header.reductions`, at which a JPEG is decoded (a discrete cosine transform gives
-    an image of half, a quarter or an eighth of the size at less than its full cost); 1 for other formats.
+    Args:
+        data: The bytes of an image file.
+        box: (top, left, height, width), within the image, every number a multiple of `factor`, except at the image's
+            lower and right borders.
+        factor: One of `Header.reductions`, at which a JPEG is decoded (a discrete cosine transform gives an image of
+            half, a quarter or an eighth of the size at less than its full cost); 1 for other formats.
+        checked: Whether this file was decoded before without complaint; it is not searched for damage again.
+        orientation: Of `header`; the box is one of the upright image.
 
-    checked: this file was decoded before without complaint, and is not searched for damage again. orientation: see
-    `header`; the box is one of the upright image.
+    Returns:
+        RGB uint8 [height / factor, width / factor, 3], valid until the next call in this thread.
 
-    Call `size` or `header` before, which check what must be checked first. Raises BadImageError.
+    Raises:
+        BadImageError: The file is damaged.
     """
     if orientation != 1:
         return _turned(data, box, factor, checked, orientation)
@@ -215,7 +242,12 @@ def _orientation(data: bytes) -> int:
 
 
 def with_orientation(data: bytes, orientation: int) -> bytes:
-    """A JPEG that has no EXIF data with this orientation noted in it; as it is for 1."""
+    """A JPEG with its orientation noted.
+
+    Args:
+        data: The bytes of a JPEG that has no EXIF data.
+        orientation: 1 to 8 as EXIF counts; 1, upright, needs no note.
+    """
     if orientation == 1:
         return data
     from PIL import ExifTags, Image
@@ -240,12 +272,28 @@ def _opened(data: bytes):
 
 
 def _with_pillow(data: bytes) -> np.ndarray:
+    with _opened(data) as image:
+        return rgb(image)
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image.
+
+    Args:
+        image: Of any mode; it may be one that is still to be decoded.
+
+    Returns:
+        RGB uint8 [H, W, 3].
+
+    Raises:
+        BadImageError: It has too many pixels, it cannot be decoded, or its mode does not say what is white.
+    """
     from PIL import Image
 
-    with _opened(data) as image, warnings.catch_warnings():
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImageError("too many pixels", f"{image.width}x{image.height}")
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImageError("too many pixels", f"{image.width}x{image.height}")
         try:
             if image.mode in _DEEP or (image.mode == "I" and image.format == "PPM"):  # the latter from 0 to 65 535 too
                 image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))

@@ -2,13 +2,14 @@
 
     DIR/train/<class>/*.jpg
     DIR/test/<class>/*.jpg     or DIR/val/<class>/*.jpg,
-                               or DIR/val/*.JPEG with a file of labels beside it (see `nfjax.data.labels`)
+                               or DIR/val/*.JPEG with a file of labels beside it,
+                                  see `nfjax.data.sources.labels`
 
 Class names are the folder names, sorted, two at least. What is an image is told by the ending of its name, and where
-that says nothing by its first bytes, see `nfjax.data.formats`; other files (Thumbs.db, lists, archives) are left aside
-and counted by their ending, and those whose names begin with a dot are left alone. The orientation that a camera has
-noted (EXIF) is ignored, as by Pillow and torchvision; --config.data.exif_orientation=True turns the images upright. A
-directory that holds the CIFAR archives instead is read by `nfjax.data.cifar`.
+that says nothing by its first bytes, see `nfjax.data.decoding.formats`; other files (Thumbs.db, lists, archives) are
+left aside and counted by their ending, and those whose names begin with a dot are left alone. The orientation that a
+camera has noted (EXIF) is ignored, as by Pillow and torchvision; --config.data.exif_orientation=True turns the images
+upright. A directory that holds the CIFAR archives instead is read by `nfjax.data.sources.cifar`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from absl import logging
 
-from nfjax.data import cifar, decode, formats, labels
-from nfjax.data.skips import printable
+from nfjax.data.decoding import decode, formats
+from nfjax.data.loading.skips import printable
+from nfjax.data.sources import cifar, labels
 from nfjax.data.splits import Dataset, check_classes, left_aside
 
 TEST_NAMES = ("test", "val")
@@ -34,7 +36,13 @@ Reference = tuple[bytes, int]  # path relative to the root, label
 
 
 class FileReader:
-    """Reads an image file below `root`. Raises OSError where it cannot, ValueError where it is too large to be one."""
+    """Reads an image file below a folder: (its bytes, label).
+
+    Raises OSError where it cannot be read, BadImageError where it is too large to be an image.
+
+    Attributes:
+        root: The folder.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = os.fsencode(root)
@@ -77,8 +85,11 @@ class Files:
 def load(directory: str) -> Dataset:
     """Lists `directory/train` and `directory/test` (or `val`).
 
-    Raises FileNotFoundError, NotADirectoryError or ValueError that name the folder and the layout expected; a class of
-    train that test lacks is a warning, and so are class folders that look as if the classes were below them.
+    A class of train that test lacks is a warning, and so are class folders that look as if the classes were below them.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: It has another layout; the message names the folder, and the
+            layout expected.
     """
     if not directory:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Packs a data set into shards that training reads fast: see `nfjax.data.records` for what it writes.
+"""Packs a data set into shards that training reads fast: see `nfjax.data.packing.manifest` for what it writes.
 
 Shard k of a split holds examples k * per_shard to (k + 1) * per_shard - 1 of the source, in its order, less those that
 cannot be decoded. A shard appears under its name only when it is complete, with a note beside it, so that a pack that
@@ -23,16 +23,20 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from nfjax import storage
-from nfjax.data import records, remote, shards
+from nfjax import _cache, storage
+from nfjax.data import remote
 from nfjax.data.contents import contents
-from nfjax.data.splits import Dataset, Images
-from nfjax.data.stream import default_workers
+from nfjax.data.loading.pool import default_workers
+from nfjax.data.packing import shards
+from nfjax.data.packing.manifest import AGAIN, MANIFEST, SPLITS, Manifest, Shard, check_sizes, read_manifest, shard_name
+from nfjax.data.sources import array_records
+from nfjax.data.sources.records import RecordReader
+from nfjax.data.splits import Dataset, warn_of_missing_classes
 
 STATE = "packing.json"  # the settings of a pack that is not finished
 LOCK = ".packing"  # held by the process that packs
 # What an unfinished pack consists of; `.part` is what a kill has left of a file.
-_SHARD = re.compile(rf"({'|'.join(records.SPLITS)})-\d{{5,}}-of-\d{{5,}}\.array_record(\.json)?")
+_SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}-of-\d{{5,}}\.array_record(\.json)?")
 _OURS = re.compile(rf"{_SHARD.pattern}|{re.escape(STATE)}|{re.escape(LOCK)}|.*\.part")
 PER_SHARD = 4096
 MAX_SKIPPED = 0.01
@@ -60,28 +64,43 @@ def pack(
     max_skipped: float = MAX_SKIPPED,
     threads: int | None = None,
     verify_after: bool = False,
-) -> records.Manifest:
-    """Writes `dataset` to the directory `out`, local or in a bucket, and returns its manifest.
-
-    source: where the data came from, for the manifest. short_side: images with a longer one are reduced to it, with
-    Pillow's antialiased bilinear resize, the one of the evaluation crop, so that evaluation at that size sees the same
-    pixels but for the JPEG of `quality` and 4:2:0 chroma that they become; all others, and all without short_side, keep
-    their bytes. Arrays are encoded as PNG, without loss. Every image is decoded on the way: those that cannot be are
-    left out, and named with their cause in the manifest; more than the share `max_skipped` of a split is an error.
+) -> Manifest:
+    """Writes a data set to a directory, from which the source "records" reads it.
 
     Run again with the same arguments, it goes on where it was interrupted, and packs what was lost or damaged since; an
-    unfinished pack of files that have changed since begins anew. A bucket is written from a local copy in
-    `remote.cache_directory()`. Raises ValueError where settings are wrong or differ from those of a pack already in
-    `out`, FileExistsError where `out` holds something else, or another process packs there.
+    unfinished pack of files that have changed since begins anew. Every image is decoded on the way: those that cannot
+    be are left out, and named with their cause in the manifest. Arrays are encoded as PNG, without loss.
+
+    Args:
+        dataset: The data set.
+        out: An empty directory, local or in a bucket, which is written from a local copy in
+            `_cache.cache_directory()`; or one that was packed with the same settings.
+        source: Where the data came from, for the manifest.
+        short_side: Pixels to which images with a longer short side are reduced, with Pillow's antialiased bilinear
+            resize, the one of the evaluation crop, so that evaluation at that size sees the same pixels but for the
+            JPEG of 4:2:0 chroma that they become. All others, and all if this is None, keep their bytes.
+        quality: Of that JPEG, 1 to 100.
+        per_shard: Images of a shard.
+        max_skipped: The share of the images of a split that may be damaged.
+        threads: By default one for every core.
+        verify_after: Whether all of it is read again at the end, and compared.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: Settings are wrong, or differ from those of the pack in `out`, or too many images are damaged.
+        FileExistsError: `out` holds something else, or another process packs there.
     """
     threads = default_workers() if threads is None else threads
     _check(short_side, quality, per_shard, max_skipped, threads)
     local = pathlib.Path(os.path.expanduser(out))
     if remote.is_remote(out):
         remote.path(out)  # fails here, and not after the work, where a package is missing
-        local = remote.cache_directory() / "packed" / hashlib.sha256(os.fsencode(out)).hexdigest()[:16]
+        local = _cache.cache_directory() / "packed" / hashlib.sha256(os.fsencode(out)).hexdigest()[:16]
     settings = {"source": source, "short_side": short_side, "quality": quality if short_side else None}
-    settings |= {"per_shard": per_shard, "fingerprint": _fingerprint(dataset)}
+    fingerprint = dataset.fingerprint() if dataset.fingerprint else contents(dataset)
+    settings |= {"per_shard": per_shard, "fingerprint": fingerprint}
     with _locked(local):
         manifest = _begin(local, settings)
         convert = functools.partial(shards.converted, short_side=short_side, quality=quality)
@@ -95,24 +114,26 @@ def pack(
         if verify_after:
             verify(str(local))
     if remote.is_remote(out):
-        files = [shard.file for split in records.SPLITS for shard in manifest.shards[split]]
-        remote.upload(local, out, [*files, records.MANIFEST])  # the manifest last: it says that the rest is there
+        files = [shard.file for split in SPLITS for shard in manifest.shards[split]]
+        remote.upload(local, out, [*files, MANIFEST])  # the manifest last: it says that the rest is there
         logging.info("%s can be removed", local)
     return manifest
 
 
 def verify(directory: str) -> int:
-    """Reads every byte and every record of a packed directory, and returns the number of records.
+    """Reads every byte and every record of a packed directory.
 
-    Raises ValueError, FileNotFoundError that name the first shard or record that is not as it was written.
+    Returns:
+        The number of records.
+
+    Raises:
+        ValueError, FileNotFoundError: A shard or a record is not as it was written; the first is named.
     """
-    manifest, _ = records.read_manifest(directory)
-    records.check_sizes(
-        directory, {shard.file: shard.bytes for split in records.SPLITS for shard in manifest.shards[split]}
-    )
-    total = sum(shard.count for split in records.SPLITS for shard in manifest.shards[split])
+    manifest, _ = read_manifest(directory)
+    check_sizes(directory, {shard.file: shard.bytes for split in SPLITS for shard in manifest.shards[split]})
+    total = sum(shard.count for split in SPLITS for shard in manifest.shards[split])
     with tqdm.tqdm(total=total, desc=f"verifying {directory}", unit=" images", mininterval=1) as bar:
-        for split in records.SPLITS:
+        for split in SPLITS:
             found = np.zeros(len(manifest.class_names), int)
             for shard in manifest.shards[split]:
                 if shards.sha256(pathlib.Path(directory) / shard.file) != shard.sha256:
@@ -120,8 +141,8 @@ def verify(directory: str) -> int:
                         f"{directory}/{shard.file} is not as it was written: its SHA-256 differs; the same command "
                         "packs it again"
                     )
-                records.check_counts([(f"{directory}/{shard.file}", shard.count)])
-                reader = records.RecordReader(directory, (shard,), len(manifest.class_names))
+                array_records.check_counts([(f"{directory}/{shard.file}", shard.count)], AGAIN)
+                reader = RecordReader(directory, (shard,), len(manifest.class_names))
                 for i in range(shard.count):
                     found[reader(i)[1]] += 1
                     bar.update()
@@ -144,18 +165,14 @@ def _check(short_side: int | None, quality: int, per_shard: int, max_skipped: fl
 
 @contextlib.contextmanager
 def _locked(local: pathlib.Path) -> Iterator[None]:
-    if (
-        local.is_dir()
-        and any(local.iterdir())
-        and not any((local / name).exists() for name in (records.MANIFEST, STATE, LOCK))
-    ):
+    if local.is_dir() and any(local.iterdir()) and not any((local / name).exists() for name in (MANIFEST, STATE, LOCK)):
         raise FileExistsError(f"{local} is not empty, and holds no pack: choose another directory, or empty it")
     local.mkdir(parents=True, exist_ok=True)
     with _lock(local / LOCK):
         try:
             yield
         finally:
-            if (local / records.MANIFEST).exists():
+            if (local / MANIFEST).exists():
                 (local / STATE).unlink(missing_ok=True)
                 (local / LOCK).unlink()
 
@@ -174,11 +191,11 @@ def _lock(path: pathlib.Path) -> TextIO:
         lock.close()  # whoever held it has finished, and removed it since it was opened here
 
 
-def _begin(local: pathlib.Path, settings: dict[str, Any]) -> records.Manifest | None:
+def _begin(local: pathlib.Path, settings: dict[str, Any]) -> Manifest | None:
     """The manifest, if all is packed already; refuses a directory that was packed with other settings."""
     manifest, found = None, None
-    if (local / records.MANIFEST).exists():
-        manifest, _ = records.read_manifest(str(local))
+    if (local / MANIFEST).exists():
+        manifest, _ = read_manifest(str(local))
         found = manifest.settings
     elif (local / STATE).exists():
         try:
@@ -225,7 +242,7 @@ def _pack(
     convert: Callable[[bytes], bytes],
     max_skipped: float,
     threads: int,
-) -> records.Manifest:
+) -> Manifest:
     splits = {"train": dataset.train, "test": dataset.test}
     listed, labels, skipped = {}, {}, {"source": dict(dataset.skipped)}
     total = sum(map(len, splits.values()))
@@ -234,12 +251,12 @@ def _pack(
         concurrent.futures.ThreadPoolExecutor(threads) as pool,
     ):
         for split, examples in splits.items():
-            done: list[records.Shard] = []
+            done: list[Shard] = []
             counts = np.zeros(len(dataset.class_names), int)
             bad: dict[str, str] = {}
             number = -(-len(examples) // settings["per_shard"])
             for k in range(number):
-                file = local / records.shard_name(split, k, number)
+                file = local / shard_name(split, k, number)
                 indices = _indices(k, settings["per_shard"], len(examples))
                 note = shards.finished(file, len(dataset.class_names))
                 if note is None:
@@ -251,11 +268,11 @@ def _pack(
                 counts += np.bincount(np.array(note.labels, int), minlength=len(counts))
                 bad |= note.skipped
                 _stop_at(split, bad, len(examples), max_skipped)
-            records.warn_of_missing_classes(f"{settings['source']} {split}", counts, dataset.class_names)
+            warn_of_missing_classes(f"{settings['source']} {split}", counts, dataset.class_names)
             listed[split], labels[split], skipped[split] = tuple(done), tuple(counts.tolist()), bad
-    manifest = records.Manifest(dataset.class_names, listed, labels, skipped, settings)
-    manifest.check(str(local / records.MANIFEST))
-    storage.write_text(local / records.MANIFEST, manifest.to_json())
+    manifest = Manifest(dataset.class_names, listed, labels, skipped, settings)
+    manifest.check(str(local / MANIFEST))
+    storage.write_text(local / MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -267,7 +284,7 @@ def _indices(k: int, per_shard: int, size: int) -> range:
 def _mend(
     dataset: Dataset,
     local: pathlib.Path,
-    manifest: records.Manifest,
+    manifest: Manifest,
     convert: Callable[[bytes], bytes],
     threads: int,
     thorough: bool,
@@ -290,7 +307,7 @@ def _mend(
                 note = shards.write(file, shards.in_order(pool, example, indices, AHEAD * threads), bar)
             if note.shard != shard:
                 raise ValueError(
-                    f"{file} was lost or damaged, and packed again it is not what {records.MANIFEST} says: other "
+                    f"{file} was lost or damaged, and packed again it is not what {MANIFEST} says: other "
                     f"versions of the libraries encode otherwise. Remove {local} and pack it anew"
                 )
 
@@ -306,11 +323,3 @@ def _stop_at(split: str, bad: dict[str, str], total: int, max_skipped: float) ->
         f"them:{named}"
         f"{f'{chr(10)}  and more' if len(bad) > 10 else ''}\nRepair or remove them, or allow more with --max-skipped"
     )
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    if dataset.fingerprint is not None:
-        return dataset.fingerprint()
-    if not all(isinstance(split, Images) for split in (dataset.train, dataset.test)):
-        raise ValueError("a data set that is read from files needs a fingerprint")
-    return contents(dataset)

@@ -28,10 +28,20 @@ HEADERS = (b"image", b"imageid", b"image_id", b"file", b"filename", b"file_name"
 def of_flat_folder(
     root: pathlib.Path, folder: str, files: list[bytes], class_names: tuple[str, ...]
 ) -> tuple[dict[bytes, int], dict[str, str]]:
-    """({file name: label}, {path of a file without a label: why}) of the files in `root/folder`.
+    """The labels of the files in a folder without class folders.
 
-    Raises FileNotFoundError where there are no labels, ValueError where a label is out of range or of an unknown class,
-    or where the labels are not those of these files.
+    Args:
+        root: The data directory.
+        folder: In it, such as "val".
+        files: The names of the files.
+        class_names: Of label 0, label 1 and so on.
+
+    Returns:
+        {file name: label}, and {path of a file without a label: why}.
+
+    Raises:
+        FileNotFoundError: No file says what they are.
+        ValueError: A label is out of range or of an unknown class, or the labels are not those of these files.
     """
     places = _places(root, folder)
     *names, _ = file_names(folder)

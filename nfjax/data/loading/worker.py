@@ -1,8 +1,8 @@
-"""python -m nfjax.data.worker: a process that decodes images for `nfjax.data.stream`, until the pipe to it closes.
+"""A process that decodes images for `nfjax.data.loading.stream`, until the pipe to it closes.
 
-It is started as a program of its own and imports nothing but this package's reading part: neither JAX, whose threads no
-process should be forked from, nor the user's script. Pixels go into memory that both processes map; the pipe carries
-references there, labels and failures back.
+It is started as a program of its own, python -m nfjax.data.loading.worker, and imports nothing but this package's
+reading part: neither JAX, whose threads no process should be forked from, nor the user's script. Pixels go into memory
+that both processes map; the pipe carries references there, labels and failures back.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import pickle
 import signal
 import sys
 from multiprocessing.connection import Connection
 
 import numpy as np
 
-from nfjax.data.decode import BadImageError
+from nfjax.data.loading.skips import explained
 
 Failure = tuple[int, str, str]  # place in the task, cause, detail
 READY = None  # the first answer: what ends a worker before that is no image's fault
@@ -36,7 +37,8 @@ def serve(pipe: Connection, memory: int) -> None:
     """Says `READY`, then answers tasks (first row, [(reference, position, checked)]) with (labels, failures) until the
     pipe closes.
     """
-    reader, transform, shape = pipe.recv()
+    program, shape = pipe.recv()
+    reader, transform = pickle.loads(program)
     rows = np.frombuffer(mmap.mmap(memory, int(np.prod(shape))), np.uint8).reshape(shape)
     os.close(memory)
     pipe.send(READY)
@@ -51,21 +53,6 @@ def serve(pipe: Connection, memory: int) -> None:
                 rows[first + i] = 0
                 failures.append((i, *explained(error)))
         pipe.send((labels, failures))
-
-
-def explained(error: Exception) -> tuple[str, str]:
-    """(cause, detail) of a failure to read or decode: causes are few, to be counted."""
-    if isinstance(error, BadImageError):
-        cause = error.cause
-    elif isinstance(error, FileNotFoundError):
-        cause = "missing"
-    elif isinstance(error, OSError):
-        cause = "cannot be read"
-    elif isinstance(error, MemoryError):
-        cause = "out of memory"
-    else:
-        cause = "bad record" if isinstance(error, ValueError) else type(error).__name__
-    return cause, str(error)[:300]
 
 
 if __name__ == "__main__":
