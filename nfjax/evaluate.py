@@ -5,7 +5,10 @@ Scores the best checkpoint of a run, or a chosen one, on the run's test images: 
 
 from __future__ import annotations
 
+import argparse
+import os
 import pathlib
+import sys
 from typing import Any
 
 from nfjax import preemption
@@ -15,8 +18,10 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 
+from nfjax import compilation
 from nfjax.runs import checkpoint, checksums, files, mirror, workdirs
 from nfjax.training import evaluation, loader, networks, preprocessing, rng, sharding
 
@@ -114,3 +119,27 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
         averaged = score(ema=True)
         scores |= {"ema_loss": averaged["loss"], "ema_accuracy": averaged["accuracy"]}
     return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m nfjax.evaluate", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--workdir", required=True, help="of a training run")
+    parser.add_argument("--step", type=int, help="of the checkpoint; by default the one with the best test accuracy")
+    parser.add_argument("--data-dir", type=os.path.expanduser, help="where the images are now, if they have moved")
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
+    compilation.keep()
+    try:
+        score = evaluate(arguments.workdir, arguments.step, arguments.data_dir)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"nfjax: {error}")
+    print(
+        f"step {score['step']:,}: test accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}, of "
+        f"{score['images']:,} images"
+    )
+    if "ema_accuracy" in score:
+        print(f"average of the weights: test accuracy {score['ema_accuracy']:.2%}, loss {score['ema_loss']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
