@@ -152,6 +152,16 @@ def timm_network(name: str, classes: int) -> nn.Module:
     return timm.create_model(name, num_classes=classes)
 
 
+def torchvision_transforms() -> types.ModuleType:
+    """torchvision.transforms, also where its compiled part does not fit the PyTorch that is there."""
+    try:
+        from torchvision import transforms
+    except (ImportError, RuntimeError, AttributeError):
+        without_extension()
+        from torchvision import transforms
+    return transforms
+
+
 def without_extension() -> None:
     """Lets torchvision be imported without its compiled part, which fits one version of PyTorch only."""
     for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "timm")]:
