@@ -169,7 +169,9 @@ def run(name: str, case: Case, arguments: argparse.Namespace, begin: float) -> N
         records[json.dumps(case.key(record))] = record
         path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
         path.with_suffix(".md").write_text(case.table([*records.values()]))
-        print(f"{name}: measured {', '.join(map(str, case.key(record)))}", flush=True)
+        sides = record.get("sides", {})
+        failed = [f"; {side} failed: {found['error']}" for side, found in sides.items() if "error" in found]
+        print(f"{name}: measured {', '.join(map(str, case.key(record)))}{''.join(failed)}", flush=True)
     else:
         print(f"{name}: the time is over; the same command goes on", flush=True)
     measured.close()

@@ -35,7 +35,7 @@ def by_device(records: Sequence[Record], section: Callable[[list[Record]], str],
 def busy(records: Sequence[Record]) -> str:
     """How many cores other programs took, in a sentence; empty where no record tells."""
     loads = [load for record in records for load in record.get("load", []) if load is not None]
-    return f" Other programs took at most {max(loads):.1f} cores before and after." if loads else ""
+    return f" Just before and after, other programs took up to {max(loads):.1f} cores." if loads else ""
 
 
 def shown(path: pathlib.Path) -> str:

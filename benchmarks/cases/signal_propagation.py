@@ -27,6 +27,7 @@ SIDES = {
     "torch_channels_last": Side("PyTorch, channels last", "torch", ("channels_last",)),
 }
 ROUNDS = 5  # seeds of a curve
+COMMAND = "python -m benchmarks signal_propagation --torch-python=PYTHON"
 CURVES = [
     ("identity", None, "he_fan_in"),
     ("identity", None, "he_fan_out"),
@@ -48,26 +49,31 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def key(record: Record) -> list[Any]:
-    return [record[name] for name in ("depth", "residual", "norm", "init", "seeds")]
+    return [record[name] for name in ("depth", "residual", "norm", "init", "seeds", "device")]
 
 
 def measure(bench: Bench) -> Iterator[Record]:
     arguments = bench.arguments
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(bench.start(SIDES[name], "curves")) for name in arguments.sides}
-        turns.check_same_device({name: worker.ask("machine") for name, worker in workers.items()})
+        machines = {name: worker.ask("machine") for name, worker in workers.items()}
+        turns.check_same_device(machines)
+        told = {"device": next(iter(machines.values()))["device"], "cores": os.cpu_count()}
         for depth in arguments.depths:
             for rule, norm, init in CURVES[: arguments.curves]:
                 curve = {"depth": depth, "norm": norm, "init": init, "seeds": arguments.rounds}
-                found = {
-                    x: worker.ask("curve", rule=rule, shape=arguments.shape, **curve) for x, worker in workers.items()
-                }
+                asked = {"rule": rule, "shape": arguments.shape} | curve
+                found = {name: worker.ask("curve", **asked) for name, worker in workers.items()}
                 for side in found.values():
                     side |= {"seconds": round(side["seconds"], 2), "peak_gib": round(side.pop("peak_bytes") / 2**30, 2)}
-                yield curve | {"residual": rule, "cores": os.cpu_count()} | found
+                yield curve | {"residual": rule} | told | found
 
 
 def table(records: list[Record]) -> str:
+    return tables.by_device(records, _of_device, COMMAND)
+
+
+def _of_device(records: list[Record]) -> str:
     names = [name for name in SIDES if any(name in record for record in records)]
     head = ["curve", *(SIDES[name].title for name in names)]
     head += [f"nfjax / {SIDES[name].title.removeprefix('PyTorch, ')}" for name in names if name != "nfjax"]
@@ -79,16 +85,12 @@ def table(records: list[Record]) -> str:
         rows.append(_row(f"ResNet-{record['depth']} {record['residual']}{norm}, {record['init']}", names, seconds))
     rows.append(_row("all", names, totals))
     last = records[-1]
-    versions = dict.fromkeys(
-        f"PyTorch {last[n]['version'].removeprefix('PyTorch ')} eager" if "torch" in n else last[n]["version"]
-        for n in names
-        if n in last
-    )
+    versions = dict.fromkeys(last[name]["version"] for name in names if name in last)
     note = (
-        f"Seconds for a curve of {last['seeds']} seeds, 32x32x32x3, {last['cores']} CPU cores, {', '.join(versions)}; in "
-        f"turn, one run. The first curve of a network includes nfjax's compilation.{tables.busy(records)}"
+        f"Seconds for a curve of {last['seeds']} seeds, 32x32x32x3, {tables.device_name(last)}, {', '.join(versions)} "
+        "(eager); in turn, one run. The first curve of a network includes nfjax's compilation."
     )
-    return f"{tables.markdown(head, rows)}\n\n{note}\n"
+    return f"{tables.markdown(head, rows)}\n\n{note}{tables.busy(records)}"
 
 
 def _row(name: str, sides: list[str], seconds: dict[str, float]) -> list[str]:

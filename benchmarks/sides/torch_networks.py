@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BASIC = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+BOTTLENECK = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+STAGES = BASIC | BOTTLENECK
 HALF = math.sqrt(0.5)
 
 
@@ -93,7 +95,7 @@ class PreActResNet(nn.Module):
 
     def __init__(self, depth: int, rule: str, norm: bool, classes: int, imagenet: bool, width: int = 64):
         super().__init__()
-        basic = depth < 50
+        basic = depth in BASIC
         self.stem = Stem(width, imagenet)
         blocks, features = [], width
         for stage, count in enumerate(STAGES[depth]):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from observing import finished, listing, parts
+from chaos.observing import finished, listing, parts
 
 from nfjax.runs import checkpoint
 

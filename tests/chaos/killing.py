@@ -1,16 +1,35 @@
-"""Kills a run at chosen moments, and starts it again until it is complete."""
+"""Kills runs at chosen moments, starts them again until they are complete, compares them with runs never killed.
+
+SIGKILL comes at a moment that is drawn uniformly over the time of an uninterrupted run, and as often at one that is
+aimed at: during start-up, while a checkpoint is written, during an evaluation. Of two processes either both are killed,
+or one, and the other has to end by itself. Where a run completes before all kills are used up, another one is started
+in a new workdir.
+"""
 
 from __future__ import annotations
 
+import collections
 import itertools
 import pathlib
 import random
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from typing import Any
 
-from observing import UNFINISHED, Saves, Setting, Start, Uninterrupted, finished, listing, started
+from chaos.comparing import differences, leftover_files
+from chaos.observing import (
+    UNFINISHED,
+    Saves,
+    Setting,
+    Start,
+    Uninterrupted,
+    finished,
+    listing,
+    started,
+    uninterrupted,
+)  # fmt: skip
 
 from nfjax import distributed
 
@@ -114,3 +133,53 @@ def killed_until_complete(
                 told["fell_back"] += 1
             saved = max([saved, *finished(workdir, whole.parts)])
     return told
+
+
+def examine(
+    setting: Setting,
+    folder: pathlib.Path,
+    wanted: list[str],
+    rng: random.Random,
+    environment: dict[str, str],
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Trains `setting` below `folder` without a kill, and with as many kills as `wanted` has aims; compares.
+
+    Raises LostError where a run does not go on.
+    """
+    whole = uninterrupted(setting, folder / "whole", environment)
+    tell(f"{setting.name}: {whole.total:.1f} s uninterrupted, of which {whole.start_up:.1f} s start-up")
+    pending, runs, found, leftover = list(wanted), [], [], []
+    while pending:
+        workdir = folder / f"killed {len(runs)}"
+        runs.append(killed_until_complete(setting, workdir, environment, pending, whole, rng))
+        found += differences(workdir, whole.workdir)
+        leftover += leftover_files(workdir, whole.workdir)
+        hits = ", ".join(f"{'+'.join(x['hit'])} after {x['after']:.1f} s" for x in runs[-1]["kills"])
+        tell(f"  run {len(runs)}: {runs[-1]['starts']} starts; killed in {hits or 'no moment'}")
+        for text in found:
+            tell(f"  DIFFERS {text}")
+    kills = [x for run in runs for x in run["kills"]]
+    steps = max(whole.epoch_ends)
+    return {
+        "setting": setting.name,
+        "processes": setting.processes,
+        "epochs": setting.epochs,
+        "steps": steps,
+        "seconds": {
+            "total": round(whole.total, 2),
+            "start_up": round(whole.start_up, 2),
+            "evaluation": round(whole.evaluation, 3),
+            "saving": round(whole.saving, 3),
+        },
+        "runs": len(runs),
+        "starts": sum(run["starts"] for run in runs),
+        "hits": dict(collections.Counter(part for x in kills for part in x["hit"])),
+        "repeated_steps": sum(run["trained"] - steps for run in runs),
+        "fell_back": sum(run["fell_back"] for run in runs),
+        "differences": found,
+        "leftover_processes": sum(run["orphans"] for run in runs),
+        "orphans_ended_within_seconds": max(run["orphan_seconds"] for run in runs),
+        "leftover_files": leftover,
+        "kills": kills,
+    }

@@ -24,8 +24,8 @@ from PIL import Image
 
 from nfjax.runs import checkpoint
 
-ROOT = pathlib.Path(__file__).parent.parent
-MARK = "NFJAX_KILLS"  # an environment variable that processes inherit: those of one start are found by it
+ROOT = pathlib.Path(__file__).parents[2]
+MARK = "NFJAX_CHAOS"  # an environment variable that processes inherit: those of one start are found by it
 ORPHANED = 30  # seconds after which a process that a killed one has started counts as left over
 HUNG = 1800  # seconds after which a start that was not killed counts as hung
 UNFINISHED = re.compile(r"\.orbax-checkpoint-tmp")
