@@ -97,7 +97,7 @@ class Steps:
 
     def limits(self, dtype: str) -> dict[str, float]:
         """FLOP/s of a large matrix product and of a large convolution: what this device can do at best."""
-        n, b = (2048, 32) if jax.default_backend() == "cpu" else (8192, 256)
+        n, b = (2048, 8) if jax.default_backend() == "cpu" else (8192, 256)
         keys, kind = jax.random.split(jax.random.key(0)), jnp.dtype(dtype)
         square = jax.random.normal(keys[0], (n, n), kind)
         images = jax.random.normal(keys[0], (b, 32, 32, 256), kind)

@@ -124,7 +124,7 @@ class Steps:
 
     def limits(self, dtype: str) -> dict[str, float]:
         """FLOP/s of a large matrix product and of a large convolution: what this device can do at best."""
-        n, b = (2048, 32) if DEVICE.type == "cpu" else (8192, 256)
+        n, b = (2048, 8) if DEVICE.type == "cpu" else (8192, 256)
         kind, last = DTYPES[dtype], torch.channels_last
         square = torch.randn(n, n, device=DEVICE, dtype=kind)
         images = torch.randn(b, 256, 32, 32, device=DEVICE, dtype=kind).to(memory_format=last)
