@@ -26,7 +26,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from benchmarks import tables, turns
@@ -35,6 +35,7 @@ from benchmarks.tables import Record
 CASES = (
     "speed", "epoch", "startup", "building", "checkpoints", "signal_propagation", "input_pipeline", "augmentation",
 )  # fmt: skip
+DEPTHS = (10, 18, 34, 50, 101, 152)  # of the networks that every side has
 INTERPRETERS = {"torch": "--torch-python", "torchvision": "--torch-python", "tf": "--tf-python"}
 SAMPLE = 0.5  # seconds over which the load is measured
 
@@ -134,6 +135,18 @@ def parser(program: str, text: str) -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, help="in which all cases of the command have to end")
     made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
     return made
+
+
+def some_of(known: Sequence[Any], kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
+    """A type for argparse: values of `known`, separated by commas."""
+
+    def parse(text: str) -> list[Any]:
+        values = [kind(part) for part in text.split(",")]
+        if unknown := [str(value) for value in values if value not in known]:
+            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: expected some of {', '.join(map(str, known))}")
+        return values
+
+    return parse
 
 
 def parse(name: str, case: Case, words: Sequence[str]) -> argparse.Namespace:

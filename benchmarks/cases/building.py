@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.cases.speed import some_of
-from benchmarks.runner import Bench, Side
+from benchmarks.runner import DEPTHS, Bench, Side, some_of
 from benchmarks.tables import Record
 
 SIDES = {
@@ -29,7 +28,7 @@ ROUNDS = 3
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--depths", type=some_of((10, 18, 34, 50, 101, 152), int), default=[18, 50, 101])
+    parser.add_argument("--depths", type=some_of(DEPTHS, int), default=[18, 50, 101])
 
 
 def key(record: Record) -> list[Any]:

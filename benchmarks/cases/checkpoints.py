@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.cases.speed import some_of
-from benchmarks.runner import Bench, Side
+from benchmarks.runner import DEPTHS, Bench, Side, some_of
 from benchmarks.tables import Record
 
 SIDES = {"nfjax": Side("nfjax", "nfjax")}
@@ -29,7 +28,7 @@ COMMAND = "python -m benchmarks checkpoints"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--depths", type=some_of((10, 18, 34, 50, 101, 152), int), default=[18, 50])
+    parser.add_argument("--depths", type=some_of(DEPTHS, int), default=[18, 50])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--length", type=int, default=4, help="steps of a stretch: a save is to be over in it")

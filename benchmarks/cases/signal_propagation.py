@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import tables, turns
-from benchmarks.cases.speed import some_of
-from benchmarks.runner import Bench, Side
+from benchmarks.runner import DEPTHS, Bench, Side, some_of
 from benchmarks.tables import Record
 
 SIDES = {
@@ -43,7 +42,7 @@ CURVES = [
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--depths", type=some_of((10, 18, 34, 50, 101, 152), int), default=[50, 101])
+    parser.add_argument("--depths", type=some_of(DEPTHS, int), default=[50, 101])
     parser.add_argument("--curves", type=int, default=len(CURVES), help="how many of the ten of each depth")
     parser.add_argument("--shape", type=lambda text: [*map(int, text.split(","))], default=[32, 32, 32, 3])
 

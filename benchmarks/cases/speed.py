@@ -32,7 +32,7 @@ from typing import Any
 
 from benchmarks import tables, turns
 from benchmarks.networks import CLASSES, NETWORKS, title
-from benchmarks.runner import Bench, Side
+from benchmarks.runner import DEPTHS, Bench, Side, some_of
 from benchmarks.tables import Record
 
 SIDES = {
@@ -100,25 +100,13 @@ GRIDS = {
 }
 
 
-def some_of(known: Sequence[Any], kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
-    """A type for argparse: values of `known`, separated by commas."""
-
-    def parse(text: str) -> list[Any]:
-        values = [kind(part) for part in text.split(",")]
-        if unknown := [str(value) for value in values if value not in known]:
-            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: expected some of {', '.join(map(str, known))}")
-        return values
-
-    return parse
-
-
 def _batches(text: str) -> list[int | str]:
     return [part if part == "max" else int(part) for part in text.split(",")]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", choices=GRIDS, help="by default that of the device")
-    parser.add_argument("--depths", type=some_of((10, 18, 34, 50, 101, 152), int), help="such as 18,50")
+    parser.add_argument("--depths", type=some_of(DEPTHS, int), help="such as 18,50")
     parser.add_argument("--networks", type=some_of(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--images", type=some_of(CLASSES, int), help="pixels, 32 or 224")
     parser.add_argument("--batches", type=_batches, help="numbers, or max")

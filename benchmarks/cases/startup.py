@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import tables, turns
-from benchmarks.cases.speed import some_of
 from benchmarks.networks import NETWORKS
-from benchmarks.runner import Bench, Side
+from benchmarks.runner import DEPTHS, Bench, Side, some_of
 from benchmarks.tables import Record
 
 SIDES = {
@@ -38,7 +37,7 @@ PARTS = ("import", "build", "first_step")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--depths", type=some_of((10, 18, 34, 50, 101, 152), int), default=[18, 50])
+    parser.add_argument("--depths", type=some_of(DEPTHS, int), default=[18, 50])
     parser.add_argument("--network", choices=NETWORKS, default="ConvShort")
 
 
