@@ -95,8 +95,11 @@ def listing(workdir: pathlib.Path) -> set[str]:
 
 def parts(folder: pathlib.Path) -> frozenset[str]:
     """The files that a checkpoint consists of, but for the names of its data."""
-    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return frozenset(str(path.parent / "*" if path.parent.name == "d" else path) for path in files)
+    found = set()
+    for place, _, files in os.walk(folder):  # which may be deleted meanwhile
+        inside = pathlib.Path(place).relative_to(folder)
+        found |= {str(inside / ("*" if inside.name == "d" else name)) for name in files}
+    return frozenset(found)
 
 
 def finished(workdir: pathlib.Path, whole: frozenset[str]) -> list[int]:
