@@ -9,7 +9,7 @@ Normalization" (arXiv 2112.12299).
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["augment", "cost", "initializers", "residual", "resnet", "spp"]
+__all__ = ["augment", "cost", "initializers", "models", "residual", "resnet", "spp"]
 
 
 def __getattr__(name: str):
@@ -17,3 +17,7 @@ def __getattr__(name: str):
     if name in __all__:
         return importlib.import_module(f"nfjax.{name}")
     raise AttributeError(f"module 'nfjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

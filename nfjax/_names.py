@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -27,3 +31,36 @@ def lookup(what: str, name: Any, table: Mapping[str, Any], callables: bool = Tru
         pass
     expected = "a callable or one of" if callables else "one of"
     raise ValueError(f"unknown {what} {name!r}: expected {expected} {', '.join(map(str, table))}")
+
+
+def imported(what: str, name: str) -> Callable[..., Any]:
+    """The function that "package.module:function" names; the current folder is looked in first.
+
+    Args:
+        what: The name of the argument, for messages.
+        name: That was given.
+
+    Raises:
+        ValueError: It has another form, or there is no such module or function; the message says what there is. An
+            error that the module itself raises passes through.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(f"{what}={name}: expected package.module:function, such as my_package.my_module:make_model")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise ValueError(
+                f"{what}={name}: there is no module {error.name!r} here or among those installed"
+            ) from None
+        raise
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise ValueError(
+            f"{what}={name}: {module_name} has no function {attribute!r}; it has {', '.join(known) or 'none'}"
+        )
+    return function

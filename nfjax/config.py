@@ -80,17 +80,26 @@ def base() -> ConfigDict:
     config.augment.cutmix_alpha = 0.0  # paper: none
 
     config.optim = ConfigDict()
+    # A name in nfjax.training.optimizers.OPTIMIZERS, or package.module:function, such as optax:lion. Paper, section 4:
+    # SGD with momentum.
+    config.optim.name = "sgd"
+    config.optim.arguments = ""  # further keyword arguments of it, such as b1=0.9,b2=0.95; ours
     config.optim.learning_rate = 0.01  # paper, section 4
     # Batch size that the learning rate is for: it is scaled linearly to the one that is used (Goyal et al. 2017); none
     # for no scaling. Not stated by the paper.
     config.optim.reference_batch_size = config_dict.placeholder(int)
     config.optim.warmup_epochs = 0.0  # in which the learning rate rises linearly (likewise); not stated by the paper
-    config.optim.momentum = 0.9  # paper, section 4
-    config.optim.anneal = "epoch"  # cosine to zero, changed after every "epoch" (paper, section 4) or every "step"
-    config.optim.weight_decay = 0.0  # on kernels; not stated by the paper ("without further regularization")
+    config.optim.momentum = 0.9  # of optimizers that have one; paper, section 4
+    # A name in nfjax.training.schedules.SCHEDULES. Paper, section 4: cosine to zero, changed after every epoch.
+    config.optim.schedule = "cosine_by_epoch"
+    config.optim.weight_decay = 0.0  # not stated by the paper ("without further regularization")
+    config.optim.weight_decay_mask = "kernels"  # what decays: a name in nfjax.training.optimizers.MASKS; ours
     config.optim.clip_norm = config_dict.placeholder(float)  # global gradient norm; paper: none
     config.optim.adaptive_clip = config_dict.placeholder(float)  # Brock et al. 2021's lambda, such as 0.01; paper: none
     config.optim.label_smoothing = 0.0  # paper, section 4: for ImageNet only
+    # Decay per step of an average of the weights, such as 0.9999, which is scored beside them; none for no average.
+    # Paper: none.
+    config.optim.ema_decay = config_dict.placeholder(float)
 
     # Training steps per dispatch, where the images are on the device. None: all up to the next log step on an
     # accelerator, and 1 on CPU, where XLA runs convolutions inside a loop many times slower than outside. Ours.
@@ -105,6 +114,9 @@ def base() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # training steps between two lines of metrics.jsonl; ours
+    # Where the numbers go, besides metrics.jsonl: names in nfjax.runs.trackers.TRACKERS, or package.module:class,
+    # separated by commas. Ours.
+    config.log.trackers = "tensorboard"
     # Training steps between two measurements of every block's forward and backward variance on the first training batch
     # (nfjax.spp), a multiple of log.every_steps; none for no measurements. One costs less than a training step. Ours.
     config.log.signal_every_steps = config_dict.placeholder(int)

@@ -16,7 +16,6 @@ from nfjax import _streams as streams
 
 if TYPE_CHECKING:
     import jax
-    import numpy as np
 
 INTERRUPTED = 130  # as shells report Ctrl-C
 START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the scripts in launch/ start the same command again
@@ -136,33 +135,45 @@ class Interrupts(contextlib.AbstractContextManager):
         print(f"{name}: finishing this step and saving; once more to stop at once", file=streams.err(), flush=True)
 
 
+def interruption(interrupts: Interrupts, step: int, total: int, where: str) -> TrainingInterruptedError:
+    """Why a run stopped at this step of so many, and how it goes on. where: its workdir."""
+    kind, reason = TrainingPreemptedError, "stopped together with another process"
+    if interrupts.pending == signal.SIGINT:
+        kind, reason = TrainingInterruptedError, "interrupted"
+    elif interrupts.pending:
+        reason = "stopped by SIGTERM"
+    return kind(f"{reason}: saved at step {step:,} of {total:,} in {where}; the same command goes on from there")
+
+
 class Votes:
     """Whether any process wants to stop, known to all of them at the same step.
 
-    A signal reaches the processes of a run at different moments, and not all of them. So every step carries the wish
-    of each process, and its result the number of those who want to stop.
+    A signal reaches the processes of a run at different moments, and not all of them. So beside every dispatch the
+    processes add up how many of them want to stop, and all look at the same sum.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, wants_to_stop: Callable[[], bool]):
         import jax  # here: a command heeds signals before it imports what takes long
 
-        everywhere = jax.sharding.PartitionSpec(mesh.axis_names)
-        self._sharding, self._wants_to_stop = jax.sharding.NamedSharding(mesh, everywhere), wants_to_stop
-        self._here, self._devices = jax.local_device_count(), jax.device_count()
-        self._alone = jax.process_count() == 1
+        self._wants_to_stop, self._alone = wants_to_stop, jax.process_count() == 1
+        self._here, self._everywhere = jax.local_device_count(), jax.device_count()
+        self._divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+        self._count = jax.jit(lambda votes: votes.sum(), out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
-    def cast(self) -> dict[str, jax.Array]:
-        """What to add to the batch of a step."""
+    def cast(self) -> jax.Array | None:
+        """The number of devices whose process wants to stop, to be known once all have cast; None where there is only
+        this process.
+        """
         if self._alone:
-            return {}
+            return None
         import jax
         import numpy as np
 
         votes = np.full(self._here, self._wants_to_stop(), np.int32)
-        return {"votes": jax.make_array_from_process_local_data(self._sharding, votes, (self._devices,))}
+        return self._count(jax.make_array_from_process_local_data(self._divided, votes, (self._everywhere,)))
 
-    def stop(self, counted: jax.Array | np.ndarray | None) -> bool:
-        """Whether to stop. counted: "votes" of the sums of steps that are done."""
+    def stop(self, cast: jax.Array | None) -> bool:
+        """Whether to stop. cast: what `cast` gave beside a dispatch that is done, None before the first one."""
         if self._alone:
             return self._wants_to_stop()
-        return counted is not None and bool((counted > 0).any())
+        return cast is not None and int(cast) > 0

@@ -1,20 +1,15 @@
-"""What a run measures and how it is kept: sums on the device; JSON Lines, TensorBoard events and a picture."""
+"""The record of a run, metrics.jsonl: reading it, and drawing it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
-import optax
 
 from nfjax import _figures as figures, storage
 
@@ -42,111 +37,6 @@ class _Epoch(msgspec.Struct):
     test_accuracy: float
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Per-example loss [B] of logits [B, C] and labels [B]; smoothing mixes the one-hot target with the uniform one
-    (Szegedy et al. 2016).
-    """
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), smoothing)
-    return optax.softmax_cross_entropy(logits, targets)
-
-
-def sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Loss, correct predictions and number of the examples whose mask is 1, each summed over the batch."""
-    correct = (jax.lax.argmax(logits, logits.ndim - 1, jnp.int32) == labels).astype(jnp.float32)
-    # where, not a product: a masked example contributes nothing even if its loss is not finite.
-    return {"loss": jnp.where(mask > 0, losses, 0.0).sum(), "correct": (correct * mask).sum(), "count": mask.sum()}
-
-
-def means(totals: Mapping[str, float]) -> dict[str, float]:
-    """{"loss", "accuracy"} from sums; accuracy is a fraction in [0, 1]."""
-    return {"loss": float(totals["loss"] / totals["count"]), "accuracy": float(totals["correct"] / totals["count"])}
-
-
-class Writer:
-    """Appends records to `metrics.jsonl` and their numbers to TensorBoard events in the same folder.
-
-    A run that goes on from `step` first drops what it had written after that step, and from step 0 all of it: each step
-    stands there once. Where lines are damaged, the file is set aside as it was, and goes on without them.
-    Raises OSError, at once, where something cannot be written, or the file is no longer where it was.
-    """
-
-    def __init__(self, workdir: pathlib.Path, step: int):
-        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self.path = workdir / FILE
-        with self._explained(step):
-            kept = [record for record in _whole(self.path) if step and record["step"] <= step]
-            storage.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-            self.stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-            self.events = EventsWriter(str(workdir / "events"))
-            # Tells TensorBoard to forget what it had read of later steps.
-            start = step + 1 if step else 0
-            self.events.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
-
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One record: kind is "train" (since the last one), "epoch" (of the epoch that ends at this step) or "signal"
-        (of the state at this step)."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        self.check()
-        with self._explained(step):
-            self.stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            self.stream.flush()
-            for name, value in values.items():
-                summary = scalar(f"{kind}/{name}", value)
-                self.events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
-            self.events.flush()
-
-    def check(self) -> None:
-        """Raises OSError where the file that was opened is no longer the one of this name: whoever deletes or moves a
-        workdir does it to an open file, too, and what is written then is lost.
-        """
-        opened = os.fstat(self.stream.fileno())
-        try:
-            there = self.path.stat()
-            same = (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)
-        except OSError:
-            same = False
-        if not same:
-            what = self.path if self.path.parent.is_dir() else f"the workdir {self.path.parent}"
-            raise OSError(
-                f"{what} has been deleted, moved or replaced while the run was at work: the run ends, for what it "
-                "writes would be lost. Put it back and start the same command again, or give the place it was moved to "
-                "as --workdir"
-            )
-
-    @contextlib.contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                f"the metrics of step {step:,} cannot be written to {self.path.parent} ({error.strerror or error}); "
-                "what was saved before is whole: mend it, and start the same command again"
-            ) from error
-
-    def close(self) -> None:
-        for stream in (self.stream, self.events):
-            with contextlib.suppress(OSError):  # what could not be written was told before
-                stream.close()
-
-
-class NoWriter:
-    """In place of a `Writer` in all processes but the first."""
-
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def check(self) -> None:
-        """Nothing is open."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`, none if there is no such file; a last line cut short by a crash is left out.
 
@@ -155,7 +45,7 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [_record(line, where) for where, line in _lines(workdir / FILE)]
 
 
-def _whole(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_whole(path: pathlib.Path) -> list[dict[str, Any]]:
     """The records that are whole; if some are not, the file is set aside, with a warning."""
     records, damage = [], []
     for where, line in _lines(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,3 +43,23 @@ def described(needed: int | None, there: int | None) -> str:
         return line
     line += f", of {there / 2**30:.1f} GiB"
     return f"{line}: this will not fit; what helps: {HINT}" if needed > there else line
+
+
+class Compiled:
+    """A jitted function, compiled for the shapes of its first call; before it runs, a line says what memory it takes.
+
+    Args:
+        jitted: The function.
+        say: Gets the line.
+        **static: Its static arguments.
+    """
+
+    def __init__(self, jitted: Any, say: Callable[[str], None], **static: Any):
+        self._jitted, self._say, self._static = jitted, say, static
+        self._compiled: jax.stages.Compiled | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = self._jitted.lower(*arguments, **self._static).compile()
+            self._say(described(of(self._compiled), available(jax.local_devices()[0])))
+        return self._compiled(*arguments)

@@ -1,91 +1,45 @@
-"""Learning-rate schedule and optimizer: SGD with momentum, weight decay on kernels only, optional gradient clipping."""
+"""Optimizers by name, with weight decay on what should decay and optional gradient clipping.
+
+An optimizer is one function of optax, or like one, and one line in `OPTIMIZERS`.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
+
+from nfjax import _names
+from nfjax.training import arguments, ranges
+from nfjax.training.ranges import Range
 
 CLASSIFIER = "classifier"
+_CLIPPING = Range(lambda value: np.float32(value) > 0, "must be positive, or none for no clipping")
 
-
-def cosine_by_epoch(peak: float, epoch_ends: np.ndarray) -> optax.Schedule:
-    """Cosine annealing to zero (Loshchilov and Hutter 2016) that changes only between epochs, as the paper steps it.
-
-    epoch_ends: the number of steps after which each epoch is done, int [epochs]. In epoch e (from 0) the rate is
-    peak / 2 (1 + cos(pi e / epochs)). Raises ValueError for more steps than int32 counts.
-    """
-    _check_steps(epoch_ends[-1])
-    ends = np.asarray(epoch_ends, np.int32)
-
-    def schedule(step: Any) -> jax.Array:
-        epoch = jnp.searchsorted(jnp.asarray(ends), jnp.asarray(step, jnp.int32), side="right")
-        return jnp.float32(peak / 2) * (1 + jnp.cos(jnp.float32(np.pi) * epoch.astype(jnp.float32) / len(ends)))
-
-    return schedule
-
-
-def cosine_by_step(peak: float, steps: int) -> optax.Schedule:
-    """Cosine annealing from `peak` to zero over `steps` steps. Raises ValueError for more than int32 counts."""
-    _check_steps(steps)
-    decay = optax.cosine_decay_schedule(peak, steps)
-    return lambda step: decay(jnp.asarray(step, jnp.float32))
-
-
-def warmed_up(schedule: optax.Schedule, steps: int) -> optax.Schedule:
-    """`schedule`, raised linearly from near zero in the first `steps` steps (Goyal et al. 2017)."""
-
-    def warmed(step: Any) -> jax.Array:
-        share = (jnp.asarray(step, jnp.float32) + 1) / steps
-        return schedule(step) * jnp.minimum(share, 1)
-
-    return warmed if steps else schedule
-
-
-def sgd(
-    schedule: optax.Schedule,
-    momentum: float,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    adaptive_clip: float | None = None,
-) -> optax.GradientTransformation:
-    """SGD with heavy-ball momentum, as PyTorch's: v <- momentum v + g, w <- w - rate v.
-
-    weight_decay: adds weight_decay * w to the gradient of kernels; biases, scalars and normalization scales (rank below
-    2) are spared. clip_norm: largest global norm of the gradient, applied first. adaptive_clip: adaptive gradient
-    clipping (Brock et al. 2021): largest ratio of gradient norm to weight norm per output unit, with the classifier
-    exempt, as in that paper. Raises ValueError for settings that cannot be.
-    """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum}: expected at least 0 and less than 1")
-    if not 0 <= weight_decay < np.inf:
-        raise ValueError(f"weight_decay={weight_decay}: expected 0, for none, or a positive number")
-    for name, value in (("clip_norm", clip_norm), ("adaptive_clip", adaptive_clip)):
-        if value is not None and not 0 < value < np.inf:
-            raise ValueError(f"{name}={value}: expected a positive number, or None for no clipping")
-    parts = []
-    if clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(clip_norm))
-    if adaptive_clip is not None:
-        parts.append(optax.masked(optax.adaptive_grad_clip(adaptive_clip), not_classifier))
-    if weight_decay:
-        parts.append(optax.add_decayed_weights(weight_decay, mask=kernels))
-    return optax.chain(*parts, optax.sgd(schedule, momentum=momentum))
-
-
-def _check_steps(steps: int) -> None:
-    if not 0 < steps < 2**31:
-        raise ValueError(
-            f"a run of {steps:,} steps: expected 1 to {2**31 - 1:,}; choose fewer epochs or a larger batch"
-        )
+RANGES: dict[str, Range] = {
+    "optim.momentum": ranges.UP_TO_ONE,
+    "optim.weight_decay": Range(lambda value: value >= 0, "must be 0 (for none) or more"),
+    "optim.clip_norm": _CLIPPING,
+    "optim.adaptive_clip": _CLIPPING,
+    "optim.label_smoothing": ranges.UP_TO_ONE,
+    "optim.ema_decay": ranges.UP_TO_ONE,
+}
 
 
 def kernels(params: Any) -> Any:
     """True for each kernel (rank 2 and more), False for biases, scalars and normalization scales."""
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+
+def all_parameters(params: Any) -> Any:
+    """True for every parameter."""
+    return jax.tree.map(lambda leaf: True, params)
 
 
 def not_classifier(params: Any) -> Any:
@@ -96,3 +50,120 @@ def not_classifier(params: Any) -> Any:
         return all(getattr(entry, "key", None) != CLASSIFIER for entry in path)
 
     return jax.tree_util.tree_map_with_path(outside, params)
+
+
+def lars(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    trust_coefficient: float = 0.001,
+    eps: float = 0.0,
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
+    """`optax.lars` (You et al. 2017), whose two masks are one: what does not decay is not scaled by trust either."""
+    return optax.lars(
+        learning_rate, weight_decay, mask, trust_coefficient, eps, trust_ratio_mask=mask, momentum=momentum,
+        nesterov=nesterov,
+    )  # fmt: skip
+
+
+# Called with the learning rate, and with those of momentum=, weight_decay= and mask= that they name.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": optax.sgd,  # heavy-ball momentum, as PyTorch's: v <- momentum v + g, w <- w - rate v
+    "nesterov": functools.partial(optax.sgd, nesterov=True),
+    "adamw": optax.adamw,
+    "lars": lars,
+    "lamb": optax.lamb,
+}
+# Which parameters decay.
+MASKS: dict[str, Callable[[Any], Any]] = {"kernels": kernels, "all": all_parameters}
+
+
+def make(
+    name: str | Callable[..., optax.GradientTransformation],
+    schedule: optax.Schedule,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    mask: str | Callable[[Any], Any] = "kernels",
+    clip_norm: float | None = None,
+    adaptive_clip: float | None = None,
+    settings: str = "",
+) -> optax.GradientTransformation:
+    """An optimizer, with what is done to the gradient before it.
+
+    Args:
+        name: In `OPTIMIZERS`, or "package.module:function" (such as "optax:lion"), or a function like those.
+        schedule: Learning rate by step.
+        momentum: Of optimizers that have one.
+        weight_decay: Decoupled from the gradient where the optimizer itself has a weight decay (AdamW, LAMB; LARS puts
+            it before the trust ratio); else weight_decay * w is added to the gradient, as in PyTorch's SGD.
+        mask: Which parameters decay: a name in `MASKS`, "package.module:function", or a function from parameters to a
+            pytree of booleans.
+        clip_norm: Largest global norm of the gradient, applied first; None for no clipping.
+        adaptive_clip: Adaptive gradient clipping (Brock et al. 2021): largest ratio of gradient norm to weight norm per
+            output unit, with the classifier exempt, as in that paper; None for none.
+        settings: Further keyword arguments of the optimizer, "b1=0.9, b2=0.95".
+
+    Raises:
+        ValueError: A name is unknown, or the optimizer does not take its arguments.
+    """
+    _check_numbers(momentum, weight_decay, clip_norm, adaptive_clip)
+    function = _found("optim.name", name, OPTIMIZERS)
+    mask = _found("optim.weight_decay_mask", mask, MASKS)
+    parts = []
+    if clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(clip_norm))
+    if adaptive_clip is not None:
+        parts.append(optax.masked(optax.adaptive_grad_clip(adaptive_clip), not_classifier))
+    named = inspect.signature(function).parameters
+    given = {"momentum": momentum, "weight_decay": weight_decay, "mask": mask}
+    if "weight_decay" not in named:
+        given = {"momentum": momentum}
+        if weight_decay:
+            parts.append(optax.add_decayed_weights(weight_decay, mask=mask))
+    given = {key: value for key, value in given.items() if key in named}
+    optimizer = arguments.call("optim.arguments", function, settings, schedule, **given)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(
+            f"optim.name={name!r} gives {type(optimizer).__name__}: expected an optax.GradientTransformation"
+        )
+    return optax.chain(*parts, optimizer)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for an optimizer that cannot be."""
+    optimizer = build(config, lambda step: 0.1)
+    jax.eval_shape(optimizer.init, {"kernel": jax.ShapeDtypeStruct((2, 2), np.float32)})
+
+
+def build(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer of a config."""
+    settings = config.optim
+    return make(
+        settings.name,
+        schedule,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        mask=settings.weight_decay_mask,
+        clip_norm=settings.clip_norm,
+        adaptive_clip=settings.adaptive_clip,
+        settings=settings.arguments,
+    )
+
+
+def _found(field: str, name: Any, table: dict[str, Any]) -> Any:
+    if isinstance(name, str) and ":" in name:
+        return _names.imported(field, name)
+    return _names.lookup(field, name, table)
+
+
+def _check_numbers(momentum: float, weight_decay: float, clip_norm: float | None, adaptive_clip: float | None) -> None:
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum={momentum}: expected at least 0 and less than 1")
+    if not 0 <= weight_decay < np.inf:
+        raise ValueError(f"weight_decay={weight_decay}: expected 0, for none, or a positive number")
+    for name, value in (("clip_norm", clip_norm), ("adaptive_clip", adaptive_clip)):
+        if value is not None and not 0 < value < np.inf:
+            raise ValueError(f"{name}={value}: expected a positive number, or None for no clipping")

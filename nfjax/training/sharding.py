@@ -7,8 +7,33 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from nfjax.training import ranges
+from nfjax.training.ranges import Range
 
 AXES = ("data", "shard")
+
+RANGES: dict[str, Range] = {
+    "train.accumulate_steps": ranges.whole(1, 2**24, "must be positive"),
+    "train.state_shards": ranges.whole(1, 2**24, "must be positive"),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for a batch or a state that cannot be divided over the devices."""
+    parts = jax.device_count() * config.train.accumulate_steps
+    if config.batch_size % parts:
+        near = max(config.batch_size // parts, 1) * parts
+        accumulated = f" in {config.train.accumulate_steps} parts" if config.train.accumulate_steps > 1 else ""
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be divided over {jax.device_count()} devices{accumulated}; choose "
+            f"a multiple, such as --config.batch_size={near}, or another --config.train.accumulate_steps"
+        )
+    try:
+        make(config.train.state_shards)
+    except ValueError as error:
+        raise ValueError(f"train.state_shards={config.train.state_shards}: {error}") from None
 
 
 def make(shards: int = 1) -> Mesh:

@@ -1,7 +1,6 @@
-"""One step of training and of evaluation.
+"""One step of training and one of evaluation, each jitted where it is written.
 
-A training step knows no data set and no settings: it is built from a network, an optimizer and a preprocessing
-function.
+A step knows no data set and no settings: what stays the same from step to step is a `Task`.
 """
 
 from __future__ import annotations
@@ -15,192 +14,248 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from nfjax.runs import metrics
-from nfjax.training import sharding as meshes
+from nfjax.training import cpu, losses, rng, sharding
+from nfjax.training.network import Network
+from nfjax.training.state import Batch, Steps, TrainState
 
-State = dict[str, Any]  # {"params", "batch_stats", "opt", "step"}, plain dicts of arrays
-# {"image": uint8 [B, H, W, 3], "label": int32 [B], "mask": float32 [B]}; training adds "step"
-Batch = dict[str, jax.Array]
 Sums = dict[str, Any]  # of a batch: "loss", "correct", "count"; training adds "grad_norm"
-Step = Callable[[State, Batch], Any]
+# (key of the step, uint8 [B, H, W, 3]) -> float [B, H, W, 3]
+Preprocess = Callable[[jax.Array, jax.Array], jax.Array]
+# (key of the step, float images, mask [B]) -> (images, partner int32 [B], weight float32 [B]), see nfjax.augment.mixup
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 # What a loss needs: {"image" float [B, H, W, 3], "targets" [(labels int32 [B], weights float32 [B]), ...],
 # "label" int32 [B] for the accuracy, "mask" float32 [B]}
 Examples = dict[str, Any]
-# (key, float images, mask [B]) -> (images, partner int32 [B], weight float32 [B]), see nfjax.augment.mixup
-Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A Flax NNX model as functions of plain dicts: NNX is at work only while they are traced, which keeps a dispatch
-    short.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """What is trained and how: all that a compiled step has built in.
+
+    Attributes:
+        network: Of which the parameters are trained.
+        optimizer: Turns gradients into updates.
+        preprocess: From the images of a batch to what the network sees.
+        mix: Mixes examples after that, None for no mixing.
+        label_smoothing: Share of the target that is spread over all classes.
+        ema_decay: Of the average of the weights, None for no average.
+        parts: Of the batch, whose gradients are computed one after the other and added, which takes the memory of one.
+            They are drawn and augmented together, so without batch norm this is the step of the whole batch; batch
+            norm sees the parts.
+        mesh: Of the devices over which a batch is divided, all there are by default.
     """
 
-    train_graph: nnx.GraphDef
-    eval_graph: nnx.GraphDef
-    structures: tuple[Any, Any]  # of the NNX states of parameters and batch statistics
-
-    def train(
-        self, params: Any, batch_stats: Any, images: jax.Array, axes: tuple[str, ...] | None = None
-    ) -> tuple[jax.Array, Any]:
-        """Logits [B, classes] and the updated batch statistics. axes: of the mesh, inside of `jax.shard_map`: batch
-        norm then takes its statistics over the images of all of their devices.
-        """
-        model = self.model(params, batch_stats)
-        model.set_attributes(nnx.BatchNorm, axis_name=axes, raise_if_not_found=False)
-        logits = model(images)
-        return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-
-    def predict(self, params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
-        """Logits [B, classes], from running statistics where there is batch norm."""
-        return self._merge(self.eval_graph, params, batch_stats)(images)
-
-    def model(self, params: Any, batch_stats: Any) -> nnx.Module:
-        """The NNX model in training mode."""
-        return self._merge(self.train_graph, params, batch_stats)
-
-    def _merge(self, graph: nnx.GraphDef, *states: Any) -> nnx.Module:
-        # A plain dict has its leaves in the order of the nnx.State it was made from.
-        unflattened = (jax.tree.unflatten(s, jax.tree.leaves(x)) for s, x in zip(self.structures, states, strict=True))
-        return nnx.merge(graph, *unflattened)
+    network: Network
+    optimizer: optax.GradientTransformation
+    preprocess: Preprocess
+    mix: Mix | None = None
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
+    parts: int = 1
+    mesh: Mesh = dataclasses.field(default_factory=sharding.make)
 
 
-def as_functions(model: nnx.Module) -> tuple[Network, Any, Any]:
-    """(network, params, batch_stats) of a model; the last two are plain dicts."""
-    model.train()
-    train_graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    model.eval()
-    eval_graph, _, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
-    structures = (jax.tree.structure(params), jax.tree.structure(batch_stats))
-    return Network(train_graph, eval_graph, structures), nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+@functools.partial(jax.jit, static_argnames="task", donate_argnames="state")
+def train_step(state: TrainState, batch: Batch, key: jax.Array, *, task: Task) -> tuple[TrainState, Sums]:
+    """One step of training. The state's memory is used for the new one.
+
+    The loss is the mean over the examples whose mask is 1: one that could not be read counts for nothing (batch norm,
+    where there is any, sees it black). Where examples are mixed, "correct" counts predictions of the class that has
+    the greater part.
+
+    A step whose loss, gradient or update is not finite leaves the state as it was, but for `diverged`, and so does
+    every later one: nothing is trained on after a NaN, however many steps were already on their way to the device.
+
+    Args:
+        state: Before the step.
+        batch: Its examples.
+        key: Of the run's stream "training", the same for every step.
+        task: What is trained.
+
+    Returns:
+        The state after the step and the batch's sums, {"loss", "correct", "count", "grad_norm"}, each [].
+    """
+    examples = _examples(batch, rng.of_step(key, state.step), task)
+    grads, loss, sums, batch_stats = _gradient(state, examples, rng.of_step(key, state.step), task)
+    grad_norm = optax.tree.norm(grads)
+    updates, opt = task.optimizer.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
+    after = state.replace(params=params, batch_stats=batch_stats, opt=opt, step=state.step + 1)
+    if task.ema_decay is not None:
+        after = after.replace(ema=_averaged(state, after, task.ema_decay))
+    good = finite & ~state.diverged
+    state = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state).replace(diverged=~good)
+    state = jax.lax.with_sharding_constraint(state, sharding.of_state(state, task.mesh))
+    return state, sums | {"grad_norm": grad_norm}
 
 
-def initial_state(params: Any, batch_stats: Any, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step."""
+@functools.partial(jax.jit, static_argnames="task", donate_argnames="state")
+def train_steps(state: TrainState, steps: Steps, key: jax.Array, *, task: Task) -> tuple[TrainState, Sums]:
+    """Several steps of training in one dispatch: as many `train_step`s, whose sums are stacked to [n].
+
+    The number of steps is an argument of the compiled loop.
+    """
+
+    def take(state: TrainState, number: Any) -> tuple[TrainState, Sums]:
+        batch = gather(steps.examples, steps.indices[number], mesh=task.mesh)
+        return train_step.__wrapped__(state, batch, key, task=task)  # its buffers are not its own to donate
+
+    def body(number: jax.Array, carry: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
+        state, sums = take(carry[0], number)
+        return state, jax.tree.map(lambda all, one: all.at[number].set(one), carry[1], sums)
+
+    _, shapes = jax.eval_shape(take, state, 0)
+    stacked = jax.tree.map(lambda x: jnp.zeros((len(steps.indices), *x.shape), x.dtype), shapes)
+    return jax.lax.fori_loop(0, steps.count, body, (state, stacked))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def gather(examples: Batch, indices: jax.Array, mask: jax.Array | None = None, *, mesh: Mesh) -> Batch:
+    """A batch of examples that lie on the device, by their indices int32 [B], divided over the devices.
+
+    mask: float32 [B], ones if None.
+    """
+    batch = jax.tree.map(lambda x: x[indices], examples)
+    return jax.lax.with_sharding_constraint(
+        batch if mask is None else batch.replace(mask=mask), sharding.by_batch(mesh)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("network", "normalize"))
+def eval_step(
+    params: Any, batch_stats: Any, batch: Batch, *, network: Network, normalize: Callable[[jax.Array], jax.Array]
+) -> Sums:
+    """The sums of a batch over the examples whose mask is 1, without label smoothing.
+
+    normalize: uint8 [B, H, W, 3] to what the network sees.
+    """
+    logits = network.predict(params, batch_stats, normalize(batch.image))
+    return losses.sums(losses.cross_entropy(logits, batch.label), logits, batch.label, batch.mask)
+
+
+def fetch(parts: list[tuple[int, Sums]]) -> Sums:
+    """The sums of several dispatches on the host: NumPy arrays with one entry per step.
+
+    parts: (how many steps, their sums) of each dispatch.
+    """
+    fetched = jax.device_get([sums for _, sums in parts])
     return {
-        "params": params,
-        "batch_stats": batch_stats,
-        "opt": optimizer.init(params),
-        "step": jnp.zeros((), jnp.int32),
+        name: np.concatenate([np.atleast_1d(sums[name])[:n] for (n, _), sums in zip(parts, fetched, strict=True)])
+        for name in fetched[0]
     }
 
 
-def make_train_step(
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    preprocess: Callable[[jax.Array, jax.Array], jax.Array],
-    key: jax.Array,
-    label_smoothing: float,
-    mix: Mix | None = None,
-    accumulate: int = 1,
-    mesh: Mesh | None = None,
-) -> Step:
-    """`train_step(state, batch) -> (state, sums)`, to be jitted. preprocess: `(key, uint8 images) -> float images`, and
-    then `mix`, both given `fold_in(key, step)`. The loss is the mean over the examples whose mask is 1: one that could
-    not be read counts for nothing (batch norm, where there is any, sees it black). Where examples are mixed, "correct"
-    counts predictions of the class that has the greater part.
+# ---------------------------------------------------------------- the pieces of a step
 
-    accumulate: parts of the batch whose gradients are computed one after the other and added, which takes the memory of
-    one. They are drawn and augmented together, so without batch norm this is the step of the whole batch; batch norm
-    sees the parts.
 
-    mesh: of the devices over which the batch is divided, all there are if None. Each computes the gradient of its own
-    examples, from all parameters, and these gradients are added once per step: neither what is sent nor how it is
-    divided depends on the size of the batch.
+def _examples(batch: Batch, key: jax.Array, task: Task) -> Examples:
+    """What the network is trained on: augmented, normalised, mixed."""
+    images, labels = task.preprocess(key, batch.image), batch.label
+    targets = [(labels, jnp.ones_like(batch.mask))]
+    if task.mix is not None:
+        images, partner, weight = task.mix(key, images, batch.mask)
+        targets = [(labels, weight), (labels[partner], 1 - weight)]
+        labels = jnp.where(weight >= 0.5, labels, labels[partner])
+    return {"image": images, "targets": targets, "label": labels, "mask": batch.mask}
 
-    A step whose loss, gradient or update is not finite leaves the state as it was, and so does every later one, because
-    a batch counts only if its "step" is the state's: nothing is trained on after a NaN, however many steps were already
-    on their way to the device.
+
+def _gradient(state: TrainState, examples: Examples, key: jax.Array, task: Task) -> tuple[Any, jax.Array, Sums, Any]:
+    """(gradient, loss, sums, batch statistics) of the whole batch.
+
+    Each device computes the gradient of its own examples, from all parameters, and these gradients are added once per
+    step: neither what is sent nor how it is divided depends on the size of the batch.
     """
-    mesh = meshes.make() if mesh is None else mesh
-    axes = tuple(axis for axis in meshes.AXES if mesh.shape[axis] > 1)  # XLA would call on others alone, too
+    axes = tuple(axis for axis in sharding.AXES if task.mesh.shape[axis] > 1)  # XLA would call on others alone, too
+    noise = rng.stream(key, "noise") if jax.tree.leaves(task.network.random) else None
 
-    def loss_of(params: Any, batch_stats: Any, part: Examples, count: jax.Array) -> Any:
-        logits, batch_stats = network.train(params, batch_stats, part["image"], axes or None)
-        cross_entropy = functools.partial(metrics.cross_entropy, logits, smoothing=label_smoothing)
-        losses = sum(weights * cross_entropy(labels) for labels, weights in part["targets"])
-        sums = metrics.sums(losses, logits, part["label"], part["mask"])
-        return (losses * part["mask"]).sum() / count, (batch_stats, sums)
-
-    def gradient(params: Any, batch_stats: Any, examples: Examples, count: jax.Array) -> tuple[Any, Any]:
-        """((gradient, loss, sums), batch statistics) over all devices, each of which has its `examples`; `count` of all
-        are there.
-        """
-        of_loss = jax.value_and_grad(loss_of, has_aux=True)
-
-        def of_part(batch_stats: Any, part: Examples) -> tuple[Any, Any]:
-            (loss, (batch_stats, sums)), grads = of_loss(params, batch_stats, part, count)
-            return (grads, loss, sums), batch_stats
-
-        if accumulate == 1:
-            own, batch_stats = of_part(batch_stats, examples)
-        else:
-            # Every part takes every n-th example of the batch, however many devices there are.
-            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), examples)
-
-            def add(carry: Any, i: jax.Array) -> tuple[Any, None]:
-                own, batch_stats = carry
-                part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), parts)
-                more, batch_stats = of_part(batch_stats, part)
-                return (jax.tree.map(jnp.add, own, more), batch_stats), None
-
-            sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
-            start = ((jax.tree.map(jnp.zeros_like, params), jnp.float32(0), sums), batch_stats)
-            # On CPU, XLA runs convolutions inside a loop many times slower than outside.
-            unroll = accumulate if jax.default_backend() == "cpu" else 1
-            (own, batch_stats), _ = jax.lax.scan(add, start, jnp.arange(accumulate), unroll=unroll)
+    def of_device(params: Any, batch_stats: Any, examples: Examples, count: jax.Array, noise: jax.Array | None) -> Any:
+        if noise is not None:
+            for axis in axes:
+                noise = jax.random.fold_in(noise, jax.lax.axis_index(axis))
+        own, batch_stats = _added_up(params, batch_stats, examples, count, noise, axes, task)
         return jax.lax.psum(own, axes), batch_stats
 
-    everywhere, divided = PartitionSpec(), PartitionSpec(meshes.AXES)
-    gradient = jax.shard_map(
-        gradient,
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, divided, everywhere),
+    everywhere, divided = PartitionSpec(), PartitionSpec(sharding.AXES)
+    of_device = jax.shard_map(
+        of_device,
+        mesh=task.mesh,
+        in_specs=(everywhere, everywhere, divided, everywhere, everywhere),
         out_specs=everywhere,
         check_vma=False,  # checked, the gradients of each part would be added over the devices at once
     )
-
-    def train_step(state: State, batch: Batch) -> tuple[State, Sums]:
-        step_key, labels, mask = jax.random.fold_in(key, state["step"]), batch["label"], batch["mask"]
-        images = preprocess(step_key, batch["image"])
-        targets = [(labels, jnp.ones_like(mask))]
-        if mix is not None:
-            images, partner, weight = mix(step_key, images, mask)
-            targets = [(labels, weight), (labels[partner], 1 - weight)]
-            labels = jnp.where(weight >= 0.5, labels, labels[partner])
-        examples = {"image": images, "targets": targets, "label": labels, "mask": mask}
-        count = jnp.maximum(mask.sum(), 1)
-        (grads, loss, sums), batch_stats = gradient(state["params"], state["batch_stats"], examples, count)
-        grad_norm = optax.tree.norm(grads)
-        updates, opt = optimizer.update(grads, state["opt"], state["params"])
-        new = {
-            "params": optax.apply_updates(state["params"], updates),
-            "batch_stats": batch_stats,
-            "opt": opt,
-            "step": state["step"] + 1,
-        }
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
-        good = finite & (batch["step"] == state["step"])
-        state = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
-        return state, sums | {"grad_norm": grad_norm}
-
-    return train_step
+    count = jnp.maximum(examples["mask"].sum(), 1)
+    (grads, loss, sums), batch_stats = of_device(state.params, state.batch_stats, examples, count, noise)
+    return grads, loss, sums, batch_stats
 
 
-def make_eval_step(network: Network, preprocess: Callable[[jax.Array], jax.Array]) -> Step:
-    """`eval_step(state, batch) -> sums` over the examples whose mask is 1, without label smoothing."""
+def _added_up(
+    params: Any,
+    batch_stats: Any,
+    examples: Examples,
+    count: jax.Array,
+    noise: jax.Array | None,
+    axes: tuple[str, ...],
+    task: Task,
+) -> tuple[Any, Any]:
+    """((gradient, loss, sums), batch statistics) of one device's examples, part by part."""
 
-    def eval_step(state: State, batch: Batch) -> Sums:
-        logits = network.predict(state["params"], state["batch_stats"], preprocess(batch["image"]))
-        return metrics.sums(metrics.cross_entropy(logits, batch["label"]), logits, batch["label"], batch["mask"])
+    def of_part(batch_stats: Any, part: Examples, noise: jax.Array | None) -> tuple[Any, Any]:
+        of_loss = jax.value_and_grad(_loss, has_aux=True)
+        (loss, (batch_stats, sums)), grads = of_loss(params, batch_stats, part, count, noise, axes, task)
+        return (grads, loss, sums), batch_stats
 
-    return eval_step
+    if task.parts == 1:
+        return of_part(batch_stats, examples, noise)
+    # Every part takes every n-th example of the batch, however many devices there are.
+    parts = jax.tree.map(lambda x: x.reshape(-1, task.parts, *x.shape[1:]), examples)
+
+    def add(carry: Any, i: jax.Array) -> tuple[Any, None]:
+        own, batch_stats = carry
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False), parts)
+        more, batch_stats = of_part(batch_stats, part, None if noise is None else jax.random.fold_in(noise, i))
+        return (jax.tree.map(jnp.add, own, more), batch_stats), None
+
+    sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
+    start = ((jax.tree.map(jnp.zeros_like, params), jnp.float32(0), sums), batch_stats)
+    unroll = cpu.unroll(cpu.platform_of(task.mesh), task.parts)
+    (own, batch_stats), _ = jax.lax.scan(add, start, jnp.arange(task.parts), unroll=unroll)
+    return own, batch_stats
 
 
-def fetch(parts: list[Sums]) -> Sums:
-    """The sums of several dispatches on the host, NumPy arrays with one entry per step."""
-    fetched = jax.device_get(parts)
-    return {name: np.concatenate([np.atleast_1d(part[name]) for part in fetched]) for name in fetched[0]}
+def _loss(
+    params: Any,
+    batch_stats: Any,
+    part: Examples,
+    count: jax.Array,
+    noise: jax.Array | None,
+    axes: tuple[str, ...],
+    task: Task,
+) -> tuple[jax.Array, tuple[Any, Sums]]:
+    """A part's share of the mean loss over `count` examples; with it, the batch statistics and sums."""
+    logits, batch_stats = task.network.train(params, batch_stats, part["image"], noise, axes or None)
+    each = sum(
+        weights * losses.cross_entropy(logits, labels, task.label_smoothing) for labels, weights in part["targets"]
+    )
+    sums = losses.sums(each, logits, part["label"], part["mask"])
+    return (each * part["mask"]).sum() / count, (batch_stats, sums)
+
+
+def _averaged(before: TrainState, after: TrainState, decay: float) -> dict[str, Any]:
+    """The exponential moving average of parameters and batch statistics after a step.
+
+    The decay grows with the steps, (1 + t) / (10 + t) up to its value, as in TensorFlow's ExponentialMovingAverage with
+    num_updates: the first weights, which are random, are soon forgotten.
+    """
+    step = before.step.astype(jnp.float32)
+    keep = jnp.minimum(jnp.float32(decay), (1 + step) / (10 + step))
+    new = {"params": after.params, "batch_stats": after.batch_stats}
+
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(new.dtype, jnp.floating):
+            return new
+        return (keep * old.astype(jnp.float32) + (1 - keep) * new.astype(jnp.float32)).astype(old.dtype)
+
+    return jax.tree.map(average, before.ema, new)
