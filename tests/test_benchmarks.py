@@ -237,9 +237,6 @@ def test_timm_is_left_out_where_it_is_not_installed(tmp_path, there):
             machine = {"device": "GPU", "platform": "gpu", "version": "1"}
             return {"machine": machine, "has_timm": there, "limits": {"matmul": 2.0, "conv": 1.0}}[do]
 
-        def close(self):
-            pass
-
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = lambda self, *_: None  # noqa: E731
 

@@ -74,6 +74,8 @@ def measure(bench: Bench) -> Iterator[Record]:
             for name, worker in workers.items():
                 sides[name]["epochs"].append(worker.ask("epoch"))
                 print(SIDES[name].title, sides[name]["epochs"][-1], flush=True)
+        if "nfjax" in workers:
+            workers["nfjax"].ask("end")
     chosen = {name: getattr(arguments, name) for name in ("network", "examples", "torch_mode")}
     yield settings | chosen | {"data": bool(arguments.data), "cores": os.cpu_count(), "sides": sides}
 

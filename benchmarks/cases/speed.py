@@ -17,6 +17,7 @@ the first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -181,11 +182,10 @@ class Comparison:
         Ends the program where one of the libraries sees an accelerator that the other does not.
         """
         names = ["nfjax", *(["eager"] if set(sides) - {"nfjax"} else [])]
-        workers = {name: self._start(name) for name in names}
-        machines = {name: worker.ask("machine") for name, worker in workers.items()}
-        self.timm = "eager" in workers and workers["eager"].ask("has_timm")
-        for worker in workers.values():
-            worker.close()
+        with contextlib.ExitStack() as stack:
+            workers = {name: stack.enter_context(self._start(name)) for name in names}
+            machines = {name: worker.ask("machine") for name, worker in workers.items()}
+            self.timm = "eager" in workers and workers["eager"].ask("has_timm")
         turns.check_same_device(machines)
         self.versions = {name: found["version"] for name, found in machines.items()}
         return machines["nfjax"]["device"]
@@ -237,13 +237,11 @@ class Comparison:
     def together(self, case: Network, names: list[str]) -> dict[str, Record]:
         """All sides alive at once, each in its turn."""
         sides: dict[str, Record] = {name: {} for name in names}
-        workers = {name: self._start(name) for name in names}
-        rounds = [self._prepare, *[self._turn] * self.grid.turns, self._report]
-        for action in rounds:
-            for name, worker in workers.items():
-                self._guarded(sides[name], action, worker, case)
-        for worker in workers.values():
-            worker.close()
+        with contextlib.ExitStack() as stack:
+            workers = {name: stack.enter_context(self._start(name)) for name in names}
+            for action in (self._prepare, *[self._turn] * self.grid.turns, self._report):
+                for name, worker in workers.items():
+                    self._guarded(sides[name], action, worker, case)
         return sides
 
     def alone(self, case: Network, names: list[str]) -> dict[str, Record]:

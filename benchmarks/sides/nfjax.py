@@ -5,6 +5,7 @@ All that the benchmarks know of the inside of nfjax.training is here.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import tempfile
 import time
@@ -17,11 +18,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from benchmarks import turns
-from nfjax import compilation, config, cost, data, preemption, resnet, spp
+from nfjax import compilation, config, cost, data, resnet, spp
 from nfjax.runs import checkpoint
-from nfjax.training import assembly, footprint, loop
-from nfjax.training import sharding as meshes
-from nfjax.training import step as steps
+from nfjax.runs import workdir as workdirs
+from nfjax.training import cpu, footprint, loader, network, optimizers, preprocessing, schedules, sharding, step
+from nfjax.training import run as runs
+from nfjax.training.state import Batch, TrainState
 
 EPOCHS = 200  # of the schedule; more than are measured
 
@@ -45,26 +47,21 @@ class Steps:
             Seconds of building, compiling and the first step, bytes of the program, and the machine.
         """
         start = time.perf_counter()
-        settings = case_config(**case)
-        model = assembly.build_model(settings, classes, jax.random.key(0))
-        network, params, batch_stats = steps.as_functions(model)
+        settings, mesh = case_config(**case), sharding.make()
+        model = network.build(settings, classes, jax.random.key(0))
+        functions, params, batch_stats = network.as_functions(model)
         if parameters is not None:
             with np.load(parameters) as stored:
                 params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(stored[dotted(path)]), params)
-        optimizer, _ = assembly.build_optimizer(settings, [2**30])
-        mesh = meshes.make()
-        state = steps.initial_state(params, batch_stats, optimizer)
-        self.state = meshes.place(state, meshes.of_state(state, mesh))
+        optimizer = optimizers.build(settings, schedules.build(settings, [2**30]))
+        state = TrainState.start(params, batch_stats, optimizer)
+        self.state = sharding.place(state, sharding.of_state(state, mesh))
         batch = examples(settings.batch_size, settings.data.image_size, classes)
-        self.batch = meshes.place(batch, meshes.by_batch(mesh))
-        self.key = np.asarray(jax.random.key_data(jax.random.key(0)))
-        step = loop.make_train_step(settings, network, optimizer, mesh)
-
-        def numbered(state: Any, batch: Any, key: Any) -> Any:
-            return step(state, batch | {"step": state["step"], "key": key})
-
+        self.batch, self.key = sharding.place(batch, sharding.by_batch(mesh)), jax.random.key(0)
+        parts = network.count_parts(settings, cpu.platform_of(mesh))
+        task = step.Task(functions, optimizer, preprocessing.make_preprocess(settings), parts=parts, mesh=mesh)
         built = time.perf_counter()
-        self.step = jax.jit(numbered, donate_argnums=0).lower(self.state, self.batch, self.key).compile()
+        self.step = step.train_step.lower(self.state, self.batch, self.key, task=task).compile()
         compiled = time.perf_counter()
         first = self.take(1)
         self.take(warm - 1)
@@ -90,8 +87,8 @@ class Steps:
     def write(self, classes: int, parameters: str, **case: Any) -> int:
         """Puts the parameters that all sides start from into a file; returns the multiply-accumulates per image."""
         settings = case_config(**case)
-        model = assembly.build_model(settings, classes, jax.random.key(0))
-        leaves = jax.tree_util.tree_flatten_with_path(steps.as_functions(model)[1])[0]
+        model = network.build(settings, classes, jax.random.key(0))
+        leaves = jax.tree_util.tree_flatten_with_path(network.as_functions(model)[1])[0]
         np.savez(parameters, **{dotted(path): leaf for path, leaf in leaves})
         return cost.count(model, (1, settings.data.image_size, settings.data.image_size, 3)).macs
 
@@ -133,7 +130,7 @@ def case_config(
 ) -> ConfigDict:  # fmt: skip
     """The config that trains a network at a shape, as PyTorch's side does: with neither augmentation nor decay."""
     settings = config.imagenet() if image >= 224 else config.cifar()
-    settings.batch_size, settings.data.image_size, settings.epochs = batch, image, 1
+    settings.batch_size, settings.data.image_size = batch, image
     settings.model.update({"depth": depth, "residual": residual, "norm": norm, "width": width, "dtype": dtype})
     settings.data.mean, settings.data.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     settings.augment.update({"crop_padding": 0, "flip": False, "rand_operations": 0})
@@ -141,11 +138,11 @@ def case_config(
     return settings
 
 
-def examples(batch: int, image: int, classes: int) -> dict[str, np.ndarray]:
+def examples(batch: int, image: int, classes: int) -> Batch:
     """The same random images and labels on both sides."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, image, image, 3), np.uint8)
-    return {"image": images, "label": rng.integers(0, classes, batch, np.int32), "mask": np.ones(batch, np.float32)}
+    return Batch(images, rng.integers(0, classes, batch, np.int32), np.ones(batch, np.float32))
 
 
 class Epochs:
@@ -162,44 +159,40 @@ class Epochs:
         """
         del workers
         compilation.keep()
+        data.DATASETS["arrays"] = arrays
         settings = config.cifar()
-        settings.model, settings.batch_size = case_config(**case).model, case["batch"]
-        settings.augment.rand_operations = operations
-        self.batch, self.every, self.step = settings.batch_size, settings.log.every_steps, 0
-        with np.load(images) as arrays:
-            split = data.Images(arrays["images"], arrays["labels"])
-        dataset = data.Dataset(split, split, tuple(map(str, range(10))))
-        mesh = meshes.make()
-        model = assembly.build_model(settings, 10, jax.random.key(0))
-        network, params, batch_stats = steps.as_functions(model)
-        self.per_epoch = len(split) // self.batch
-        ends = self.per_epoch * np.arange(1, EPOCHS + 1)
-        optimizer, _ = assembly.build_optimizer(settings, ends)
-        state = steps.initial_state(params, batch_stats, optimizer)
-        self.state = meshes.place(state, meshes.of_state(state, mesh))
-        feed = assembly.make_feed(settings, dataset, "train", mesh, None)
-        step = loop.make_train_step(settings, network, optimizer, mesh)
-        votes = preemption.Votes(mesh, lambda: False)
-        self.runner = loop.Runner(settings, feed, step, jax.random.key(1), votes, len(split), int(ends[-1]))
+        settings.model, settings.batch_size, settings.epochs = case_config(**case).model, case["batch"], EPOCHS
+        settings.augment.rand_operations, settings.data.source, settings.data.dir = operations, "arrays", images
+        self.stack = contextlib.ExitStack()
+        workdir = self.stack.enter_context(tempfile.TemporaryDirectory())
+        self.run = runs.build(settings, workdirs.open_for(settings, f"{workdir}/run"))
+        self.stack.enter_context(runs.closing(self.run))
+        self.work = self.run.work()
         return machine()
 
     def epoch(self) -> dict[str, float]:
-        """Seconds and mean loss of an epoch, reported as often as the trainer does."""
-        start, losses, end = time.perf_counter(), [], self.step + self.per_epoch
-        while self.step < end:
-            stop = min(end, (self.step // self.every + 1) * self.every)
-            parts = []
-            for state, sums in self.runner.steps(self.state, self.step, stop):
-                self.state = state
-                parts.append(sums)
-            losses.append(steps.fetch(parts)["loss"])
-            self.step = stop
-        return {"seconds": time.perf_counter() - start, "loss": float(np.concatenate(losses).mean()) / self.batch}
+        """Seconds and mean loss of an epoch, settled as often as the trainer does."""
+        start, progress = time.perf_counter(), self.run.progress
+        for work in self.work:
+            if self.run.dispatch(work) and self.run.settle() and progress.epochs_ended() is not None:
+                break
+        return {"seconds": time.perf_counter() - start, "loss": progress.take("epoch")["loss"]}
+
+    def end(self) -> None:
+        self.stack.close()
+
+
+def arrays(path: str, image_size: int) -> data.Dataset:
+    """The `images` and `labels` of an .npz file, as a data set."""
+    del image_size
+    with np.load(path) as stored:
+        split = data.Images(stored["images"], stored["labels"])
+    return data.Dataset(split, split, tuple(map(str, range(10))))
 
 
 def cifar_images(directory: str, examples: int) -> dict[str, np.ndarray]:
     """`images` and `labels` of some training images of CIFAR-10, chosen at random, as `Epochs.prepare` reads them."""
-    split = assembly.open_data(config.cifar(), directory).train
+    split = loader.open_data(config.cifar(), directory).train
     chosen = np.random.default_rng(0).permutation(len(split.images))[:examples]
     return {"images": split.images[chosen], "labels": split.labels[chosen]}
 
@@ -247,9 +240,9 @@ class Saves:
         self.training.prepare(classes=10, depth=depth, residual="convshort", batch=batch, width=width, warm=2)
         self.folder = tempfile.TemporaryDirectory()
         self.checkpoints = checkpoint.Checkpoints(pathlib.Path(self.folder.name), keep=1)
-        self.checkpoints.save(1, {"state": self.training.state})  # compiles the checksums
+        self.checkpoints.save(1, {"state": self.training.state.to_saved()})  # compiles the checksums
         self.checkpoints.wait()
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.training.state))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.training.state.to_saved()))
         every = config.base().checkpoint.every_steps
         return {"megabytes": size / 1e6, "every_steps": every, "device": machine()["device"]}
 
@@ -258,7 +251,7 @@ class Saves:
         start, seconds = time.perf_counter(), {}
         if save:
             self.number += 1
-            self.checkpoints.save(self.number, {"state": self.training.state})
+            self.checkpoints.save(self.number, {"state": self.training.state.to_saved()})
             seconds["call"] = time.perf_counter() - start
         for _ in range(length):
             self.training.take(1)
