@@ -99,7 +99,9 @@ class Bench:
 def main(words: Sequence[str] | None = None) -> None:
     common, calls = split(sys.argv[1:] if words is None else words)
     if not calls:
-        parser("python -m benchmarks", __doc__).parse_args(common)
+        parser("python -m benchmarks", f"{__doc__}\ncases: {', '.join(CASES)}; CASE --help tells more").parse_args(
+            common
+        )
         sys.exit(f"which case? {', '.join(CASES)}, or tables")
     begin = time.monotonic()
     for name, own in calls:
