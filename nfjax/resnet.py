@@ -262,7 +262,16 @@ def _run(block: Block, x: jax.Array) -> jax.Array:
 def stages(
     depth: int | None, stage_sizes: Sequence[int] | None = None, block: str | type[Block] | None = None
 ) -> tuple[type[Block], tuple[int, ...]]:
-    """The class of the blocks, and how many each stage has; the arguments are those of `PreActResNet`."""
+    """The class of the blocks, and how many each stage has.
+
+    Args:
+        depth: As for `PreActResNet`.
+        stage_sizes: Likewise.
+        block: Likewise.
+
+    Raises:
+        ValueError: Not exactly one of depth and stage sizes is given, or one of them is none.
+    """
     if (depth is None) == (stage_sizes is None):
         raise ValueError(f"depth={depth!r}, stage_sizes={stage_sizes!r}: expected one of the two")
     if stage_sizes is None:

@@ -192,40 +192,6 @@ def regular_file(path: pathlib.Path) -> bool:
         return False
 
 
-def cache_directory() -> pathlib.Path:
-    """Where copies are kept that can be made again: $NFJAX_CACHE, or nfjax in the user's cache directory.
-
-    Raises:
-        OSError: This user has no home directory, and nothing else is said.
-    """
-    try:
-        if chosen := os.environ.get("NFJAX_CACHE"):
-            return pathlib.Path(chosen).expanduser()
-        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "nfjax"
-    except RuntimeError as error:
-        raise OSError(f"there is no place for copies ({error}); set NFJAX_CACHE to a directory for them") from error
-
-
-def cache_folder(*names: str) -> pathlib.Path:
-    """A folder below `cache_directory()`, made where it was not there.
-
-    Args:
-        *names: The folder, and those between.
-
-    Raises:
-        OSError: It cannot be made.
-    """
-    folder = cache_directory().joinpath(*names)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder}, for copies, cannot be made ({error.strerror}); set NFJAX_CACHE to another directory",
-        ) from error
-    return folder
-
-
 def _described(expected: Any) -> str:
     origin = getattr(expected, "__origin__", expected)
     return {dict: "a JSON object", list: "a JSON list", Mapping: "a JSON object"}.get(origin, "a JSON object")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax import compilation, data, storage
+from nfjax import _cache, compilation, data
 from nfjax import config as configs
 from nfjax.data.decoding import crops, decode
 from nfjax.data.loading import memory, skips
@@ -410,7 +410,7 @@ def test_without_a_home_directory(tmp_path, monkeypatch, caplog):
         jax.config.update("jax_compilation_cache_dir", kept_in)
     assert "what is compiled cannot be kept" in caplog.text
     with pytest.raises(OSError, match="set NFJAX_CACHE to a directory"):
-        storage.cache_folder("mirror")
+        _cache.cache_folder("mirror")
     monkeypatch.setenv("HOME", str(tmp_path / "set" / "train" / "ant" / "000.png"))  # where nothing can be made
     with pytest.raises(OSError, match=r"ant/000\.png.*cannot be made .*set NFJAX_CACHE"):
-        storage.cache_folder("mirror")
+        _cache.cache_folder("mirror")

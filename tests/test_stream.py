@@ -173,6 +173,22 @@ def test_killing_the_trainer_leaves_no_orphans(tmp_path):
     assert not any(_alive(child) for child in children)
 
 
+def test_workers_import_the_package_that_this_process_has(tmp_path):
+    """And not another one of its name that lies in the current folder."""
+    (tmp_path / "nfjax").mkdir()
+    (tmp_path / "nfjax" / "__init__.py").write_text("raise ImportError('another nfjax')")
+    code = (
+        "import streamed\n"
+        "from nfjax.data.loading import order, stream\n"
+        "batches = stream.stream(streamed.Split(4), streamed.pixels, (2, 2, 3), order.eval_orders(4, 4), print, 1)\n"
+        "print([int(batch['mask'].sum()) for batch in batches])\n"
+    )
+    tests = os.path.dirname(__file__)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.path.dirname(tests), *filter(None, sys.path)])}
+    run = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True)
+    assert run.stdout == b"[4]\n", run.stderr
+
+
 def test_memory_does_not_grow():
     import resource
 

@@ -20,7 +20,7 @@ from typing import Any
 import tqdm
 from absl import logging
 
-from nfjax import storage
+from nfjax import _cache, storage
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what fsspec needs to speak each protocol
 SPARE = 1 << 30  # bytes of local disk that a copy leaves free
@@ -83,7 +83,7 @@ def mirror(directory: str, sizes: dict[str, int], version: str, checksums: dict[
             raise storage.DamagedFileError(f"{directory} names the file {name!r}: expected one that is not hidden")
     key = hashlib.sha256(os.fsencode(f"{directory} {version}")).hexdigest()[:12]
     name = re.sub(r"\W+", "-", directory.partition("://")[2]).strip("-")[-60:]
-    local = storage.cache_folder("mirror", f"{name}-{key}")
+    local = _cache.cache_folder("mirror", f"{name}-{key}")
     with open(local / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for part in local.glob("*.part"):  # what a kill has left of a copy

@@ -49,10 +49,18 @@ class Start(TypedDict):
 class Record:
     """A finished run, or one that diverged.
 
-    dataset: a name in `runs.BASES`. data: what the images are called, and fingerprint: of what is in them. images: how
-    many to train on and to test with. settings: {"model.depth": 18, ...}, all that decide what a run comes to. epochs:
-    {"test_accuracy": [...], ...}, those of `PER_EPOCH`, one number per epoch. diverged: why the run ended early, if it
-    did. seconds: of training, compilation included, evaluation not. starts: the entries of its versions.json.
+    Attributes:
+        dataset: A name in `_runs.BASES`.
+        data: What the images are called.
+        fingerprint: Of what is in them.
+        images: How many to train on and to test with.
+        classes: How many there are.
+        curve: A name in `_curves.CURVES`.
+        settings: {"model.depth": 18, ...}, all that decide what a run comes to.
+        epochs: {"test_accuracy": [...], ...}, those of `PER_EPOCH`, one number per epoch.
+        diverged: Why the run ended early, if it did.
+        seconds: Of training, compilation included, evaluation not.
+        starts: The entries of its versions.json.
     """
 
     dataset: str
@@ -129,10 +137,14 @@ def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def read(out: pathlib.Path) -> list[Record]:
-    """The records in `out`, none if there is no such file; of a run that stands there twice the later one.
+    """The records in a folder, none if there is no such file; of a run that stands there twice the later one.
 
-    Raises ValueError for a line that is no record; one cut short by a crash, which can only be the last, is left out,
-    with a warning.
+    Args:
+        out: The folder.
+
+    Raises:
+        ValueError: A line is no record; one cut short by a crash, which can only be the last, is left out, with a
+            warning.
     """
     path = out / FILE
     try:
@@ -169,7 +181,12 @@ def _same_run(one: Record, other: Record) -> bool:
 def append(out: pathlib.Path, record: Record) -> None:
     """Adds a line, in one piece, also where several processes do; a line that a crash cut short is ended first.
 
-    Raises OSError where it cannot be written; then nothing of it is.
+    Args:
+        out: The folder.
+        record: Of the run.
+
+    Raises:
+        OSError: It cannot be written; then nothing of it is.
     """
     path = out / FILE
     with open(path, "a+b", buffering=0) as stream:

@@ -45,9 +45,15 @@ BASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for. seeds: how many, from 0. changes: {"model.width": 8}, over the paper's settings.
-    data: directory of the images; empty to train nothing. data_name: what they are called in results. runs: where the
-    workdirs are.
+    """What the command line asks for.
+
+    Attributes:
+        out: Folder of the results.
+        seeds: How many, from 0.
+        changes: {"model.width": 8}, over the paper's settings.
+        data: Directory of the images; empty to train nothing.
+        data_name: What they are called in results.
+        runs: Where the workdirs are.
     """
 
     out: pathlib.Path
@@ -77,8 +83,11 @@ class Run:
 def parse_changes(given: Sequence[settings.Setting]) -> dict[str, Any]:
     """{"model.width": 8} from --config.model.width=8; "none" stands for None.
 
-    Raises ValueError for fields that do not exist, for those that the figures themselves set, and for values that a
-    field cannot have.
+    Args:
+        given: Of the command line.
+
+    Raises:
+        ValueError: There is no such field, it is one that the figures themselves set, or it cannot have such a value.
     """
     for setting in given:
         if setting.field in (*_records.COMPARED, "data.dir"):
@@ -89,7 +98,17 @@ def parse_changes(given: Sequence[settings.Setting]) -> dict[str, Any]:
 
 
 def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> ConfigDict:
-    """The config of one run. Raises ValueError for a setting that does not exist, or has no such value."""
+    """The config of one run.
+
+    Args:
+        dataset: A name in `BASES`.
+        cell: The network.
+        seed: Of the run.
+        request: What is asked for.
+
+    Raises:
+        ValueError: A setting does not exist, or has no such value.
+    """
     config = BASES[dataset].config()
     config.checkpoint.keep = 1
     for name in request.changes:
@@ -143,8 +162,13 @@ def train_missing(grid: Grid, request: Request) -> None:
     Stopped at any point, the same call goes on from there. Runs whose programs agree (another seed, another
     initialization) compile once; the programs are kept for the next time.
 
-    Raises ValueError for images that are not of this data set, or that are called like others that were trained on; and
-    what `train.train` raises, but for runs that diverge: this is a result.
+    Args:
+        grid: What is compared.
+        request: What is asked for.
+
+    Raises:
+        ValueError: The images are not of this data set, or are called like others that were trained on. What
+            `loop.train` raises passes through, but for runs that diverge: this is a result.
     """
     runs = planned(grid, request)
     for run in runs:

@@ -97,7 +97,17 @@ def propagation_figure(
     image_size: int = 32,
     width: int = 64,
 ) -> PropagationFigure:
-    """Measures every curve at every depth; the same seeds draw the same noise for each."""
+    """Measures every curve at every depth; the same seeds draw the same noise for each.
+
+    Args:
+        title: Of the figure.
+        depths: Of the networks.
+        curves: name -> (residual, norm, init).
+        seeds: How many.
+        batch: Images in a batch of noise.
+        image_size: Their height and width in pixels.
+        width: Channels of the first stage.
+    """
     shape = (batch, image_size, image_size, 3)
     profiles: dict[int, dict[str, spp.Profile]] = {depth: {} for depth in depths}
     predictions: dict[int, dict[str, spp.Prediction | None]] = {depth: {} for depth in depths}

@@ -114,7 +114,12 @@ def as_printed(spent: cost.Cost) -> tuple[float, float]:
 
 
 def cost_table(title: str, printed: dict[tuple[int, str], tuple[float, float]]) -> Table:
-    """Table 1 or 2 of the paper, counted from networks that are traced but never allocated."""
+    """Table 1 or 2 of the paper, counted from networks that are traced but never allocated.
+
+    Args:
+        title: Of the table.
+        printed: `TABLE_1` or `TABLE_2`.
+    """
     rows: list[list[Cell]] = []
     for (depth, scheme), (parameters, flops) in printed.items():
         build = functools.partial(resnet.PreActResNet, depth, *SCHEMES[scheme], num_classes=CLASSES)

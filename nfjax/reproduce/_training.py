@@ -157,10 +157,17 @@ class TrainingFigure:
 
 
 def training_figures(grid: Grid, request: _runs.Request) -> list[TrainingFigure]:
-    """What there is of a grid with the settings that are asked for: one figure for each set of images that it was
-    trained on.
+    """What there is of a grid with the settings that are asked for.
 
-    Raises ValueError where there is nothing yet.
+    Args:
+        grid: What is compared.
+        request: What is asked for.
+
+    Returns:
+        One figure for each set of images that it was trained on.
+
+    Raises:
+        ValueError: There is nothing yet.
     """
     known = [record for record in _records.read(request.out) if record.dataset == grid.dataset]
     names = dict.fromkeys((record.data, record.fingerprint) for record in known)

@@ -146,7 +146,8 @@ class Bar:
         _print(
             f"epoch {values['epoch']:{width}d}/{self.epochs}  train loss {values['train_loss']:.4f} accuracy "
             f"{values['train_accuracy']:7.2%}   "
-            f"test loss {values['test_loss']:.4f} accuracy {values['test_accuracy']:7.2%}{average}   {self.rate:,.0f} images/s",
+            f"test loss {values['test_loss']:.4f} accuracy {values['test_accuracy']:7.2%}{average}   "
+            f"{self.rate:,.0f} images/s",
             streams.out(),
         )
         self._since = time.perf_counter()

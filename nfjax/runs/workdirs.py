@@ -22,11 +22,11 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from nfjax import _streams as streams
 from nfjax import config as configs
-from nfjax import distributed, storage, _streams as streams
-from nfjax.runs import mirror
-from nfjax.runs import files
+from nfjax import distributed, storage
 from nfjax.data import Dataset
+from nfjax.runs import files, mirror
 
 LOCK = ".lock"
 PARAMETERS = "parameters.txt"

@@ -1,6 +1,6 @@
 """A whole data set decoded into memory: once, in parallel, and cached for the next run.
 
-The cache lies under `storage.cache_directory()`, keyed by the fingerprint of the data set and by what was done to its
+The cache lies under `_cache.cache_directory()`, keyed by the fingerprint of the data set and by what was done to its
 pixels.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from nfjax import storage
+from nfjax import _cache, storage
 from nfjax.data.decoding import decode
 from nfjax.data.decoding.crops import CentreCrop
 from nfjax.data.loading import skips
@@ -47,7 +47,7 @@ def decoded(dataset: Dataset, train: CentreCrop, test: CentreCrop, max_skipped: 
     if all(isinstance(split, Images) for split, _ in splits.values()):
         return dataset
     _check_memory([(len(split), crop.size) for split, crop in splits.values()])
-    cache = _cache(dataset, train, test)
+    cache = _kept_in(dataset, train, test)
     stored = None if cache is None else _read(cache)
     if stored is None:
         arrays, skipped = {}, {}
@@ -83,7 +83,7 @@ def _check_memory(splits: list[tuple[int, int]]) -> None:
         )
 
 
-def _cache(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> pathlib.Path | None:
+def _kept_in(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> pathlib.Path | None:
     """Where the decoded images of this data set lie; None where nobody could tell whether they are still the same, and
     where there is no place for them.
     """
@@ -91,7 +91,7 @@ def _cache(dataset: Dataset, train: CentreCrop, test: CentreCrop) -> pathlib.Pat
         return None
     key = hashlib.sha256(f"4 {decode.RULE} {dataset.fingerprint()} {train} {test}".encode()).hexdigest()[:16]
     try:
-        return storage.cache_directory() / f"decoded-{key}.npz"
+        return _cache.cache_directory() / f"decoded-{key}.npz"
     except OSError as error:
         logging.warning("the decoded images are not cached: %s", error)
         return None

@@ -79,10 +79,11 @@ class Worker:
             program: What it does with a task, (reader, transform), pickled: see `worker.serve`.
         """
         ours, theirs = multiprocessing.Pipe()
-        # This process may have been started with a changed sys.path: the worker imports the same package.
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # The worker imports from where this process does, and so the same package: -P keeps it from looking in the
+        # current folder first, which an empty entry of sys.path stands for.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         memory = slots.file.fileno()
-        command = [sys.executable, "-m", "nfjax.data.loading.worker", str(theirs.fileno()), str(memory)]
+        command = [sys.executable, "-P", "-m", "nfjax.data.loading.worker", str(theirs.fileno()), str(memory)]
         self.process = subprocess.Popen(
             command, pass_fds=(theirs.fileno(), memory), env=environment, stdin=subprocess.DEVNULL
         )
@@ -175,7 +176,8 @@ class Pool:
         if self._false_starts > len(self._workers) + 2:
             raise WorkersFailedError(
                 f"{self._false_starts} worker processes ended before they decoded anything, the last with exit status "
-                f"{status}; is there enough memory? Try fewer, such as --config.data.workers=1"
+                f"{status}; what they printed stands above. Is there enough memory? Try fewer, such as "
+                "--config.data.workers=1"
             )
         tasks = list(worker.tasks)
         if tasks and worker.ready:

@@ -23,7 +23,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from nfjax import storage
+from nfjax import _cache, storage
 from nfjax.data import remote
 from nfjax.data.contents import contents
 from nfjax.data.loading.pool import default_workers
@@ -74,7 +74,7 @@ def pack(
     Args:
         dataset: The data set.
         out: An empty directory, local or in a bucket, which is written from a local copy in
-            `storage.cache_directory()`; or one that was packed with the same settings.
+            `_cache.cache_directory()`; or one that was packed with the same settings.
         source: Where the data came from, for the manifest.
         short_side: Pixels to which images with a longer short side are reduced, with Pillow's antialiased bilinear
             resize, the one of the evaluation crop, so that evaluation at that size sees the same pixels but for the
@@ -97,7 +97,7 @@ def pack(
     local = pathlib.Path(os.path.expanduser(out))
     if remote.is_remote(out):
         remote.path(out)  # fails here, and not after the work, where a package is missing
-        local = storage.cache_directory() / "packed" / hashlib.sha256(os.fsencode(out)).hexdigest()[:16]
+        local = _cache.cache_directory() / "packed" / hashlib.sha256(os.fsencode(out)).hexdigest()[:16]
     settings = {"source": source, "short_side": short_side, "quality": quality if short_side else None}
     fingerprint = dataset.fingerprint() if dataset.fingerprint else contents(dataset)
     settings |= {"per_shard": per_shard, "fingerprint": fingerprint}
