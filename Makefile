@@ -26,7 +26,7 @@ results: .venv/installed
 	$(BIN)/python -m nfjax.main --config=configs/digits_convshort.py --workdir=runs/results | tail -n 6 > results/digits_convshort/output.txt
 	cp $(addprefix runs/results/,curves.png metrics.jsonl versions.json config.json) results/digits_convshort
 	$(BIN)/python -m nfjax.reproduce table1 table2 figure2 figure6 claims --out=results
-	$(BIN)/python benchmarks/update_readme.py
+	$(BIN)/python -m benchmarks tables
 
 clean:
 	rm -rf .venv build docs/_build *.egg-info

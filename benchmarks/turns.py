@@ -1,20 +1,29 @@
 """Processes that live through a measurement and are asked by turns: a request and an answer are a line of JSON each.
 
-Nothing but the standard library is imported, so that the interpreters of all sides can use it.
+    PYTHON -m benchmarks.turns SIDE MEASURE [OPTIONS]
+
+serves `benchmarks.sides.SIDE.MEASURES[MEASURE](OPTIONS)`. Nothing but the standard library is imported here, so that
+the interpreters of all sides can use it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import json
 import os
+import pathlib
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+ROOT = pathlib.Path(__file__).parent.parent
 PAUSE = 0.3  # seconds between two turns, in which the threads of the side that was just at work fall asleep
+PATIENCE = 60  # seconds in which a process has to end that is told to
 
 
 class LostError(RuntimeError):
@@ -30,7 +39,8 @@ ONE_DEVICE = {
 def check_same_device(machines: dict[str, dict[str, Any]]) -> None:
     """Ends the program where one of the interpreters does not see the accelerator that the other has.
 
-    machines: {side: {"platform": "cpu", ...}}.
+    Args:
+        machines: {side: {"platform": "cpu", ...}}.
     """
     on_cpu = [name for name, machine in machines.items() if machine["platform"] == "cpu"]
     if on_cpu and len(on_cpu) < len(machines):
@@ -39,18 +49,39 @@ def check_same_device(machines: dict[str, dict[str, Any]]) -> None:
 
 
 class Worker:
-    """The other end of a process that calls `serve`."""
+    """The other end of a process that calls `serve`.
 
-    def __init__(self, command: list[str], environment: dict[str, str] | None = None):
+    Args:
+        command: what to start.
+        environment: variables beside those of this process, None for one that is to be left out.
+        pause: seconds of silence after each answer.
+    """
+
+    def __init__(
+        self, command: list[str], environment: dict[str, str | None] | None = None, pause: float | None = None
+    ):
+        self._pause = PAUSE if pause is None else pause
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        variables = os.environ | paths | (environment or {})
         try:
+            # A session of its own: what some libraries start outlives them, and is then ended with it.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {})
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={name: value for name, value in variables.items() if value is not None},
+                start_new_session=True,
             )
         except OSError as error:
             sys.exit(f"{command[0]} cannot be started: {error.strerror}")
 
     def ask(self, do: str, **request: Any) -> Any:
-        """The answer; raises LostError that says why where there is none."""
+        """The answer.
+
+        Raises:
+            LostError: says why there is none.
+        """
         try:
             self._process.stdin.write(json.dumps({"do": do} | request) + "\n")
             self._process.stdin.flush()
@@ -58,14 +89,14 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise LostError(f"ended with {self._ended()}")
+            raise LostError(f"ended with {self._wait(PATIENCE)}")
         try:
             answer = json.loads(line)
         except json.JSONDecodeError as error:
             raise LostError(f"answered {line.strip()[:100]!r}") from error
         if "error" in answer:
             raise LostError(answer["error"])
-        time.sleep(PAUSE)
+        time.sleep(self._pause)
         return answer["answer"]
 
     def __enter__(self) -> Worker:
@@ -74,16 +105,19 @@ class Worker:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def close(self) -> None:
+    def close(self, patience: float = PATIENCE) -> None:
+        """Lets the process end, for `patience` seconds, and ends what is left of it and of what it has started."""
         with contextlib.suppress(BrokenPipeError):  # it has ended, and what was to be told it has not been read
             self._process.stdin.close()
         self._process.stdout.close()
-        self._ended()
+        self._wait(patience)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _ended(self) -> int:
-        """The exit status; a process that does not end by itself is ended."""
+    def _wait(self, patience: float) -> int:
+        """The exit status."""
         try:
-            return self._process.wait(timeout=60)
+            return self._process.wait(patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
@@ -120,3 +154,16 @@ def peak() -> int | None:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return None
+
+
+def main() -> None:
+    side, measure, *options = sys.argv[1:]
+    start = time.perf_counter()
+    module = importlib.import_module(f"benchmarks.sides.{side}")
+    seconds = time.perf_counter() - start
+    functions = dict(inspect.getmembers(module.MEASURES[measure](*options), inspect.ismethod))
+    serve(functions | {"machine": module.machine, "import_seconds": lambda: seconds})
+
+
+if __name__ == "__main__":
+    main()

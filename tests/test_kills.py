@@ -1,26 +1,20 @@
-"""A run that is killed at any moment goes on as if nothing had happened: the short version of benchmarks/kills.py."""
+"""A run that is killed at any moment goes on as if nothing had happened: the short version of tests/chaos."""
 
 import json
 import pathlib
 import random
 import re
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-
-from nfjax.runs import checkpoint
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-
-import comparing
-import kills
-import observing
+from chaos import comparing, killing, observing, table
 
 from nfjax import distributed
+from nfjax.runs import checkpoint
 
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
 pytestmark = pytest.mark.skipif(
     not pathlib.Path("/proc/self/environ").exists(), reason="processes are looked for in /proc, which Linux has"
 )
@@ -30,7 +24,7 @@ def examine(folder, name, epochs, aims, seed=0):
     """Kills are aimed at what is under way, not at times: a loaded machine changes nothing."""
     observing.make_images(folder / "images", 64, 16)
     setting = observing.settings(folder / "images", {name: epochs})[name]
-    record = kills.examine(setting, folder, aims, random.Random(seed), {})
+    record = killing.examine(setting, folder, aims, random.Random(seed), {})
     assert record["differences"] == []
     assert [kill["aim"] for kill in record["kills"]] == aims
     assert record["starts"] == len(aims) + record["runs"]
@@ -75,3 +69,8 @@ def test_in_memory_in_two_processes(tmp_path):
     assert len(kill["killed"]) == 1
     assert kill["other_code"] == 75
     assert kill["other_seconds"] < distributed.HEARTBEAT / 2  # before JAX itself notices
+
+
+def test_the_committed_table_is_that_of_the_committed_records():
+    records = [json.loads(line) for line in (RESULTS / "kills.jsonl").read_text().splitlines()]
+    assert (RESULTS / "kills.md").read_text() == table.table(records)

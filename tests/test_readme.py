@@ -3,7 +3,6 @@
 import json
 import pathlib
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -11,17 +10,18 @@ import sys
 
 import pytest
 
+from benchmarks import tables
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONSOLE = "".join(re.findall(r"```console\n(.*?)```", README, re.S)).replace("\\\n", " ")
 COMMANDS = [line for line in CONSOLE.splitlines() if line]
-update_readme = runpy.run_path(str(ROOT / "benchmarks" / "update_readme.py"))
-INCLUDED = [(path, text) for _, path, text, _ in update_readme["MARKED"].findall(README)]
+INCLUDED = [(path, text) for _, path, text, _ in tables.MARKED.findall(README)]
 
 
 @pytest.mark.parametrize(("path", "text"), INCLUDED, ids=[path for path, _ in INCLUDED])
 def test_what_is_shown_is_the_committed_result(path, text):
-    assert text == update_readme["shown"](path)
+    assert text == tables.shown(ROOT / path)
 
 
 def test_pictures_and_links_exist():

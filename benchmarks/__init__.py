@@ -1,0 +1,1 @@
+"""What is fast, beside what else there is: `python -m benchmarks --help`."""
