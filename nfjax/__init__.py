@@ -1,6 +1,6 @@
 """Residual networks without batch normalization: initializers, networks, signal propagation, cost and training.
 
-    from nfjax import cost, initializers, resnet, spp
+    from nfjax import cost, initializers, models, resnet, spp
 
 After Civitelli et al., "A Robust Initialization of Residual Blocks for Effective ResNet Training without Batch
 Normalization" (arXiv 2112.12299).
@@ -9,7 +9,7 @@ Normalization" (arXiv 2112.12299).
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["augment", "cost", "initializers", "models", "residual", "resnet", "spp"]
+__all__ = ["augment", "cost", "initializers", "layers", "models", "residual", "resnet", "spp"]
 
 
 def __getattr__(name: str):

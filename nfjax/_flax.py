@@ -36,10 +36,17 @@ ABSENT: Any = _Absent()  # of an argument for which None is a value
 
 @dataclasses.dataclass(frozen=True)
 class Runnable:
-    """A model with its inputs as a function of arrays. arrays: parameters, other variables and inputs, a pytree.
-    function: `arrays -> output`. network: what decides, together with the arrays' shapes, which function it is.
-    modules: the user's own by path, where the function runs copies of them. untouched: the same function for a model
-    that compares modules of its own with each other, to be had by `attempt`.
+    """A model with its inputs as a function of arrays.
+
+    Attributes:
+        function: `arrays -> output`.
+        arrays: Parameters, other variables and inputs, a pytree.
+        name: Of the model's class.
+        network: What decides, together with the arrays' shapes, which function it is.
+        modules: The user's own by path, where the function runs copies of them.
+        untouched: The same function for a model that compares modules of its own with each other, to be had by
+            `attempt`.
+        writing: `mutable -> Runnable`, of a Linen model: the same with other mutable collections.
     """
 
     function: Callable[[Any], Any]
@@ -48,6 +55,7 @@ class Runnable:
     network: Any
     modules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     untouched: Callable[[Any], Any] | None = None
+    writing: Callable[[Any], Runnable] | None = None
 
 
 def runnable(
@@ -60,16 +68,25 @@ def runnable(
     key: Any,
     abstract: bool = False,
 ) -> Runnable:
-    """The model called as `model(*inputs, **kwargs)`, NNX or Linen; for Linen with its variables, by default drawn from
-    `key`. Arrays anywhere in the inputs are arguments of the function; all else, flags, numbers and names, is part of
-    it.
+    """The model called as `model(*inputs, **kwargs)`, NNX or Linen.
 
-    rngs: for an NNX model an argument like any other, None included where it takes one; `ABSENT` where none was given.
-    abstract: nothing
-    is computed or allocated; arrays may be `jax.ShapeDtypeStruct`, or tracers, and `Runnable.arrays` are the former.
+    Arrays anywhere in the inputs are arguments of the function; all else, flags, numbers and names, is part of it.
 
-    Raises TypeError for what is no Flax model, for variables that are none or stand in the wrong place, and, unless
-    abstract, for arrays without values.
+    Args:
+        model: An `nnx.Module` or a Linen module.
+        inputs: Of its call.
+        kwargs: Likewise.
+        variables: Of a Linen model; drawn from `key` if they are None.
+        rngs: For an NNX model an argument like any other, None included where it takes one; `ABSENT` where none was
+            given. For a Linen model those of its `apply`.
+        mutable: Of a Linen model; None for all but the parameters if it writes any.
+        key: Of a Linen model's parameters and random numbers.
+        abstract: Nothing is computed or allocated; arrays may be `jax.ShapeDtypeStruct`, or tracers, and
+            `Runnable.arrays` are the former.
+
+    Raises:
+        TypeError: It is no Flax model, the variables are none or stand in the wrong place, or, unless abstract, arrays
+            have no values.
     """
     if not isinstance(model, nnx.Module | linen.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else class_name(model)
@@ -237,7 +254,12 @@ def _linen(
                 _with_axes(lambda axes: jax.eval_shape(bind(dry, axes), tree), axes)
         except linen_errors.ModifyScopeVariableError:  # batch norm in training mode writes its statistics
             mutable = linen.DenyList("params")
-    return Runnable(functools.partial(function, mutable=mutable), tree, name, (model, repr(mutable)))
+
+    def writing(mutable: Any) -> Runnable:
+        called = functools.partial(function, mutable=mutable)
+        return Runnable(called, tree, name, (model, repr(mutable)), writing=writing)
+
+    return writing(mutable)
 
 
 # ---------------------------------------------------------------- what a model asks for while it is traced

@@ -11,10 +11,11 @@ from typing import Any
 
 class Sturdy:
     """A text stream that takes everything: letters that its encoding lacks become escapes, and what cannot be written
-    is dropped. stream: of which it is made; None where there is none, as under pythonw.
+    is dropped.
     """
 
     def __init__(self, stream: Any):
+        """Wraps a stream; None where there is none, as under pythonw."""
         self._stream = stream
         self._told = False
 

@@ -11,19 +11,19 @@ import os
 from absl import logging
 from jax import config as jax_config
 
-from nfjax.data import remote
+from nfjax import _cache
 
 SHORTEST = 0.2  # seconds of compilation from which on a program is kept; JAX's own 1.0 leaves out half of a start
 
 
 def keep() -> None:
-    """Keeps what is compiled from here on under `remote.cache_directory()`, or where $JAX_COMPILATION_CACHE_DIR says.
+    """Keeps what is compiled from here on under `_cache.cache_directory()`, or where $JAX_COMPILATION_CACHE_DIR says.
     $JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
     """
     if jax_config.jax_compilation_cache_dir is not None:
         return
     try:
-        folder = remote.cache_folder("compiled")
+        folder = _cache.cache_folder("compiled")
     except OSError as error:
         logging.warning("what is compiled cannot be kept, and is compiled at every start: %s", error.strerror or error)
         return

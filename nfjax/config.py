@@ -22,6 +22,10 @@ def base() -> ConfigDict:
     config.epochs = 200  # not stated by the paper
 
     config.model = ConfigDict()
+    # A name in nfjax.models.MODELS, or package.module:function for a Flax model of one's own. The fields below are
+    # those of ours. Ours.
+    config.model.name = "preact_resnet"
+    config.model.arguments = ""  # further keyword arguments of it, such as activation=silu,width=96; ours
     config.model.depth = 18  # 10, 18, 34, 50, 101 or 152; paper: 18, 50, 101
     # Blocks in each stage, such as (2, 2, 2), with model.block; none for those of model.depth. Ours.
     config.model.stage_sizes = config_dict.placeholder(tuple)
@@ -120,6 +124,9 @@ def base() -> ConfigDict:
     # Training steps between two measurements of every block's forward and backward variance on the first training batch
     # (nfjax.spp), a multiple of log.every_steps; none for no measurements. One costs less than a training step. Ours.
     config.log.signal_every_steps = config_dict.placeholder(int)
+    # Class names of what counts as a block there, separated by commas; none for residual blocks, which are found by
+    # themselves. Ours.
+    config.log.signal_where = config_dict.placeholder(str)
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1  # the test images are scored after every epoch, whether it is saved or not; ours

@@ -45,13 +45,15 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a model costs: exact integers, and the same as the paper's tables print it.
+    """What a model costs, in exact integers.
 
-    parameters: every trainable number (batch statistics are none). norm_parameters: those of them that belong to
-    normalization layers. macs: multiply-accumulates of convolutions and matrix products for the input given, padding
-    included. unsure: by class, the numbers of parameters in vectors of modules that scale channels by factors of their
-    own, and of which it cannot be known whether they normalize (a LayerScale does not, a norm written into a block
-    does). `norm_parameters` leaves them out unless the class is one of `count`'s `norms`.
+    Attributes:
+        parameters: Every trainable number; batch statistics are none.
+        norm_parameters: Those of them that belong to normalization layers.
+        macs: Multiply-accumulates of convolutions and matrix products for the input given, padding included.
+        unsure: By class, the numbers of parameters in vectors of modules that scale channels by factors of their own,
+            and of which it cannot be known whether they normalize (a LayerScale does not, a norm written into a block
+            does). `norm_parameters` leaves them out unless the class is one of `count`'s `norms`.
     """
 
     parameters: int
@@ -63,18 +65,6 @@ class Cost:
     def flops(self) -> int:
         """Floating-point operations, two per multiply-accumulate."""
         return 2 * self.macs
-
-    @property
-    def paper_parameters(self) -> float:
-        """In millions to two decimals, without the normalization layers' own, as tables 1 and 2 of the paper count."""
-        return round((self.parameters - self.norm_parameters) / 1e6, 2)
-
-    @property
-    def paper_flops(self) -> float:
-        """In units of 1e9: twice the multiply-accumulates after these were rounded to two decimals, as tables 1 and 2
-        of the paper count.
-        """
-        return round(2 * round(self.macs / 1e9, 2), 2)
 
 
 def count(
@@ -88,22 +78,30 @@ def count(
 ) -> Cost:
     """Counts a Flax model, NNX or Linen, called as `model(*inputs, **kwargs)`.
 
-    inputs: a shape such as (1, 32, 32, 3), meaning float32, or anything with shape and dtype, or a pytree of these;
-    flags, numbers and names go to the model as they are. So does all among the keyword arguments that is no array or
-    `jax.ShapeDtypeStruct`: a tuple of numbers is no shape there. variables: those of a Linen module; left out,
-    `model.init` is traced for them. rngs, mutable: as for `spp.propagate`. The model, variables and inputs may be
-    abstract (`nnx.eval_shape`, `jax.eval_shape`), and the call may stand inside `jax.jit`. Multiply-accumulates are
-    those of the whole batch given: pass batch size 1 for the cost of one example.
+    The model, variables and inputs may be abstract (`nnx.eval_shape`, `jax.eval_shape`), and the call may stand inside
+    `jax.jit`. Multiply-accumulates are those of the whole batch given: pass batch size 1 for the cost of one example.
 
-    norms: classes, or names of classes, that are normalization layers with all that is in them, besides those that are
-    known: Flax's own, modules that keep batch statistics, and those whose class has a norm's name
-    (`FilterResponseNorm`, `LayerNorm2d`; not `WeightNorm`), as far as the parameters are the module's own.
+    Args:
+        model: An `nnx.Module` or a Linen module.
+        *inputs: A shape such as (1, 32, 32, 3), meaning float32, or anything with shape and dtype, or a pytree of
+            these; flags, numbers and names go to the model as they are.
+        variables: Those of a Linen module; left out, `model.init` is traced for them.
+        norms: Classes, or names of classes, that are normalization layers with all that is in them, besides those that
+            are known: Flax's own, modules that keep batch statistics, and those whose class has a norm's name
+            (`FilterResponseNorm`, `LayerNorm2d`; not `WeightNorm`), as far as the parameters are the module's own.
+        rngs: As for `spp.propagate`.
+        mutable: Likewise.
+        **kwargs: Of the model's call, as they are if they are no arrays or `jax.ShapeDtypeStruct`s: a tuple of numbers
+            is no shape there. An argument of the model that has the name of one of these cannot be passed by keyword.
 
-    An argument of the model that has the name of one of these cannot be passed by keyword.
+    Returns:
+        The cost.
 
-    Raises TypeError for a model that is neither, ValueError for an input of unknown size and for one of `norms` that
-    the model does not have, and NotImplementedError for a loop whose length the jaxpr does not hold. An error from
-    inside the model passes through.
+    Raises:
+        TypeError: It is no Flax model.
+        ValueError: An input has an unknown size, or the model has none of the class of one of `norms`.
+        NotImplementedError: There is a loop whose length the jaxpr does not hold. An error from inside the model passes
+            through.
     """
     norms = (norms,) if isinstance(norms, type | str) else tuple(norms)
     if wrong := [norm for norm in norms if not isinstance(norm, type | str)]:

@@ -22,19 +22,21 @@ from absl import logging
 from flax import nnx
 
 from nfjax import compilation
-from nfjax.runs import checkpoint, checksums, files, mirror
-from nfjax.runs import workdir as workdirs
-from nfjax.training import assembly
-from nfjax.training import loop as train
-from nfjax.training import sharding as meshes
-from nfjax.training import step as steps
+from nfjax.runs import checkpoint, checksums, files, mirror, workdirs
+from nfjax.training import evaluation, loader, networks, preprocessing, rng, sharding
 
 
-def load_model(workdir: str, step: int | None = None) -> nnx.Module:
-    """The trained network of a run, in evaluation mode, from the checkpoint at `step`, by default the best one.
+def load_model(workdir: str, step: int | None = None, ema: bool = False) -> nnx.Module:
+    """The trained network of a run, in evaluation mode.
 
-    Best is the highest test accuracy among the checkpoints that were kept.
-    Raises FileNotFoundError if there is no run or no such checkpoint, ValueError if it cannot be read.
+    Args:
+        workdir: Of the run.
+        step: Of the checkpoint, by default the best one: the highest test accuracy among those that were kept.
+        ema: Whether its parameters are the average over the steps, where the run had `optim.ema_decay`.
+
+    Raises:
+        FileNotFoundError: There is no run or no such checkpoint.
+        ValueError: It cannot be read, or has no average.
     """
     folder = mirror.pull(workdir, "evaluation")
     config = files.read_config(folder)
@@ -42,7 +44,7 @@ def load_model(workdir: str, step: int | None = None) -> nnx.Module:
     key = jax.random.key(0)  # every parameter is replaced below
     num_classes = len(files.read_data(folder).class_names)
     try:
-        model = nnx.eval_shape(lambda: assembly.build_model(config, num_classes, key))
+        model = nnx.eval_shape(lambda: networks.build(config, num_classes, key))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / files.CONFIG} describes no network that can be built: {error}") from error
     checkpoints = checkpoint.Checkpoints(mirror.location(folder), read_only=True)
@@ -53,8 +55,12 @@ def load_model(workdir: str, step: int | None = None) -> nnx.Module:
         raise ValueError(f"{error}; choose another of {others} by step") from error
     finally:
         checkpoints.close()
-    for kind, name in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
-        state, found = nnx.state(model, kind), stored.get("state", {}).get(name, {})
+    weights = stored.get("state", {})
+    if ema and "ema" not in weights:
+        raise ValueError(f"{folder} has no average of the weights: it was trained without --config.optim.ema_decay")
+    weights = weights["ema"] if ema else weights
+    for kind, name in ((nnx.Param, "params"), (networks.STATE, "batch_stats")):
+        state, found = nnx.state(model, kind), weights.get(name, {})
         if checksums.described(nnx.to_pure_dict(state)) != checksums.described(found):
             raise ValueError(
                 f"checkpoint {step} in {checkpoints.directory} is of another network than {folder / files.CONFIG} "
@@ -62,6 +68,8 @@ def load_model(workdir: str, step: int | None = None) -> nnx.Module:
             )
         leaves = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(state), found))
         nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in leaves]))
+    streams = nnx.state(model, nnx.RngState)
+    nnx.update(model, networks.restarted(streams, rng.of_seed(config.seed, "training")))
     model.eval()
     return model
 
@@ -87,7 +95,8 @@ def _with_keys_of(template: Any, stored: Any) -> Any:
 
 
 def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
-    """{"step", "images", "loss", "accuracy"} of the checkpoint at `step`, by default the best one.
+    """{"step", "images", "loss", "accuracy"} of the checkpoint at `step`, by default the best one; "ema_loss" and
+    "ema_accuracy", too, where the run has an average of the weights.
 
     data_dir replaces the data directory of the run, where the images have moved.
     Raises FileNotFoundError if there is no run or no checkpoint, ValueError for images of other classes.
@@ -95,15 +104,21 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     folder = mirror.pull(workdir, "evaluation")
     config = files.read_config(folder)
     step = _known_step(folder, step)
-    dataset = assembly.open_data(config, config.data.dir if data_dir is None else data_dir)
+    dataset = loader.open_data(config, config.data.dir if data_dir is None else data_dir)
     workdirs.check_classes(folder, dataset)
-    network, params, batch_stats = steps.as_functions(load_model(workdir, step))
-    mesh = meshes.make()
-    state = {"params": params, "batch_stats": batch_stats}
-    state = meshes.place(state, meshes.replicated(mesh))
-    feed = assembly.make_feed(config, dataset, "test", mesh, folder)
-    score = train.make_evaluation(config, feed, network, len(dataset.test))(state)
-    return {"step": step, **score}
+    mesh, normalize = sharding.make(), preprocessing.make_normalize(config)
+    test_loader = loader.build(config, dataset, "test", mesh, folder)
+
+    def score(ema: bool) -> dict[str, float]:
+        network, *weights = networks.as_functions(load_model(workdir, step, ema))
+        weights = sharding.place(weights, sharding.replicated(mesh))
+        return evaluation.score(network, normalize, test_loader, *weights)
+
+    scores = {"step": step, **score(ema=False)}
+    if config.optim.ema_decay is not None:
+        averaged = score(ema=True)
+        scores |= {"ema_loss": averaged["loss"], "ema_accuracy": averaged["accuracy"]}
+    return scores
 
 
 def main() -> None:
@@ -122,6 +137,8 @@ def main() -> None:
         f"step {score['step']:,}: test accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}, of "
         f"{score['images']:,} images"
     )
+    if "ema_accuracy" in score:
+        print(f"average of the weights: test accuracy {score['ema_accuracy']:.2%}, loss {score['ema_loss']:.4f}")
 
 
 if __name__ == "__main__":

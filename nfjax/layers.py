@@ -32,7 +32,18 @@ def convolution(
     dtype: Any,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square 2-D convolution without bias that pads k // 2 zeros on every side, as PyTorch's ResNets do."""
+    """A square 2-D convolution without bias that pads k // 2 zeros on every side, as PyTorch's ResNets do.
+
+    Args:
+        in_features: Channels of its input.
+        out_features: Channels of its output.
+        kernel_size: k, height and width.
+        stride: Along both.
+        spatial_size: Height and width of its input in pixels, for initializers that depend on them.
+        init: Draws the kernel [k, k, in_features, out_features].
+        dtype: Of the arithmetic; the kernel is float32.
+        rngs: Of the kernel.
+    """
     padding = ((kernel_size // 2, kernel_size // 2),) * 2
     # On CPU, XLA takes up to four times as long for a 1x1 convolution as for the matrix product that it is.
     product = kernel_size == 1 and jax.default_backend() == "cpu"
@@ -61,7 +72,7 @@ def _matrix_product(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], *
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max-pooling with stride 2 and a border of 1, [B, H, W, C] -> [B, H', W', C]."""
+    """3x3 max-pooling with stride 2 and a border of 1, [B, H, W, C] -> [B, H', W', C], H' = ceil(H / 2)."""
     if jax.default_backend() != "cpu":
         return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     # On CPU, XLA takes eight times as long for the gradient of a window as for that of nine shifted images. Where
@@ -79,9 +90,17 @@ def strided(spatial_size: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 class Activation(nnx.Module):
-    """(Norm and) activation."""
+    """(Norm and) activation, [..., C] -> [..., C]."""
 
     def __init__(self, features: int, norm: Norm | None, function: Elementwise = jax.nn.relu, *, rngs: nnx.Rngs):
+        """Builds it.
+
+        Args:
+            features: Channels.
+            norm: `(features, rngs=) -> layer`, or None.
+            function: The activation, elementwise.
+            rngs: Of the norm.
+        """
         self.norm = norm(features, rngs=rngs) if norm else None
         self.function = function
 

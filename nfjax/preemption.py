@@ -158,7 +158,9 @@ class Votes:
         self._wants_to_stop, self._alone = wants_to_stop, jax.process_count() == 1
         self._here, self._everywhere = jax.local_device_count(), jax.device_count()
         self._divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-        self._count = jax.jit(lambda votes: votes.sum(), out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        self._count = jax.jit(
+            lambda votes: votes.sum(), out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        )
 
     def cast(self) -> jax.Array | None:
         """The number of devices whose process wants to stop, to be known once all have cast; None where there is only

@@ -189,8 +189,8 @@ class PreActResNet(nnx.Module):
             depth: A key of `STAGES`, which says what the stages are.
             residual: A name in `residual.RESIDUALS`, or a function `position -> Rule`.
             norm: None, a name in `layers.NORMS`, or a callable `(features, dtype=, rngs=) -> layer`.
-            init: A name in `initializers.INITIALIZERS`, or any `(key, shape, dtype) -> kernel`; it draws the
-                convolutions.
+            init: A name in `initializers.INITIALIZERS`, which stands for the variant with this activation's gain, or
+                any `(key, shape, dtype) -> kernel`, which is taken as it is; it draws the convolutions.
             num_classes: Of the logits.
             stem: A name in `STEMS`, "cifar" or "imagenet", or a class called like them.
             width: Channels of the first stage, doubled in each of the next ones.
@@ -216,7 +216,7 @@ class PreActResNet(nnx.Module):
         function = _names.lookup("activation", activation, initializers.ACTIVATIONS)
         norm = norm and functools.partial(_names.lookup("norm", norm, NORMS), dtype=dtype)
         act = functools.partial(Activation, norm=norm, function=function)
-        conv = functools.partial(conv, init=initializers.get(init), dtype=dtype)
+        conv = functools.partial(conv, init=initializers.get(init, function), dtype=dtype)
         make_stem = _names.lookup("stem", stem, STEMS)
 
         size = make_stem.image_size if image_size is None else image_size
@@ -262,7 +262,16 @@ def _run(block: Block, x: jax.Array) -> jax.Array:
 def stages(
     depth: int | None, stage_sizes: Sequence[int] | None = None, block: str | type[Block] | None = None
 ) -> tuple[type[Block], tuple[int, ...]]:
-    """The class of the blocks, and how many each stage has; the arguments are those of `PreActResNet`."""
+    """The class of the blocks, and how many each stage has.
+
+    Args:
+        depth: As for `PreActResNet`.
+        stage_sizes: Likewise.
+        block: Likewise.
+
+    Raises:
+        ValueError: Not exactly one of depth and stage sizes is given, or one of them is none.
+    """
     if (depth is None) == (stage_sizes is None):
         raise ValueError(f"depth={depth!r}, stage_sizes={stage_sizes!r}: expected one of the two")
     if stage_sizes is None:

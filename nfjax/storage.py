@@ -33,7 +33,8 @@ class DamagedFileError(ValueError):
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
     """Writes a file that is there in full or not at all: until all of it is on the disk, the one before it stays.
 
-    Raises OSError that names the file; nothing is left beside it then.
+    Raises:
+        OSError: It cannot be written; the message names it, and nothing is left beside it.
     """
     try:
         with replacing(path) as part:
@@ -47,8 +48,10 @@ def replacing(path: pathlib.Path, writer: str = "") -> Iterator[pathlib.Path]:
     """A temporary path beside `path`, for whoever writes a file piece by piece: it takes the place of `path` when the
     block has ended and all of it is on the disk. Where the block fails, nothing is left of it.
 
-    writer: tells processes apart that may do this to one path at the same time. What a kill leaves of them stays; where
-    there is one at a time, the next write replaces it.
+    Args:
+        path: The file.
+        writer: Tells processes apart that may do this to one path at the same time. What a kill leaves of them stays;
+            where there is one at a time, the next write replaces it.
     """
     part = path.with_name(f".{path.name}{writer and '.'}{writer}.part")
     part.unlink(missing_ok=True)  # and a link that somebody put there is not followed
@@ -91,9 +94,14 @@ def parse_json(data: str | bytes, expected: type[T] | Any, where: str, way_out: 
     """The value in JSON text, checked against a type: `dict[str, float]`, a dataclass, a msgspec.Struct, any nesting of
     them, with `Annotated[int, msgspec.Meta(ge=0)]` and the like for ranges. NaN and Infinity are numbers.
 
-    where: what it was read from, for messages. way_out: what to do about a damaged one, the end of a sentence.
+    Args:
+        data: The text.
+        expected: The type.
+        where: What it was read from, for messages.
+        way_out: What to do about a damaged one, the end of a sentence.
 
-    Raises DamagedFileError.
+    Raises:
+        DamagedFileError: It is no JSON, or holds something else.
     """
     import msgspec  # here: those who only write files do without it
 
@@ -122,14 +130,15 @@ def parse_json(data: str | bytes, expected: type[T] | Any, where: str, way_out: 
 def read_json(path: Any, expected: type[T] | Any, way_out: str) -> T:
     """`parse_json` of a file, a pathlib.Path or one in a bucket.
 
-    Raises DamagedFileError, also for what is no ordinary file or has more than `LARGEST` bytes, and OSError where it
-    cannot be read, FileNotFoundError where it is not there.
+    Raises:
+        DamagedFileError: It holds something else, is no ordinary file, or has more than `LARGEST` bytes.
+        OSError: It cannot be read; FileNotFoundError where it is not there.
     """
     return parse_json(read_bytes(path, way_out), expected, str(path), way_out)
 
 
 def read_bytes(path: Any, way_out: str) -> bytes:
-    """The bytes of a small file, a pathlib.Path or one in a bucket. Raises as `read_json` does."""
+    """The bytes of a small file, a pathlib.Path or one in a bucket; errors as of `read_json`."""
     status = path.stat()
     if isinstance(status, os.stat_result):
         mode, size = status.st_mode, status.st_size
@@ -157,7 +166,12 @@ def set_aside(path: pathlib.Path, reason: object) -> pathlib.Path:
 def plain_name(name: Any, where: str) -> str:
     """`name`, if it is that of a file inside of a folder: no separator, no "..", nothing that a terminal would obey.
 
-    where: which file gave it. Raises DamagedFileError for anything else: it would be read or written elsewhere.
+    Args:
+        name: What was found.
+        where: Which file gave it.
+
+    Raises:
+        DamagedFileError: It is something else, and would be read or written elsewhere.
     """
     if (
         not isinstance(name, str)

@@ -9,8 +9,8 @@ import jax
 from ml_collections import ConfigDict
 
 from nfjax import distributed, preemption
-from nfjax.runs.progress import Progress
 from nfjax.training import loop as train
+from nfjax.training.progress import Progress
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

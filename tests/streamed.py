@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from nfjax.data.decode import BadImageError
+from nfjax.data.decoding.decode import BadImageError
 
 
 @dataclasses.dataclass(frozen=True)

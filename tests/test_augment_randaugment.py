@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_images
 
 from nfjax import augment
-from nfjax.augment import color
+from nfjax.augment import _color
 
 BINS = 31
 FILL = (7, 130, 255)
@@ -117,7 +117,7 @@ def test_autocontrast_of_every_pair_of_levels():
     low, high = np.triu_indices(256)
     low, high = (np.append(x, [0] * (-len(x) % 3)).reshape(-1, 1, 1, 3) for x in (low, high))
     images = np.clip(np.arange(256).reshape(1, 1, 256, 1), low, high).astype(np.uint8)
-    ours = jax.jit(lambda x: color.apply_table(x, color.autocontrast_table(color.histogram(x))))(images)
+    ours = jax.jit(lambda x: _color.apply_table(x, _color.autocontrast_table(_color.histogram(x))))(images)
     theirs = [np.asarray(ImageOps.autocontrast(Image.fromarray(image))) for image in images]
     np.testing.assert_array_equal(ours, np.stack(theirs))
 
@@ -126,7 +126,7 @@ def test_blend_of_every_pair_of_levels():
     magnitudes = augment.OPERATIONS["color"].magnitudes(BINS, 32, 32).astype(np.float64)
     factors = np.concatenate([1 + magnitudes, 1 - magnitudes, [1 / 3, 2.5, 7.7]])
     degenerate, image = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
-    ours = jax.jit(color.blend)(
+    ours = jax.jit(_color.blend)(
         degenerate[None].astype(np.int32), image[None].astype(np.uint8), factors.astype(np.float32).reshape(-1, 1, 1)
     )
     first, second = (Image.fromarray(x.astype(np.uint8)) for x in (degenerate, image))
@@ -136,7 +136,7 @@ def test_blend_of_every_pair_of_levels():
 def test_both_histograms():
     images = samples(33, 47)
     expected = [[np.bincount(image[..., i].ravel(), minlength=256) for i in range(3)] for image in images]
-    for histogram in (color.histogram, color.histogram_by_scatter, color.histogram_by_comparison):
+    for histogram in (_color.histogram, _color.histogram_by_scatter, _color.histogram_by_comparison):
         np.testing.assert_array_equal(jax.jit(histogram)(images), expected)
 
 
@@ -231,7 +231,7 @@ def test_an_operation_of_ones_own(monkeypatch):
         ({"magnitude": 9.5}, "magnitude=9.5: expected a Python integer"),
         ({"num_operations": -1}, "num_operations=-1: expected 0 or more"),
         ({"bins": 1, "magnitude": 0}, "bins=1: expected 2 or more"),
-        ({"interpolation": "cubic"}, "interpolation='cubic': expected one of nearest, bilinear"),
+        ({"interpolation": "cubic"}, "unknown interpolation 'cubic': expected one of nearest, bilinear"),
         ({"fill": 256}, "fill=256: expected an integer from 0 to 255"),
         ({"fill": (1, 2)}, r"fill=\(1, 2\): expected an integer"),
         ({"images": np.zeros((2, 8, 8, 3), np.float32)}, "dtype float32: expected uint8; augment before `normalize`"),

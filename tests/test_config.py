@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from nfjax import config as configs
-from nfjax.training import assembly
+from nfjax.training import checks, networks
 from nfjax.training import loop as train
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -26,8 +26,8 @@ def load(path, *arguments):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_builds_its_network(path):
     module, config = load(path)
-    assembly.check(config)
-    model = nnx.eval_shape(lambda: assembly.build_model(config, 10, jax.random.key(0)))
+    checks.check(config)
+    model = nnx.eval_shape(lambda: networks.build(config, 10, jax.random.key(0)))
     size = config.data.image_size
     assert nnx.eval_shape(lambda m: m(jax.numpy.zeros((1, size, size, 3))), model).shape == (1, 10)
     assert f"--config=configs/{path.name}" in module.__doc__  # the exact command
@@ -42,11 +42,11 @@ def test_the_papers_settings():
         None,
         "he_fan_out",
     )
-    assert (cifar.batch_size, cifar.optim.learning_rate, cifar.optim.momentum, cifar.optim.anneal) == (
+    assert (cifar.batch_size, cifar.optim.learning_rate, cifar.optim.momentum, cifar.optim.schedule) == (
         128,
         0.01,
         0.9,
-        "epoch",
+        "cosine_by_epoch",
     )
     assert (cifar.optim.label_smoothing, cifar.optim.weight_decay, cifar.epochs) == (0.0, 0.0, 200)
     _, imagenet = load(FOLDER / "imagenet_convshort.py")
@@ -102,7 +102,7 @@ def leaves(config, prefix=""):
 
 
 def test_every_leaf_is_read_where_something_is_built(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(assembly, "check", lambda config: None)  # these two only look
+    monkeypatch.setattr(checks, "check", lambda config: None)  # these two only look
     monkeypatch.setattr(train.report, "header", lambda *args: "")
     for name in ("open_for", "start", "note_start"):  # they read all fields, to compare them and to write them down
         monkeypatch.setattr(train.workdirs, name, lambda *args: tmp_path)

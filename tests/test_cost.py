@@ -5,7 +5,7 @@ import pytest
 from flax import linen, nnx
 
 from nfjax import cost
-from nfjax.reproduce import TABLE_1, TABLE_2
+from nfjax.reproduce import TABLE_1, TABLE_2, as_printed
 from nfjax.resnet import PreActResNet
 
 
@@ -258,7 +258,7 @@ def test_norms_that_are_named(others):
         spent = cost.count(model, (4, 3), norms=norms)
         assert (spent.norm_parameters, spent.unsure) == (12 + 6, ())
     assert cost.count(model, (4, 3), norms=(Affine, MyRMSNorm)).norm_parameters == 12 + 6 + 42  # all that is in it
-    assert spent.paper_parameters == round((18 + 12 + 48 - 18) / 1e6, 2)
+    assert as_printed(spent)[0] == round((18 + 12 + 48 - 18) / 1e6, 2)
     with pytest.raises(ValueError, match="norms=Afine is no module of this model, which has Affine, Linear, "):
         cost.count(model, (4, 3), norms="Afine")
     with pytest.raises(TypeError, match="norms=3: expected a class, its name"):
@@ -279,4 +279,4 @@ def test_the_papers_tables(row, printed):
     residual, norm = {"BatchNorm": ("conv", "batch")}.get(scheme, (scheme.lower(), None))
     model = nnx.eval_shape(lambda: PreActResNet(depth, residual, norm, rngs=nnx.Rngs(0)))
     spent = cost.count(model, (1, 32, 32, 3))
-    assert (spent.paper_parameters, spent.paper_flops) == printed
+    assert as_printed(spent) == printed

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from test_decode import PHOTO, encoded, pillow
 
-from nfjax.data import crops
+from nfjax.data.decoding import crops
 
 
 def test_boxes_have_the_areas_and_aspects_asked_for():

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax import compilation, data
+from nfjax import _cache, compilation, data
 from nfjax import config as configs
-from nfjax.data import crops, decode, memory, remote, skips
+from nfjax.data.decoding import crops, decode
+from nfjax.data.loading import memory, skips
 from nfjax.runs import files as workdir_files
-from nfjax.runs import report, workdir
-from nfjax.training import assembly
+from nfjax.runs import report, workdirs
+from nfjax.training import loader, networks
 
 
 def test_every_epoch_visits_each_example_once():
@@ -349,13 +350,13 @@ def test_images_turned_upright_have_a_cache_of_their_own(tmp_path):
     config.data.source, config.data.image_size = "folder", 8
     for setting, corner in ((False, (0, 0)), (True, (0, 7)), (False, (0, 0))):
         config.data.exif_orientation = setting
-        found = assembly.open_data(config, str(tmp_path / "set")).train.images[0, ..., 0]
+        found = loader.open_data(config, str(tmp_path / "set")).train.images[0, ..., 0]
         assert np.argwhere(found == 255).tolist() == [list(corner)]
     config.data.keep, config.augment.resized_crop_scale = "disk", (1.0, 1.0)
     config.data.exif_orientation = True
     for name in ("train", "test"):
-        assert assembly.make_transform(config, name).upright
-    assert assembly.first_images(config, assembly.open_data(config, str(tmp_path / "set")).train)[0, 0, 7, 0] == 255
+        assert loader.transform(config, name).upright
+    assert loader.first_images(config, loader.open_data(config, str(tmp_path / "set")).train)[0, 0, 7, 0] == 255
 
 
 def test_other_files_do_not_stop_a_small_data_set(tmp_path):
@@ -379,11 +380,11 @@ def test_what_was_left_aside_stands_in_the_header_and_in_the_workdir(tmp_path, t
     make_folder(tmp_path / "set", per_class=3)
     (tmp_path / "set" / "test" / "bee" / "Thumbs.db").write_text("no image")
     dataset = in_memory(tmp_path / "set")
-    model = assembly.build_model(tiny_config, 2, jax.random.key(0))
+    model = networks.build(tiny_config, 2, jax.random.key(0))
     header = report.header(tiny_config, tmp_path, dataset, model)
     assert "6 test images of 8x8, 2 classes; 1 file that is no image is left aside (1 .db)" in header
     (tmp_path / "run").mkdir()
-    workdir.start(tmp_path / "run", tiny_config, dataset)
+    workdirs.start(tmp_path / "run", tiny_config, dataset)
     assert workdir_files.read_data(tmp_path / "run").left_aside == {".db": 1}
 
 
@@ -409,7 +410,7 @@ def test_without_a_home_directory(tmp_path, monkeypatch, caplog):
         jax.config.update("jax_compilation_cache_dir", kept_in)
     assert "what is compiled cannot be kept" in caplog.text
     with pytest.raises(OSError, match="set NFJAX_CACHE to a directory"):
-        remote.cache_folder("mirror")
+        _cache.cache_folder("mirror")
     monkeypatch.setenv("HOME", str(tmp_path / "set" / "train" / "ant" / "000.png"))  # where nothing can be made
     with pytest.raises(OSError, match=r"ant/000\.png.*cannot be made .*set NFJAX_CACHE"):
-        remote.cache_folder("mirror")
+        _cache.cache_folder("mirror")

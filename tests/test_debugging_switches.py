@@ -18,9 +18,10 @@ from jax._src import config as jax_config  # jax.config has these as settings, a
 from jax.sharding import AxisType
 
 from nfjax import augment, cost, initializers, resnet, spp
-from nfjax.initializers import gains
-from nfjax.training import optimizers as optim
-from nfjax.training import step as steps
+from nfjax.initializers import _gains
+from nfjax.training import optimizers, schedules, step
+from nfjax.training.networks import as_functions
+from nfjax.training.state import Batch, TrainState
 
 pytestmark = pytest.mark.switches
 
@@ -53,7 +54,7 @@ class Scanned(linen.Module):
 
 
 def kernels():
-    gains._gain.cache_clear()
+    _gains._gain.cache_clear()
     foreign = initializers.standardize(jax.nn.initializers.uniform(), variance=2.0)
     drawn = {name: init(jax.random.key(0), (3, 3, 4, 8)) for name, init in initializers.INITIALIZERS.items()}
     traced = jax.jit(lambda key: foreign(key, (4, 8)))(jax.random.key(0))
@@ -99,15 +100,15 @@ def others():
 
 
 def training_step():
-    model, params, batch_stats = steps.as_functions(network("batch"))
-    optimizer = optim.sgd(optim.cosine_by_epoch(0.1, [2, 4]), 0.9, weight_decay=1e-4)
+    model, params, batch_stats = as_functions(network("batch"))
+    optimizer = optimizers.make("sgd", schedules.cosine_by_epoch(0.1, [2, 4]), momentum=0.9, weight_decay=1e-4)
 
     def preprocess(key, images):
         return augment.normalize(augment.random_flip(key, images), MEAN, STD)
 
-    step = jax.jit(steps.make_train_step(model, optimizer, preprocess, jax.random.key(1), 0.1))
-    batch = {"image": IMAGES[:4], "label": np.arange(4, dtype=np.int32), "mask": np.ones(4, np.float32)}
-    return step(steps.initial_state(params, batch_stats, optimizer), batch | {"step": np.int32(0)})
+    task = step.Task(model, optimizer, preprocess, label_smoothing=0.1)
+    batch = Batch(IMAGES[:4], np.arange(4, dtype=np.int32), np.ones(4, np.float32))
+    return step.train_step(TrainState.start(params, batch_stats, optimizer), batch, jax.random.key(1), task=task)
 
 
 ALL = (kernels, signal, costs, operations, others, training_step)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from nfjax.data import crops, decode, jpeg
+from nfjax.data.decoding import crops, decode, jpeg
 
 PHOTO = load_sample_image("china.jpg")  # [427, 640, 3]
 
@@ -291,7 +291,7 @@ def test_only_listed_formats_are_opened():
     "kind", ["GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "DIB", "ICO", "QOI", "SGI", "TGA"]
 )
 def test_every_format_that_is_listed(kind):
-    from nfjax.data import formats
+    from nfjax.data.decoding import formats
 
     image = Image.fromarray(PHOTO[:48, :64])
     options = {"lossless": True} if kind == "WEBP" else {"sizes": [(64, 48)]} if kind == "ICO" else {}

@@ -8,7 +8,7 @@ import simplejpeg
 from odd_jpegs import DAMAGED, GOOD, HARMLESS, NOISE, PHOTO, adobe, encoded, pillow, replaced, sampled
 from test_decode import decoder  # noqa: F401
 
-from nfjax.data import crops, decode, huffman, markers
+from nfjax.data.decoding import crops, decode, huffman, markers
 
 pytestmark = pytest.mark.usefixtures("decoder")
 WHOLE = pillow(GOOD)

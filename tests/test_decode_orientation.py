@@ -9,7 +9,8 @@ from odd_jpegs import HARMLESS, PHOTO, encoded, sampled
 from PIL import ExifTags, Image, ImageOps
 from test_decode import decoder  # noqa: F401
 
-from nfjax.data import crops, decode, shards
+from nfjax.data.decoding import crops, decode
+from nfjax.data.packing import shards
 
 pytestmark = pytest.mark.usefixtures("decoder")
 ALL = range(1, 9)

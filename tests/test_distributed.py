@@ -136,7 +136,7 @@ from nfjax import resnet
 model = resnet.PreActResNet(
     residual="convshort", stage_sizes=(1, 1), block="basic", width=4, num_classes=3, rngs=nnx.Rngs(0)
 )
-network, params, batch_stats = steps.as_functions(model)
+network, params, batch_stats = networks.as_functions(model)
 devices = mesh.make()
 preprocess = lambda key, images: images.astype(jnp.float32)
 step = steps.make_train_step(network, optax.sgd(0.1), preprocess, jax.random.key(0), 0.0, None, 2, devices)

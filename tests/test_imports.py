@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
+import nfjax
+
 ROOT = pathlib.Path(__file__).parent.parent / "nfjax"
-LIGHT = ("initializers", "residual", "resnet", "spp", "cost", "augment")
+LIGHT = ("initializers", "layers", "residual", "resnet", "models", "spp", "cost", "augment")
 
 
 def module_name(path):
@@ -44,21 +46,16 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
     # A flag that a message names, --config.x.y, is no reading of the config.
     reading = re.compile(r"ml_collections|(?<!--)\bconfig\.[a-z]")
     readers = {name for name, path in MODULES.items() if reading.search(path.read_text())}
-    assert readers <= {
+    rooms = ("nfjax.training.", "nfjax.runs.", "nfjax.cli.")
+    assert {name for name in readers if not name.startswith(rooms)} <= {
         "nfjax.config",
-        "nfjax.training.assembly",
         "nfjax.data.__main__",
-        "nfjax.training.loop",
-        "nfjax.runs.workdir",
-        "nfjax.runs.files",
         "nfjax.main",
-        "nfjax.runs.report",
-        "nfjax.training.ranges",
-        "nfjax.cli.settings",
         "nfjax.evaluate",
-        "nfjax.reproduce.runs",
-        "nfjax.cli.show",
+        "nfjax.reproduce._runs",
     }
+    # A step knows no settings, nor do the state, the losses and the random streams.
+    assert not readers & {f"nfjax.training.{name}" for name in ("step", "state", "losses", "rng", "cpu", "evaluation")}
     data_modules = [path for name, path in MODULES.items() if name.startswith("nfjax.data")]
     assert all("nfjax.config" not in imports(path) for path in data_modules)
 
@@ -73,3 +70,27 @@ def test_light_modules_do_not_import_the_trainer(name):
     # flax itself imports orbax; everything else would be ours.
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert loaded in ("[]", "['orbax']")
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_add_nothing_to_jax_and_flax(name):
+    """Beside what these import themselves, and absl, for warnings."""
+    code = (
+        "import sys, jax, flax.linen, flax.nnx\n"
+        "def packages(): return {module.partition('.')[0] for module in sys.modules}\n"
+        "before = packages()\n"
+        f"import nfjax.{name}\n"
+        "print(*sorted(packages() - before - sys.stdlib_module_names))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(loaded) <= {"nfjax", "absl"}
+
+
+def test_public_names_are_what_dir_shows():
+    for package in (nfjax, nfjax.augment, nfjax.initializers, nfjax.spp):
+        assert set(package.__all__) <= set(dir(package))
+        assert not [name for name in dir(package) if name.startswith("_") and not name.startswith("__")]
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'modles'"):
+        _ = nfjax.modles

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import jax
@@ -362,3 +363,33 @@ def test_channels_on_other_axes():
 def test_groups_and_axes_that_cannot_be(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_every_name_is_a_function_of_the_module(name):
+    function = getattr(initializers, name)
+    assert name in initializers.__all__
+    assert function() == INITIALIZERS[name] == initializers.get(name) == initializers.get(name, "relu")
+    assert function(activation="silu") == initializers.get(name, "silu") != INITIALIZERS[name]
+    assert "activation" in inspect.signature(function).parameters
+    with pytest.raises(ValueError, match=rf"was it not called, as in {name}\(\)"):
+        initializers.get(function)
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+@pytest.mark.parametrize("activation", ["silu", "tanh", "elu"])
+def test_a_name_stands_for_the_gain_of_the_activation(name, activation):
+    shape, key = (1, 1, 32, 64), jax.random.key(0)
+    kernel, relu = (initializers.get(name, one)(key, shape) for one in (activation, "relu"))
+    factor = {"he_fan_in": "forward", "brock": "channel"}.get(name, "backward")
+    expected = getattr(gain(activation), factor) / getattr(gain("relu"), factor)
+    assert np.var(kernel) / np.var(relu) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_initializer_that_is_given_keeps_its_own_gain():
+    for init in (initializers.he_fan_out("tanh"), jax.nn.initializers.orthogonal()):
+        assert initializers.get(init, "silu") is init
+    plain = initializers.he_normal("fan_in")
+    assert initializers.behind(plain, "silu") == initializers.he_normal("fan_in", "silu")
+    constant = initializers.standardize(plain, variance=2.0)
+    assert initializers.behind(constant, "silu") is constant

@@ -133,7 +133,7 @@ def test_divergence_has_an_exit_code(tmp_path):
         (("--config=configs/nope.py", "--workdir=W"), "configs/nope.py"),
         (
             (DIGITS, "--workdir=W", "--config.optim.lr=0.1"),
-            "unknown config field 'optim.lr': config.optim has adaptive_clip, anneal, ",
+            "unknown config field 'optim.lr': config.optim has adaptive_clip, arguments, ",
         ),
         ((DIGITS, "--workdir=W", "--config.modle.width=3"), "unknown config field 'modle.width': config has "),
         ((DIGITS, "--workdir=W", "--config.optimizer=x"), "unknown config field 'optimizer': config has "),

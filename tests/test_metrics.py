@@ -7,36 +7,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 
 from nfjax import storage
 from nfjax.runs import metrics
+from nfjax.runs.trackers import Trackers
+from nfjax.training import losses
 
 
 def test_cross_entropy_with_smoothing():
     logits, labels = jax.random.normal(jax.random.key(0), (6, 5)), jnp.array([0, 1, 2, 3, 4, 0])
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     plain = -log_p[np.arange(6), labels]
-    np.testing.assert_allclose(metrics.cross_entropy(logits, labels), plain, rtol=1e-5)
+    np.testing.assert_allclose(losses.cross_entropy(logits, labels), plain, rtol=1e-5)
     smoothed = 0.9 * plain + 0.1 * -log_p.mean(axis=1)
-    np.testing.assert_allclose(metrics.cross_entropy(logits, labels, 0.1), smoothed, rtol=1e-5)
+    np.testing.assert_allclose(losses.cross_entropy(logits, labels, 0.1), smoothed, rtol=1e-5)
 
 
 def test_masked_examples_do_not_count():
     logits = jnp.array([[2.0, 1.0], [1.0, 2.0], [jnp.nan, jnp.nan]])
-    labels, losses = jnp.array([0, 0, 0]), jnp.array([1.0, 2.0, jnp.nan])
-    sums = metrics.sums(losses, logits, labels, jnp.array([1.0, 1.0, 0.0]))
+    labels, each = jnp.array([0, 0, 0]), jnp.array([1.0, 2.0, jnp.nan])
+    sums = losses.sums(each, logits, labels, jnp.array([1.0, 1.0, 0.0]))
     assert {name: float(value) for name, value in sums.items()} == {"loss": 3.0, "correct": 1.0, "count": 2.0}
-    assert metrics.means(sums) == {"loss": 1.5, "accuracy": 0.5}
+    assert losses.means(sums) == {"loss": 1.5, "accuracy": 0.5}
 
 
 def test_writer_drops_what_came_after_the_step_it_goes_on_from(tmp_path):
-    writer = metrics.Writer(tmp_path, 0)
+    writer = Trackers(tmp_path, 0, "tensorboard")
     for step in (1, 2, 3):
         writer.write("train", step, {"loss": 0.1 * step})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "train", "st')  # cut short by a crash
-    writer = metrics.Writer(tmp_path, 2)
+    writer = Trackers(tmp_path, 2)
     writer.write("train", 3, {"loss": 7.0})
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -70,17 +73,17 @@ def test_reading_a_workdir_without_metrics(tmp_path):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_keeps_its_dtype(smoothing):
-    assert metrics.cross_entropy(jnp.ones((2, 3)), jnp.array([0, 1]), smoothing).dtype == jnp.float32
+    assert losses.cross_entropy(jnp.ones((2, 3)), jnp.array([0, 1]), smoothing).dtype == jnp.float32
 
 
 def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
-    writer = metrics.Writer(tmp_path, 0)
+    writer = Trackers(tmp_path, 0, "jsonl, tensorboard")
     writer.write("train", 1, {"loss": 0.5})
 
     def full(event):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer.events, "write_event", full)
+    monkeypatch.setattr(EventsWriter, "write_event", lambda self, event: full(event))
     with pytest.raises(OSError, match=r"metrics of step 2 cannot be written.*No space left on device.*is whole"):
         writer.write("train", 2, {"loss": 0.4})
     writer.close()
@@ -130,7 +133,7 @@ def test_a_last_line_without_its_end_is_read(tmp_path):
 def test_a_run_goes_on_without_damaged_lines_and_keeps_them_aside(tmp_path, caplog):
     damaged = b"\n".join([LINE.encode(), b"[]", EPOCH.encode(), b"\xff"]) + b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(damaged)
-    metrics.Writer(tmp_path, 5).close()
+    Trackers(tmp_path, 5).close()
     assert metrics.read(tmp_path) == [json.loads(LINE), json.loads(EPOCH)]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
     assert f"{tmp_path / 'metrics.jsonl'}, line 2, does not hold what it should" in caplog.text
@@ -139,7 +142,7 @@ def test_a_run_goes_on_without_damaged_lines_and_keeps_them_aside(tmp_path, capl
 
 def test_a_run_that_begins_anew_logs_everything_anew(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "signal", "step": 0, "a": 1.0}\n' + LINE + "\n")
-    metrics.Writer(tmp_path, 0).close()
+    Trackers(tmp_path, 0).close()
     assert metrics.read(tmp_path) == []
 
 
@@ -152,7 +155,7 @@ def test_a_full_disk_when_the_metrics_are_taken_over_leaves_them_as_they_were(tm
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match=r"metrics of step 3 cannot be written .*No space left on device.* is whole"):
-            metrics.Writer(tmp_path, 3)
+            Trackers(tmp_path, 3)
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
     assert metrics.read(tmp_path) == [json.loads(LINE)]
 
@@ -161,7 +164,7 @@ def test_a_full_disk_when_the_metrics_are_taken_over_leaves_them_as_they_were(tm
 def test_metrics_that_would_be_lost_are_told(tmp_path, what):
     folder = tmp_path / "run"
     folder.mkdir()
-    writer = metrics.Writer(folder, 0)
+    writer = Trackers(folder, 0)
     writer.write("train", 1, {"loss": 0.5})
     if what.startswith("moved"):
         folder.rename(tmp_path / "elsewhere")

@@ -7,12 +7,13 @@ import pytest
 
 from nfjax import data
 from nfjax.training import optimizers as optim
+from nfjax.training import schedules
 
 
 def test_cosine_by_epoch_steps_exactly_at_the_end_of_each_epoch():
     size, batch, epochs = 50_000, 128, 200
     ends = [data.epoch_end(epoch, size, batch) for epoch in range(1, epochs + 1)]
-    schedule = optim.cosine_by_epoch(0.01, ends)
+    schedule = schedules.cosine_by_epoch(0.01, ends)
     steps = np.arange(ends[-1])
     epoch = np.searchsorted(ends, steps, side="right")
     np.testing.assert_allclose(
@@ -23,15 +24,15 @@ def test_cosine_by_epoch_steps_exactly_at_the_end_of_each_epoch():
 
 
 def test_cosine_by_step():
-    schedule = optim.cosine_by_step(0.1, 10)
+    schedule = schedules.cosine(0.1, [10])
     assert [float(schedule(step)) for step in (0, 5, 10)] == pytest.approx([0.1, 0.05, 0.0], abs=1e-8)
 
 
 def test_warm_up_rises_linearly_to_the_schedule():
-    schedule = optim.warmed_up(lambda step: jnp.float32(0.1), 5)
+    schedule = schedules.warmed_up(lambda step: jnp.float32(0.1), 5)
     assert [float(schedule(step)) for step in range(7)] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1])
-    plain = optim.cosine_by_step(0.1, 10)
-    assert optim.warmed_up(plain, 0) is plain
+    plain = schedules.cosine(0.1, [10])
+    assert schedules.warmed_up(plain, 0) is plain
 
 
 PARAMS = {
@@ -41,7 +42,7 @@ PARAMS = {
 
 
 def updates(grads, steps=1, **settings):
-    optimizer = optim.sgd(lambda step: 0.1, **({"momentum": 0.0} | settings))
+    optimizer = optim.make("sgd", lambda step: 0.1, **settings)
     state = optimizer.init(PARAMS)
     for _ in range(steps):
         out, state = optimizer.update(grads, state, PARAMS)

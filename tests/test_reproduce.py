@@ -6,7 +6,7 @@ import pytest
 
 from nfjax.reproduce import __main__ as command
 from nfjax.reproduce import cost_table, propagation_figure
-from nfjax.reproduce.signal import CURVES
+from nfjax.reproduce._signal import CURVES
 from tests.conftest import TINY
 
 

@@ -16,10 +16,10 @@ import scipy.stats
 from nfjax import data, preemption, reproduce
 from nfjax.data.contents import contents
 from nfjax.reproduce import __main__ as command
-from nfjax.reproduce import claims, grids, records, runs, training
-from nfjax.reproduce.claims import CLAIMS, claims_table
-from nfjax.reproduce.curves import CURVES
-from nfjax.reproduce.grids import BASELINE, BROCK, CONVSHORT, SCHEMES, Cell, Grid
+from nfjax.reproduce import _claims, _grids, _records, _runs, _training
+from nfjax.reproduce._claims import CLAIMS, claims_table
+from nfjax.reproduce._curves import CURVES
+from nfjax.reproduce._grids import BASELINE, BROCK, CONVSHORT, SCHEMES, Cell, Grid
 from nfjax.training import loop as train
 from tests.conftest import TINY
 
@@ -34,23 +34,23 @@ START = {
 def made(curve, accuracies, depth=18, seed=0, dataset="CIFAR-10", diverged=None, **changes):
     """The record of a run with these test accuracies, one per epoch."""
     changes = {"epochs": len(accuracies), **{name.replace("__", "."): value for name, value in changes.items()}}
-    request = runs.Request(out=None, changes=changes)
-    config = runs.make_config(dataset, Cell(depth, curve, ""), seed, request)
-    epochs = {name: list(accuracies) for name in records.PER_EPOCH}
+    request = _runs.Request(out=None, changes=changes)
+    config = _runs.make_config(dataset, Cell(depth, curve, ""), seed, request)
+    epochs = {name: list(accuracies) for name in _records.PER_EPOCH}
     about = {
         "data": "images",
         "fingerprint": "f00d",
         "images": (50_000, 10_000),
-        "classes": runs.BASES[dataset].classes,
+        "classes": _runs.BASES[dataset].classes,
     }
-    settings = runs.workdirs.essence(config)
-    return records.Record(dataset, **about, curve=curve, settings=settings, epochs=epochs, diverged=diverged,
+    settings = _runs.workdirs.essence(config)
+    return _records.Record(dataset, **about, curve=curve, settings=settings, epochs=epochs, diverged=diverged,
                           seconds=60.0, starts=[START])  # fmt: skip
 
 
 def write(out, *many):
     for record in many:
-        records.append(out, record)
+        _records.append(out, record)
 
 
 def run(monkeypatch, *arguments):
@@ -62,14 +62,14 @@ def run(monkeypatch, *arguments):
 
 
 def test_every_figure_names_curves_and_labels_them_once():
-    for grid in [*grids.GRIDS.values(), grids.ablations(30)]:
-        assert grid.dataset in runs.BASES
+    for grid in [*_grids.GRIDS.values(), _grids.ablations(30)]:
+        assert grid.dataset in _runs.BASES
         assert all(cell.curve in CURVES for cell in grid.cells)
         assert len({cell.label for cell in grid.cells}) == len(grid.cells)
 
 
 def test_the_most_telling_runs_come_first():
-    plan = runs.planned(grids.GRIDS["figure3"], runs.Request(out=None, seeds=2))
+    plan = _runs.planned(_grids.GRIDS["figure3"], _runs.Request(out=None, seeds=2))
     names = [(run.cell.depth, run.cell.curve) for run in plan[:5]]
     assert names == [
         (50, BASELINE),
@@ -83,8 +83,8 @@ def test_the_most_telling_runs_come_first():
 
 
 def test_an_ablation_changes_one_setting_of_the_figures():
-    request = runs.Request(out=None, changes={"epochs": 30})
-    plan = runs.planned(training.ablation_grid(request), dataclasses.replace(request, seeds=1))
+    request = _runs.Request(out=None, changes={"epochs": 30})
+    plan = _runs.planned(_training.ablation_grid(request), dataclasses.replace(request, seeds=1))
     usual = plan[0].settings
     changed = [{name: value for name, value in run.settings.items() if usual[name] != value} for run in plan[1:]]
     assert [next(iter(change.items())) for change in changed if len(change) == 1] == [
@@ -105,21 +105,21 @@ def test_an_ablation_changes_one_setting_of_the_figures():
 def test_a_line_that_a_crash_cut_short_is_left_out_and_ended(tmp_path):
     first, second = made(BASELINE, [0.5]), made(CONVSHORT, [0.6])
     write(tmp_path, first)
-    with open(tmp_path / records.FILE, "a") as stream:
+    with open(tmp_path / _records.FILE, "a") as stream:
         stream.write('{"dataset": "CIF')
-    assert [record.curve for record in records.read(tmp_path)] == [BASELINE]
+    assert [record.curve for record in _records.read(tmp_path)] == [BASELINE]
     write(tmp_path, second)
-    assert [record.curve for record in records.read(tmp_path)] == [BASELINE, CONVSHORT]
+    assert [record.curve for record in _records.read(tmp_path)] == [BASELINE, CONVSHORT]
     again = dataclasses.replace(second, seconds=1.0)
     write(tmp_path, again)
-    assert [record.seconds for record in records.read(tmp_path)] == [60.0, 1.0]
+    assert [record.seconds for record in _records.read(tmp_path)] == [60.0, 1.0]
 
 
 @pytest.mark.parametrize("damage", [b"{}\n", b"\xff\n{}\n", b"[1]\n", b"7"])
 def test_a_damaged_line_is_named(tmp_path, damage):
-    (tmp_path / records.FILE).write_bytes(damage)
+    (tmp_path / _records.FILE).write_bytes(damage)
     with pytest.raises(ValueError, match=r"training.jsonl, line 1 is not the record of a run"):
-        records.read(tmp_path)
+        _records.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_a_damaged_line_is_named(tmp_path, damage):
     [
         ({"epochs": None}, r"Expected `object`, got `null` - at `\$\.epochs`; remove or mend that line"),
         ({"settings": 5}, r"Expected `object`, got `int` - at `\$\.settings`"),
-        ({"epochs": {name: ["0.5"] for name in records.PER_EPOCH}}, "Expected `float`, got `str`"),
-        ({"epochs": {name: [0.5, 0.5] for name in records.PER_EPOCH}}, "it has more epochs than its settings, 1"),
-        ({"epochs": {name: [93.5] for name in records.PER_EPOCH}}, "train_accuracy is 93.5, expected a share from 0"),
-        ({"epochs": {name: [0.5] * len(name) for name in records.PER_EPOCH}}, "a number per epoch in each"),
+        ({"epochs": {name: ["0.5"] for name in _records.PER_EPOCH}}, "Expected `float`, got `str`"),
+        ({"epochs": {name: [0.5, 0.5] for name in _records.PER_EPOCH}}, "it has more epochs than its settings, 1"),
+        ({"epochs": {name: [93.5] for name in _records.PER_EPOCH}}, "train_accuracy is 93.5, expected a share from 0"),
+        ({"epochs": {name: [0.5] * len(name) for name in _records.PER_EPOCH}}, "a number per epoch in each"),
         ({"images": [5]}, r"Expected `array` of length >= 2"),
         ({"images": [5, -1]}, r"Expected `int` >= 1 - at `\$\.images\[1\]`"),
         ({"classes": 0}, "Expected `int` >= 1"),
@@ -153,33 +153,33 @@ def test_a_damaged_line_is_named(tmp_path, damage):
             "settings have seed='0', expected a whole number",
         ),
         ({"epochs": {"test_accuracy": [0.5]}}, "epochs must have train_loss"),
-        ({"epochs": {name: [] for name in records.PER_EPOCH}}, "it has no epoch, and did not diverge"),
+        ({"epochs": {name: [] for name in _records.PER_EPOCH}}, "it has no epoch, and did not diverge"),
         ({"settings": {}}, "settings lack epochs, model.depth"),
     ],
 )
 def test_a_record_that_says_nothing_is_named(tmp_path, changes, message):
     line = json.dumps(dataclasses.asdict(made(BASELINE, [0.5])) | changes)
-    (tmp_path / records.FILE).write_text(f"{line}\n")
+    (tmp_path / _records.FILE).write_text(f"{line}\n")
     with pytest.raises(ValueError, match=f"line 1 is not the record of a run .*{message}"):
-        records.read(tmp_path)
+        _records.read(tmp_path)
 
 
 def test_a_file_of_something_else_is_named(tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr(records.logging, "warning", lambda text, *args: warnings.append(text % args))
-    path = tmp_path / records.FILE
+    monkeypatch.setattr(_records.logging, "warning", lambda text, *args: warnings.append(text % args))
+    path = tmp_path / _records.FILE
     for content in (b"\x00\xff\n", b"\n", b"[" * 100_000 + b"\n"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"{path}, line 1 is not the record of a run \(it is "):
-            records.read(tmp_path)
+            _records.read(tmp_path)
     assert warnings == []
     path.write_bytes(b"\x00\xff")  # which a crash may have left of a line
-    assert records.read(tmp_path) == []
+    assert _records.read(tmp_path) == []
     assert warnings == [f"the last line of {path} was cut short; it is left out, and its run is not known"]
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match="is a pipe or a device, which may never end"):
-        records.read(tmp_path)
+        _records.read(tmp_path)
 
 
 def test_a_full_disk_leaves_no_half_of_a_record(tmp_path, monkeypatch):
@@ -187,32 +187,32 @@ def test_a_full_disk_leaves_no_half_of_a_record(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     write(tmp_path, made(BASELINE, [0.5]))
-    before = (tmp_path / records.FILE).read_bytes()
+    before = (tmp_path / _records.FILE).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=rf"{records.FILE} cannot be written \(No space left on device\)"):
+        with pytest.raises(OSError, match=rf"{_records.FILE} cannot be written \(No space left on device\)"):
             write(tmp_path, made(CONVSHORT, [0.6]))
-    assert (tmp_path / records.FILE).read_bytes() == before
+    assert (tmp_path / _records.FILE).read_bytes() == before
     write(tmp_path, made(CONVSHORT, [0.6]))
-    assert [record.curve for record in records.read(tmp_path)] == [BASELINE, CONVSHORT]
+    assert [record.curve for record in _records.read(tmp_path)] == [BASELINE, CONVSHORT]
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00\xff", b'[{"sta', b"{}", b"5", b"[5]", b'[{"started": 5}]', None])
 def test_a_run_is_recorded_without_what_cannot_be_read_of_its_starts(tmp_path, monkeypatch, data):
     warnings = []
-    monkeypatch.setattr(runs.logging, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(_runs.logging, "warning", lambda text, *args: warnings.append(text % args))
     path = tmp_path / "versions.json"
     path.write_text(json.dumps([START | {"step": 0, "python": "3.11.7"}]))
-    assert runs._starts(path) == [START | {"step": 0, "python": "3.11.7"}]
+    assert _runs._starts(path) == [START | {"step": 0, "python": "3.11.7"}]
     path.unlink()
     if data is not None:
         path.write_bytes(data)
-    assert runs._starts(path) == []
+    assert _runs._starts(path) == []
     assert len(warnings) == 1
     assert str(path) in warnings[0]
     group = [dataclasses.replace(made(BASELINE, [0.5]), starts=[])]
-    assert training._row("BatchNorm", group)[4] == "50.00 %"
-    assert training._versions(group) == ""
+    assert _training._row("BatchNorm", group)[4] == "50.00 %"
+    assert _training._versions(group) == ""
 
 
 def test_a_full_disk_leaves_tables_and_figures_as_they_were(tmp_path, monkeypatch):
@@ -237,36 +237,36 @@ def test_a_full_disk_leaves_tables_and_figures_as_they_were(tmp_path, monkeypatc
 
 def test_a_last_line_without_its_end_is_kept(tmp_path):
     write(tmp_path, made(BASELINE, [0.5]))
-    path = tmp_path / records.FILE
+    path = tmp_path / _records.FILE
     path.write_text(path.read_text().rstrip())  # as an editor may leave it
     write(tmp_path, made(CONVSHORT, [0.6]))
-    assert [record.curve for record in records.read(tmp_path)] == [BASELINE, CONVSHORT]
+    assert [record.curve for record in _records.read(tmp_path)] == [BASELINE, CONVSHORT]
 
 
 def test_only_runs_on_equal_terms_are_grouped():
     one, other = made(BASELINE, [0.5]), made(CONVSHORT, [0.6], seed=3)
     longer, wider = made(CONVSHORT, [0.6, 0.7]), made(CONVSHORT, [0.6], model__width=8)
     elsewhere = dataclasses.replace(made(CONVSHORT, [0.6]), fingerprint="beef")
-    found = records.groups([one, longer, other, wider, elsewhere])
+    found = _records.groups([one, longer, other, wider, elsewhere])
     assert found == [[one, other], [longer], [wider], [elsewhere]]
 
 
 def test_a_field_that_a_record_does_not_know_does_not_part_it():
     record = made(CONVSHORT, [0.6])
     older = {name: value for name, value in record.terms.items() if name != "data.share"}
-    assert records.agree(older, record.terms)
-    assert not records.agree({**older, "batch_size": 64}, record.terms)
+    assert _records.agree(older, record.terms)
+    assert not _records.agree({**older, "batch_size": 64}, record.terms)
 
 
 def test_mean_and_deviation_over_seeds():
     group = [made(CONVSHORT, values, seed=seed) for seed, values in enumerate([[0.7, 0.6], [0.5, 0.63], [0.6, 0.66]])]
-    final, best = records.over_seeds(group, "test_accuracy"), records.over_seeds(group, "test_accuracy", "best")
+    final, best = _records.over_seeds(group, "test_accuracy"), _records.over_seeds(group, "test_accuracy", "best")
     assert final.mean == pytest.approx(0.63)
     assert final.std == pytest.approx(statistics.stdev([0.60, 0.63, 0.66]))
     assert final.percent() == "63.00 ± 3.00 %"
     assert best.mean == pytest.approx((0.7 + 0.63 + 0.66) / 3)
-    assert records.mean([0.5]).percent() == "50.00 %"
-    assert records.over_seeds([made(CONVSHORT, [0.1], diverged="at step 3")], "test_accuracy") is None
+    assert _records.mean([0.5]).percent() == "50.00 %"
+    assert _records.over_seeds([made(CONVSHORT, [0.1], diverged="at step 3")], "test_accuracy") is None
 
 
 def test_contents_name_the_pixels(tmp_path):
@@ -302,7 +302,7 @@ def test_a_share_of_encoded_images(tmp_path):
 
 def figures(out, name="figure7", **asked):
     changes = {"epochs": 2, **asked.pop("changes", {})}
-    return training.training_figures(grids.GRIDS[name], runs.Request(out=out, seeds=2, changes=changes, **asked))
+    return _training.training_figures(_grids.GRIDS[name], _runs.Request(out=out, seeds=2, changes=changes, **asked))
 
 
 def test_a_partial_grid_shows_what_is_there_and_tells_what_is_missing(tmp_path):
@@ -351,8 +351,8 @@ def test_each_set_of_images_is_a_figure_of_its_own(tmp_path):
 
 def test_ablations_are_drawn_with_the_settings_that_they_start_from(tmp_path):
     write(tmp_path, made(CONVSHORT, [0.4, 0.6]), made(CONVSHORT, [0.4, 0.6, 0.7, 0.8]), made(CONVSHORT, [0.5]))
-    request = runs.Request(out=tmp_path, seeds=1, changes={"epochs": 2})
-    (figure,) = training.training_figures(training.ablation_grid(request), request)
+    request = _runs.Request(out=tmp_path, seeds=1, changes={"epochs": 2})
+    (figure,) = _training.training_figures(_training.ablation_grid(request), request)
     rows = [(row[0], row[3], row[4]) for row in figure.table().rows]
     assert rows == [("as in the figures", 2, "60.00 %"), ("1 epochs", 1, "50.00 %"), ("4 epochs", 4, "80.00 %")]
     assert figure.write(tmp_path / "ablations")[0].name == "ablations_images_epochs2.md"
@@ -393,7 +393,7 @@ def test_what_was_not_measured_names_its_command(tmp_path):
     rows = claims_table(tmp_path).rows
     assert len(rows) == len(CLAIMS) == 18
     assert {row[3] for row in rows} == {"not measured yet"}
-    assert {row[4] for row in rows} == {f"`python -m nfjax.reproduce {name} --data=DIR`" for name in grids.GRIDS}
+    assert {row[4] for row in rows} == {f"`python -m nfjax.reproduce {name} --data=DIR`" for name in _grids.GRIDS}
 
 
 BATCH_NORM = (0.9, 0.901, 0.899)
@@ -419,16 +419,16 @@ def test_convshort_against_batch_norm(tmp_path, values, held):
 
 
 def test_the_interval_is_welchs_when_test_images_are_many():
-    one, other = records.mean([0.91, 0.93, 0.95]), records.mean([0.90, 0.905])
+    one, other = _records.mean([0.91, 0.93, 0.95]), _records.mean([0.90, 0.905])
     expected = scipy.stats.ttest_ind([0.91, 0.93, 0.95], [0.90, 0.905], equal_var=False).confidence_interval(0.95)
-    half = claims._half_width(one, other, images=10**12)
+    half = _claims._half_width(one, other, images=10**12)
     assert one.mean - other.mean - half == pytest.approx(expected.low, rel=1e-4)
     assert one.mean - other.mean + half == pytest.approx(expected.high, rel=1e-4)
 
 
 def test_the_interval_of_equal_seeds_is_that_of_the_test_images():
-    one, other = records.mean([0.9, 0.9]), records.mean([0.8, 0.8])
-    assert claims._half_width(one, other, 1000) == pytest.approx(1.96 * ((0.09 + 0.16) / 1000) ** 0.5, rel=1e-4)
+    one, other = _records.mean([0.9, 0.9]), _records.mean([0.8, 0.8])
+    assert _claims._half_width(one, other, 1000) == pytest.approx(1.96 * ((0.09 + 0.16) / 1000) ** 0.5, rel=1e-4)
 
 
 def test_the_other_schemes_stay_below(tmp_path):
@@ -556,7 +556,7 @@ def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *flags, "--seeds=1")
     assert stopped.value.code == 130
-    assert [record.curve for record in records.read(tmp_path)] == [CONVSHORT]
+    assert [record.curve for record in _records.read(tmp_path)] == [CONVSHORT]
     assert f"Missing: seed 0 of {BROCK[0]}." in capsys.readouterr().out  # what is there was drawn
 
     misses = []
@@ -572,7 +572,7 @@ def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch
     assert started[1] == started[2]
     assert len(started) == 5
     assert not misses  # another initialization, another seed: the same programs
-    found = records.read(tmp_path)
+    found = _records.read(tmp_path)
     assert [(record.curve, record.seed) for record in found] == [
         (CONVSHORT, 0), (BROCK[0], 0), (CONVSHORT, 1), (BROCK[0], 1),
     ]  # fmt: skip
@@ -580,13 +580,13 @@ def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch
     (record,) = (record for record in found if (record.curve, record.seed) == (BROCK[0], 1))
     assert record.images == [256, 62]
     assert record.seconds > 0
-    written = json.loads((tmp_path / records.FILE).read_text().splitlines()[0])
+    written = json.loads((tmp_path / _records.FILE).read_text().splitlines()[0])
     assert written["starts"][0]["packages"]["jax"] == jax.__version__
 
-    before = (tmp_path / records.FILE).read_text()
+    before = (tmp_path / _records.FILE).read_text()
     monkeypatch.setattr(train, "train", None)  # nothing is left to train
     run(monkeypatch, *flags, "--seeds=2")
-    assert (tmp_path / records.FILE).read_text() == before
+    assert (tmp_path / _records.FILE).read_text() == before
     with pytest.raises(SystemExit, match="runs on these images under the name 'made-up'"):
         run(monkeypatch, *flags, "--data-name=other", "--seeds=3")
 
@@ -601,7 +601,7 @@ def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsy
 
     monkeypatch.setattr(train, "train", diverging)
     run(monkeypatch, *flags, "--seeds=1")
-    first, second = records.read(tmp_path)
+    first, second = _records.read(tmp_path)
     assert first.diverged == "at step 3 the loss is nan"
     assert (first.epochs["test_accuracy"], second.epochs["test_accuracy"]) == ([], [])
     assert "1, after epoch 0" in capsys.readouterr().out

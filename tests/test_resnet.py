@@ -315,3 +315,19 @@ def test_names_of_depths():
     assert isinstance(nnx.eval_shape(lambda: resnet.resnet18(width=8, rngs=nnx.Rngs(0))).blocks[0], resnet.BasicBlock)
     with pytest.raises(TypeError):
         resnet.STAGES[6] = (resnet.BasicBlock, (1, 1))
+
+
+def test_an_initializer_by_name_has_the_gain_of_the_activation():
+    """Behind a ReLU gradients are halved; behind SiLU another share is left, for which the kernels make up."""
+    relu, silu = (
+        resnet.PreActResNet(10, width=8, image_size=8, activation=activation, rngs=nnx.Rngs(0))
+        for activation in ("relu", "silu")
+    )
+    factor = initializers.gain("silu").backward / 2
+    for a, b in zip(relu.blocks, silu.blocks, strict=True):
+        for one, other in zip(a.branch.convolutions, b.branch.convolutions, strict=True):
+            assert np.var(other.kernel[...]) / np.var(one.kernel[...]) == pytest.approx(factor, rel=1e-5)
+    given = resnet.PreActResNet(
+        10, width=8, image_size=8, activation="silu", init=initializers.he_fan_out(), rngs=nnx.Rngs(0)
+    )
+    np.testing.assert_array_equal(given.stem.conv.kernel[...], relu.stem.conv.kernel[...])

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from nfjax import config as configs
 from nfjax.cli import settings
-from nfjax.training import assembly, ranges
+from nfjax.training import checks, ranges, schedules
 from nfjax.training import optimizers as optim
 
 
@@ -51,7 +51,7 @@ def test_none_empties_a_field_that_may_be_empty():
 )
 def test_values_that_cannot_be(setting, message):
     with pytest.raises(ValueError, match=message):
-        assembly.check(parsed(f"--config.{setting}"))
+        checks.check(parsed(f"--config.{setting}"))
 
 
 # ---------------------------------------------------------------- every field, and what it cannot be
@@ -65,7 +65,10 @@ MAY_BE_ZERO = {
 AT_MOST_ONE = {
     "data.share", "data.max_skipped", "augment.erasing_probability", "optim.momentum", "optim.label_smoothing",
 }  # fmt: skip
-FIELDS = {name: kind for name, _, kind in ranges._leaves(configs.base())}
+MAY_BE_EMPTY = {"data.dir", "model.arguments", "optim.arguments"}
+STAGES = "model.stage_sizes"
+PAIRS = ("augment.resized_crop_scale", "augment.resized_crop_ratio")
+FIELDS = {name: kind for name, _, kind in ranges.leaves(configs.base())}
 NUMBERS = {name: kind for name, kind in FIELDS.items() if kind in (int, float)}
 
 
@@ -82,7 +85,7 @@ def with_value(name, value):
 
 def refused(name, value):
     with pytest.raises(ValueError, match=r"expected|must be") as caught:
-        assembly.check(with_value(name, value))
+        checks.check(with_value(name, value))
     return str(caught.value)
 
 
@@ -99,15 +102,15 @@ def test_numbers_that_a_field_cannot_be(name):
         assert str(value) in message
 
 
-@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if kind is tuple and name != ranges.STAGES])
+@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if kind is tuple and name != STAGES])
 def test_tuples_that_a_field_cannot_be(name):
-    length = 2 if name in ranges.PAIRS else 3
+    length = 2 if name in PAIRS else 3
     good = (0.5,) * length
-    ranges.check(with_value(name, good))
+    ranges.check(with_value(name, good), checks.RANGES)
     wrong = [(), good[1:], (*good, 0.5), 0.5, "0.5", ("a",) * length, (True,) * length]
     for bad in (NAN, INF, -0.5, 1e300, None):
         wrong += [(bad, *good[1:]), (*good[1:], bad)]
-    wrong += [(0.9, 0.1), (0.0, 0.5)] if name in ranges.PAIRS else [(0.5, 0.5, 127.5)]
+    wrong += [(0.9, 0.1), (0.0, 0.5)] if name in PAIRS else [(0.5, 0.5, 127.5)]
     wrong += [(0.5, 1.5)] if name == "augment.resized_crop_scale" else []
     for value in wrong:
         assert f"{name}=" in refused(name, value)
@@ -115,16 +118,16 @@ def test_tuples_that_a_field_cannot_be(name):
 
 def test_stages_that_a_network_cannot_have():
     for good in ((1,), (3, 4, 6, 3), [2] * 8, (2048,)):
-        ranges.check(with_value(ranges.STAGES, good))
+        ranges.check(with_value(STAGES, good), checks.RANGES)
     wrong = [(), 2, "2", ("2",), (True,), (2.0,), (0,), (2, -1), (1,) * 9, (2048, 1), (10**12,), (None,), (NAN,)]
     for value in wrong:
-        assert "model.stage_sizes=" in refused(ranges.STAGES, value)
+        assert "model.stage_sizes=" in refused(STAGES, value)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if kind in (str, bool)])
 def test_texts_and_switches_of_another_kind(name):
     wrong = [3, 0.5, ("a",)] + ["true", 1] * (FIELDS[name] is bool) + [True] * (FIELDS[name] is str)
-    for value in wrong + [""] * (FIELDS[name] is str and name != "data.dir"):
+    for value in wrong + [""] * (FIELDS[name] is str and name not in MAY_BE_EMPTY):
         assert f"{name}=" in refused(name, value)
 
 
@@ -150,12 +153,12 @@ def test_settings_that_do_not_go_together(changes, message):
     config.update_from_flattened_dict(changes)
     start = time.perf_counter()
     with pytest.raises(ValueError, match=message):
-        assembly.check(config)
+        checks.check(config)
     assert time.perf_counter() - start < 60  # at once, and not after the network was drawn
 
 
 def test_more_steps_than_are_counted():
-    for schedule in (lambda: optim.cosine_by_epoch(0.1, [1, 2**31]), lambda: optim.cosine_by_step(0.1, 2**31)):
+    for schedule in (lambda: schedules.cosine_by_epoch(0.1, [1, 2**31]), lambda: schedules.cosine(0.1, [2**31])):
         with pytest.raises(ValueError, match="2,147,483,648 steps: expected 1 to 2,147,483,647; choose fewer epochs"):
             schedule()
 
@@ -172,7 +175,7 @@ def test_more_steps_than_are_counted():
 )
 def test_the_optimizer_refuses_as_well(given, message):
     with pytest.raises(ValueError, match=message):
-        optim.sgd(lambda step: 0.1, **given)
+        optim.make("sgd", lambda step: 0.1, **given)
 
 
 # ---------------------------------------------------------------- config files
@@ -182,12 +185,12 @@ def test_a_config_lacks_a_field_or_has_one_more():
     config = configs.base().to_dict()
     del config["optim"]["momentum"]
     with pytest.raises(ValueError, match=r"the config lacks a field, optim.momentum: a config file starts from"):
-        assembly.check(ConfigDict(config))
+        checks.check(ConfigDict(config))
     more = json.loads(configs.base().to_json_best_effort()) | {"momentum": 0.9}
     with pytest.raises(ValueError, match="the config has a field that nothing reads, momentum"):
-        assembly.check(ConfigDict(more))
+        checks.check(ConfigDict(more))
     with pytest.raises(ValueError, match="the config is of type dict: expected a ConfigDict"):
-        assembly.check(configs.base().to_dict())
+        checks.check(configs.base().to_dict())
 
 
 @pytest.mark.parametrize("override", ["--", "--config.epochs=3", "--config.data.resize=none"])

@@ -12,7 +12,7 @@ from test_data import make_folder
 from nfjax import data
 from nfjax.cli import show
 from nfjax.data import __main__ as command
-from nfjax.training import assembly
+from nfjax.training import loader, preprocessing
 
 of_config_flags = pytest.mark.filterwarnings("ignore:the load_module.. method is deprecated:DeprecationWarning")
 
@@ -28,14 +28,16 @@ def shown(figure):
 
 
 def test_pairs_are_the_batch_before_and_after(tiny_config):
-    dataset = assembly.open_data(tiny_config, "")
+    dataset = loader.open_data(tiny_config, "")
     titles, plain, seen = shown(show.contact_sheet(tiny_config, count=10, step=3))
     (order,) = data.train_orders(tiny_config.seed, len(dataset.train), 64, 3, 4)
     batch = dataset.train.take(order.indices)
     np.testing.assert_array_equal(plain, batch["image"][:10])
     assert titles == [dataset.class_names[label] for label in batch["label"][:10]]
     _, augment_key = jax.random.split(jax.random.key(tiny_config.seed))
-    augmented = assembly.augmentation(tiny_config)(jax.random.fold_in(augment_key, 3), jnp.asarray(batch["image"]))
+    augmented = preprocessing.make_augmentation(tiny_config)(
+        jax.random.fold_in(augment_key, 3), jnp.asarray(batch["image"])
+    )
     np.testing.assert_array_equal(seen, augmented[:10])
 
 

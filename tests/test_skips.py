@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nfjax.data import skips
+from nfjax.data.loading import skips
 
 GOOD = {"split": "train", "name": "a.jpg", "cause": "truncated", "detail": "at the end"}
 DAMAGED = {

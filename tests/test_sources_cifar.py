@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 
-from nfjax.data import cifar
+from nfjax.data.sources import cifar
 
 
 def batch(count, seed, labels_key, classes):

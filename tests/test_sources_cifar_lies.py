@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_sources_cifar import contents_of, md5, pickled, with_contents
 
-from nfjax.data import cifar
+from nfjax.data.sources import cifar
 
 ARCHIVE, CONTENTS = cifar.CIFAR10, contents_of(cifar.CIFAR10, 10)
 FIRST = ARCHIVE.train[0]

@@ -9,7 +9,9 @@ import pytest
 from absl import logging
 from scipy import io
 
-from nfjax.data import cifar, folder, formats, splits
+from nfjax.data import splits
+from nfjax.data.decoding import formats
+from nfjax.data.sources import cifar, folder
 
 
 @pytest.fixture

@@ -21,7 +21,10 @@ from PIL import Image
 
 from nfjax import data
 from nfjax.data import __main__ as command
-from nfjax.data import cifar, folder, pack, records, remote, shards
+from nfjax.data import remote
+from nfjax.data.packing import manifest as manifests
+from nfjax.data.packing import pack, shards
+from nfjax.data.sources import cifar, folder, records
 from nfjax.data.splits import Dataset, Images
 
 
@@ -322,7 +325,7 @@ def test_what_is_no_record_of_ours(tmp_path, source):
     out = tmp_path / "out"
     pack.pack(folder.load(str(source)), str(out))
     dataset = records.load(str(out))
-    writer = array_record_module.ArrayRecordWriter(str(out / "train-00000-of-00001.array_record"), records.OPTIONS)
+    writer = array_record_module.ArrayRecordWriter(str(out / "train-00000-of-00001.array_record"), manifests.OPTIONS)
     for record in (7, {"image": b"x"}, {"image": "text", "label": 0}, {"image": b"x", "label": 2}):
         writer.write(msgpack.packb(record))
     writer.write(b"\xc1")

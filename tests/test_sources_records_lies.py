@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from fake_bucket import bucket  # noqa: F401
 
-from nfjax.data import pack, records, remote, shards
+from nfjax.data import remote
+from nfjax.data.packing import pack, shards
+from nfjax.data.sources import array_records, records
 from nfjax.data.splits import Dataset, Images
 
 FIRST = "train-00000-of-00002.array_record"
@@ -132,9 +134,9 @@ def test_names_of_classes_cannot_speak_to_the_terminal(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("label", [True, 1.0, None, "1", -1, 2])
 def test_a_label_is_a_number_of_a_class(label):
-    records.check_label(1, 2, lambda: "record 0")
+    array_records.check_label(1, 2, lambda: "record 0")
     with pytest.raises(ValueError, match=r"record 0 has the label .*: expected 0 to 1"):
-        records.check_label(label, 2, lambda: "record 0")
+        array_records.check_label(label, 2, lambda: "record 0")
 
 
 # ---------------------------------------------------------------- numbers

@@ -10,7 +10,8 @@ import pytest
 from fake_bucket import bucket  # noqa: F401
 from PIL import Image
 
-from nfjax.data import remote, tfds
+from nfjax.data import remote
+from nfjax.data.sources import tfds
 
 NAMES = ("ant", "bee", "cat")
 
@@ -78,7 +79,7 @@ def test_tensorflow_is_not_imported(tmp_path):
     make_set(tmp_path)
     code = (
         "import sys\n"
-        "from nfjax.data import tfds\n"
+        "from nfjax.data.sources import tfds\n"
         "assert 'tensorflow_datasets' not in sys.modules\n"
         f"dataset = tfds.load('small', {str(tmp_path)!r})\n"
         "print(dataset.train.reader(5)[1], [m for m in ('tensorflow', 'jax', 'torch') if m in sys.modules])"

@@ -9,7 +9,7 @@ import pytest
 from fake_bucket import bucket  # noqa: F401
 from test_sources_tfds import make_set
 
-from nfjax.data import tfds
+from nfjax.data.sources import tfds
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Signal propagation: the numbers against explicit derivatives, any Flax model, nothing left behind, clear errors."""
 
+import copy
+import csv
 import json
 import math
 
@@ -10,8 +12,8 @@ import pytest
 from flax import linen, nnx
 from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 
-from nfjax import resnet, spp
-from nfjax.spp import evaluation, measuring, propagation, tracing
+from nfjax import _flax, resnet, spp
+from nfjax.spp import _measuring, _monitor, _statistics, _tracing
 from tests.conftest import TINY
 
 RULES = ("identity", "idshort", "learnscalar", "convshort", "conv")
@@ -77,7 +79,7 @@ def test_equal_to_an_explicit_vjp_at_every_block(tiny, residual, norm):
     for block in model.blocks:
         y = block(y)
         outputs.append(y)
-    noise = jax.random.normal(propagation.stream(3, propagation.COTANGENT), y.shape)
+    noise = jax.random.normal(_monitor.stream(3, _monitor.COTANGENT), y.shape)
     for i, y in enumerate(outputs):
         _, pull = jax.vjp(lambda y, i=i: tail(y, i + 1), y)
         (gradient,) = pull(noise)
@@ -123,7 +125,7 @@ def test_cross_entropy_on_random_labels_agrees_in_shape_with_gaussian_noise(tiny
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 def test_variances_beyond_the_range_of_float32(scale):
     x = images(64, 5) * scale + 3 * scale
-    result = evaluation.Statistics.of(np.asarray(evaluation.statistics(x))[None])
+    result = _statistics.on_host(_statistics.moments(x))
     values = np.asarray(x, np.float64)
     np.testing.assert_allclose(result.var, values.var(), rtol=1e-5)
     np.testing.assert_allclose(result.channel_var, values.var(0).mean(), rtol=1e-5)
@@ -133,7 +135,7 @@ def test_variances_beyond_the_range_of_float32(scale):
 def test_a_mean_far_above_the_spread_between_channels():
     x = 1e4 + jnp.arange(6.0)[None] + images(4096, 6)
     values = np.asarray(x, np.float64)
-    result = evaluation.Statistics.of(np.asarray(evaluation.statistics(x))[None])
+    result = _statistics.on_host(_statistics.moments(x))
     np.testing.assert_allclose(result.var, values.var(), rtol=1e-2)
 
 
@@ -150,7 +152,7 @@ def test_the_cotangent_is_not_the_users_noise():
 
 def test_constant_and_zero_tensors_have_no_variance():
     for x in (jnp.zeros((4, 3)), jnp.full((4, 3), 7.0)):
-        assert evaluation.Statistics.of(np.asarray(evaluation.statistics(x))[None]).var == pytest.approx(0.0, abs=1e-12)
+        assert _statistics.on_host(_statistics.moments(x)).var == pytest.approx(0.0, abs=1e-12)
 
 
 def test_low_precision_is_measured_as_it_is(tiny):
@@ -552,7 +554,7 @@ def test_the_model_is_left_as_it_was(fails):
         with pytest.raises(RuntimeError, match="inside the model") as caught:
             spp.propagate(model, x, where=Block)
         assert "while nfjax.spp traced it" in " ".join(caught.value.__notes__)
-        assert tracing._recorder.get() is None
+        assert _tracing._recorder.get() is None
     else:
         spp.propagate(model, x, where=Block)
         np.testing.assert_array_equal(model(x), before)
@@ -608,8 +610,9 @@ def test_nothing_per_block_is_kept_but_statistics():
             return self.layer(x)
 
     def temporary(depth):
-        model = propagation._runnable(Model([Linear] * depth, 64), None, 0, [images(4096, 64)], {}, None, None)
-        return measuring.prepare(model, Linear, "branch", None).program.memory_analysis().temp_size_in_bytes
+        model = _flax.runnable(Model([Linear] * depth, 64), [images(4096, 64)], {}, None, None, None, jax.random.key(0))
+        measurement = _measuring.prepare(model, _measuring.Choice(where=Linear))
+        return measurement.program.memory_analysis().temp_size_in_bytes
 
     activation = 4096 * 64 * 4
     # Against 24 if every gradient were kept; shallower, XLA's schedule decides how many are alive at once.
@@ -620,19 +623,19 @@ def test_nothing_per_block_is_kept_but_statistics():
 
 
 def test_seeds_do_not_compile_again_and_neither_does_another_init(tiny, monkeypatch):
-    monkeypatch.setattr(measuring, "_programs", type(measuring._programs)())
+    monkeypatch.setattr(_measuring, "_programs", type(_measuring._programs)())
     x = spp.noise((4, 8, 8, 3))
     profile = spp.propagate_seeds(tiny, x, seeds=4)
-    assert len(measuring._programs) == 1
+    assert len(_measuring._programs) == 1
     assert profile.samples["forward_var"].shape == (4, 4)
     assert len(set(profile.samples["forward_var"][:, 0].tolist())) == 4
     np.testing.assert_allclose(profile.forward_var, np.median(profile.samples["forward_var"], axis=0))
     assert (profile.quantile("backward_var", 0.0) <= profile.backward_var).all()
     spp.propagate_seeds(lambda seed: tiny(seed, init="brock"), x, seeds=[7, 8])
     spp.propagate(tiny(9), images(4, 8, 8, 3))
-    assert len(measuring._programs) == 1
+    assert len(_measuring._programs) == 1
     spp.propagate_seeds(lambda seed: tiny(seed, "convshort"), x, seeds=1)
-    assert len(measuring._programs) == 2
+    assert len(_measuring._programs) == 2
 
 
 def test_a_seed_equals_a_single_run(tiny):
@@ -722,7 +725,7 @@ def test_losses_that_do_not_fit():
     assert len(spp.propagate(linen_model, x, loss=lambda output: output["logits"].mean())) == 2
     with pytest.raises(ValueError, match=r"floating-point scalar, not shape \(16, 3\)"):
         spp.propagate(model, x, loss=lambda logits: logits)
-    with pytest.raises(ValueError, match="unknown loss 'hinge': expected one of cross_entropy"):
+    with pytest.raises(ValueError, match="unknown loss 'hinge': expected a callable or one of cross_entropy"):
         spp.propagate(model, x, loss="hinge")
     with pytest.raises(TypeError, match="loss=3"):
         spp.propagate(model, x, loss=3)
@@ -758,7 +761,7 @@ def made(forward, backward, shapes=None):
     forward, backward = np.array(forward, np.float64), np.array(backward, np.float64)
     n = len(forward)
     nan = np.full(n, np.nan)
-    samples = dict(zip(spp.profile.STATISTICS, (forward, backward, nan, nan, nan, nan), strict=True))
+    samples = dict(zip(_statistics.STATISTICS, (forward, backward, nan, nan, nan, nan), strict=True))
     return spp.Profile(
         tuple(f"blocks/{i}" for i in range(n)),
         tuple(shapes or [(4, 8)] * n),
@@ -869,19 +872,45 @@ def test_plot_of_what_is_not_finite(tmp_path):
     figure.savefig(tmp_path / "plot.png")
 
 
+# ---------------------------------------------------------------- a statistic of one's own
+
+
+def test_a_statistic_is_one_line(monkeypatch, tiny, tmp_path):
+    """Attribute, quantiles over seeds, table, CSV and JSON follow, and the compiled pass stays."""
+    monkeypatch.setattr(_measuring, "_programs", type(_measuring._programs)())
+    before = spp.propagate_seeds(tiny, spp.noise((4, 8, 8, 3)), seeds=2)
+    monkeypatch.setitem(spp.STATISTICS, "backward_channel_var", lambda seen: seen.gradient.channel_var)
+    profile = spp.propagate_seeds(tiny, spp.noise((4, 8, 8, 3)), seeds=2)
+    assert len(_measuring._programs) == 1
+    assert profile.samples["backward_channel_var"].shape == (2, 4)
+    assert (profile.backward_channel_var > 0).all()
+    assert (profile.backward_channel_var < profile.backward_var).all()
+    np.testing.assert_array_equal(profile.backward_var, before.backward_var)
+    assert profile.quantile("backward_channel_var", 1.0)[0] == profile.samples["backward_channel_var"][:, 0].max()
+    assert "backward_channel_var" in repr(profile)
+    assert "backward_channel_var" in dir(profile)
+    profile.to_csv(tmp_path / "p.csv")
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    assert float(rows[5]["backward_channel_var"]) == pytest.approx(profile.samples["backward_channel_var"][1, 1])
+    assert len(json.loads(profile.to_json())["backward_channel_var"]) == 2
+    with pytest.raises(AttributeError, match="backward_channel_var"):
+        _ = before.backward_channel_var
+    assert copy.deepcopy(profile).backward_channel_var[0] == profile.backward_channel_var[0]
+
+
 # ---------------------------------------------------------------- while training
 
 
 def test_a_monitor_compiles_once(monkeypatch, tiny):
-    monkeypatch.setattr(measuring, "_programs", type(measuring._programs)())
+    monkeypatch.setattr(_measuring, "_programs", type(_measuring._programs)())
     x = images(4, 8, 8, 3)
     monitor = spp.Monitor(x, seed=2)
     model = tiny()
     first = monitor(model)
     np.testing.assert_array_equal(first.backward_var, spp.propagate(model, x, seed=2).backward_var)
     model.blocks[0].branch.convolutions[1].kernel[...] *= 2.0
-    prepared, second = monitor._measurement, monitor(model)
-    assert monitor._measurement is prepared
+    prepared, second = monitor._prepared, monitor(model)
+    assert monitor._prepared is prepared
     assert second.forward_var[0] > first.forward_var[0]
     deeper = tiny(residual="identity")
     assert monitor(deeper).forward_var[0] == spp.propagate(deeper, x, seed=2).forward_var[0]  # another network

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from nfjax import spp
-from nfjax.spp.propagation import COTANGENT, stream
+from nfjax.spp._monitor import COTANGENT, stream
 
 
 @pytest.fixture(autouse=True)

@@ -203,9 +203,9 @@ def test_a_monitor_sees_what_training_changed():
     model.eval()
     assert monitor(model).mode.initial == NORMS
     trained(model, x).eval()
-    measurement = monitor._measurement
+    measurement = monitor._prepared
     assert monitor(model).mode.initial == ()
-    assert monitor._measurement is measurement
+    assert monitor._prepared is measurement
     model.train()
     assert monitor(model).mode.batch == NORMS
 

@@ -6,8 +6,8 @@ import pytest
 from flax import linen, nnx
 
 from nfjax import spp
-from nfjax.spp import measuring, selection
-from nfjax.spp.residuals import in_one_line
+from nfjax.spp import _measuring, _selection
+from nfjax.spp._residuals import in_one_line
 
 WIDTH = 4
 X = jnp.ones((2, 3, WIDTH))
@@ -26,9 +26,9 @@ class BlocksError(Exception):
 @pytest.fixture
 def blocks(monkeypatch):
     def choose(jaxpr, calls, *rest):
-        raise BlocksError([calls[i].path for i in selection.select(jaxpr, calls, *rest)])
+        raise BlocksError([calls[i].path for i in _selection.select(jaxpr, calls, *rest)])
 
-    monkeypatch.setattr(measuring, "select", choose)
+    monkeypatch.setattr(_measuring, "select", choose)
 
     def blocks(model, **kwargs):
         if isinstance(model, linen.Module):
@@ -410,7 +410,7 @@ def test_whether_calls_lie_on_one_line(monkeypatch):
             found[kind] = in_one_line(jaxpr, [i for i, call in enumerate(calls) if call.path.startswith(kind)])
         raise BlocksError
 
-    monkeypatch.setattr(measuring, "select", look)
+    monkeypatch.setattr(_measuring, "select", look)
     with pytest.raises(BlocksError):
         spp.propagate(Two(), X, variables=variables(Two()))
     assert found == {"Conv": True, "Dense": False}

@@ -10,7 +10,7 @@ import pytest
 from flax import linen, nnx
 
 from nfjax import resnet, spp
-from nfjax.spp import measuring
+from nfjax.spp import _measuring
 from tests.conftest import TINY
 
 zeros, random = nnx.initializers.zeros, nnx.initializers.lecun_normal()
@@ -287,7 +287,7 @@ def test_parameters_are_looked_at_only_where_something_is_zero(monkeypatch):
     def refused(*_):
         raise AssertionError
 
-    monkeypatch.setattr(measuring.variables, "zeros", refused)
+    monkeypatch.setattr(_measuring._variables, "zeros", refused)
     assert measure([Block(seed) for seed in range(2)]).zeros == {}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from streamed import Split
 
-from nfjax.data import order, stream
+from nfjax.data.loading import order, pool, stream
 
 SHAPE = (2, 2, 3)
 
@@ -52,15 +52,13 @@ def test_images_are_searched_for_damage_until_they_were_once_found_good():
 
 
 def test_a_worker_that_ends_before_it_is_ready_blames_no_image(monkeypatch):
-    monkeypatch.setattr(stream._Pump, "_start", lambda pump: None)
-    pump = stream._Pump(Split(4), None, SHAPE, order.eval_orders(4, 4), print, 1, None)
-    pump._plan()
+    monkeypatch.setattr(pool.Pool, "_start", lambda pool: None)
+    workers = pool.Pool(1, None, b"", print)
+    workers.pending.append(pool.Task(None, 0, 0, [(index, index, False) for index in range(4)]))
     for ready, deaths in ((False, 0), (True, 1)):
-        task = pump.pending.popleft()
-        pump._replace(types.SimpleNamespace(stop=lambda patience: -9, ready=ready, tasks=[task]), "ended")
+        task = workers.pending.popleft()
+        workers._replaced(types.SimpleNamespace(stop=lambda patience: -9, ready=ready, tasks=[task]), "ended")
         assert task.deaths == deaths
-    pump.workers = []
-    pump.close()
 
 
 def test_from_the_middle_it_goes_on_as_it_would_have():
@@ -126,7 +124,7 @@ def test_an_image_that_ends_every_decoder_is_skipped():
 
 
 def test_a_worker_that_hangs_is_replaced(monkeypatch):
-    monkeypatch.setattr(stream, "HUNG_AFTER", 1.5)
+    monkeypatch.setattr(pool, "HUNG_AFTER", 1.5)
     failures = []
     (batch,) = batches(Split(4, hangs={2}), order.eval_orders(4, 4), failures=failures, workers=1)
     assert batch["mask"].tolist() == [1, 1, 0, 1]
@@ -134,8 +132,8 @@ def test_a_worker_that_hangs_is_replaced(monkeypatch):
 
 
 def test_workers_that_cannot_start_are_an_error(monkeypatch):
-    monkeypatch.setattr(stream.sys, "executable", "/bin/false")
-    with pytest.raises(stream.WorkersFailedError, match=r"ended before they decoded anything.*data\.workers=1"):
+    monkeypatch.setattr(pool.sys, "executable", "/bin/false")
+    with pytest.raises(pool.WorkersFailedError, match=r"ended before they decoded anything.*data\.workers=1"):
         batches(Split(4), order.eval_orders(4, 4), workers=2)
 
 
@@ -155,7 +153,7 @@ def test_killing_the_trainer_leaves_no_orphans(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from streamed import Split, pixels\n"
-        "from nfjax.data import order, stream\n"
+        "from nfjax.data.loading import order, stream\n"
         "s = stream.stream(Split(50), pixels, (2, 2, 3), order.train_orders(0, 50, 10, 0, 10**6), print, workers=2)\n"
         "next(s); print('ready', flush=True)\n"
         "for _ in s: pass\n"
@@ -175,6 +173,22 @@ def test_killing_the_trainer_leaves_no_orphans(tmp_path):
     assert not any(_alive(child) for child in children)
 
 
+def test_workers_import_the_package_that_this_process_has(tmp_path):
+    """And not another one of its name that lies in the current folder."""
+    (tmp_path / "nfjax").mkdir()
+    (tmp_path / "nfjax" / "__init__.py").write_text("raise ImportError('another nfjax')")
+    code = (
+        "import streamed\n"
+        "from nfjax.data.loading import order, stream\n"
+        "batches = stream.stream(streamed.Split(4), streamed.pixels, (2, 2, 3), order.eval_orders(4, 4), print, 1)\n"
+        "print([int(batch['mask'].sum()) for batch in batches])\n"
+    )
+    tests = os.path.dirname(__file__)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.path.dirname(tests), *filter(None, sys.path)])}
+    run = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True)
+    assert run.stdout == b"[4]\n", run.stderr
+
+
 def test_memory_does_not_grow():
     import resource
 
@@ -191,7 +205,7 @@ def test_memory_does_not_grow():
 
 def test_workers_import_neither_jax_nor_the_trainer():
     code = (
-        "import sys, nfjax.data.worker\n"
+        "import sys, nfjax.data.loading.worker\n"
         "print(sorted({'jax', 'flax', 'tensorflow', 'nfjax.training.loop'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -199,14 +213,16 @@ def test_workers_import_neither_jax_nor_the_trainer():
 
 @pytest.mark.parametrize(("workers", "batch"), [(1, 100), (2, 100), (8, 256), (200, 100), (200, 1024), (200, 3)])
 def test_every_worker_has_a_task_ready_behind_the_one_it_is_at(workers, batch, monkeypatch):
-    monkeypatch.setattr(stream._Pump, "_start", lambda pump: None)
+    monkeypatch.setattr(pool.Pool, "assign", lambda pool: None)
+    monkeypatch.setattr(pool.Pool, "_start", lambda pool: None)
+    monkeypatch.setattr(pool.Pool, "close", lambda pool: None)
     orders = order.train_orders(0, 10_000, batch, 0, 2000)
-    pump = stream._Pump(Split(10_000), None, SHAPE, orders, print, workers, None)
+    ahead = stream.default_ahead(workers, batch)
+    pump = stream._Pump(Split(10_000), b"", orders, batch, SHAPE, print, workers, ahead)
     pump._plan()
-    assert len(pump.pending) >= 2 * workers
-    assert max(len(task.examples) for task in pump.pending) <= stream.CHUNK
+    assert len(pump.pool.pending) >= 2 * workers
+    assert max(len(task.examples) for task in pump.pool.pending) <= stream.CHUNK
     assert len(pump.batches) == max(3, -(-8 * workers // batch))  # 200 workers: 1 600 images of 150 kB
-    pump.workers = []
     pump.close()
 
 

@@ -15,12 +15,13 @@ import pytest
 
 from nfjax import data, evaluate, preemption, spp
 from nfjax.preemption import Interrupts
-from nfjax.runs import checkpoint, metrics
-from nfjax.runs import workdir as workdirs
-from nfjax.runs.progress import Progress
-from nfjax.training import assembly
+from nfjax.runs import checkpoint, metrics, workdirs
+from nfjax.runs.progress import Bar
+from nfjax.training import checks, networks, preprocessing, rng
 from nfjax.training import loop as train
 from nfjax.training import step as steps
+from nfjax.training.progress import Progress
+from nfjax.training.state import Batch, TrainState
 
 TIMING = {"images_per_second", "data_wait"}
 
@@ -179,8 +180,8 @@ def test_signal_propagation_is_watched_and_changes_nothing(whole, tmp_path):
     watched = [record for record in metrics.read(tmp_path / "watched") if record["kind"] == "signal"]
     assert [record["step"] for record in watched] == [0, 10, 20, 30]
     dataset = data.load("synthetic", "", 8)
-    images = assembly.preprocessing(config, train=False)(jnp.asarray(dataset.train.images[:64]))
-    model = assembly.build_model(config, len(dataset.class_names), jax.random.split(jax.random.key(config.seed))[0])
+    images = preprocessing.make_normalize(config)(jnp.asarray(dataset.train.images[:64]))
+    model = networks.build(config, len(dataset.class_names), rng.of_seed(config.seed, "init"))
     at_start = spp.scalars(spp.propagate(model, images, seed=config.seed))
     assert len(at_start) == 2 * 4
     assert {name: watched[0][name] for name in at_start} == pytest.approx(at_start, rel=1e-4)
@@ -210,9 +211,9 @@ def test_what_is_measured_before_the_first_checkpoint_is_logged_once(tiny_config
 
     with monkeypatch.context() as patch:
         if ending == "killed at step 5":
-            patch.setattr(train.Bar, "show", end)
+            patch.setattr(Bar, "show", end)
         else:
-            patch.setattr(train.Bar, "__enter__", lambda self, enter=train.Bar.__enter__: end() or enter(self))
+            patch.setattr(Bar, "__enter__", lambda self, enter=Bar.__enter__: end() or enter(self))
         # Before the first step there is nothing to save, and Ctrl-C ends the run at once.
         with pytest.raises((KilledError, KeyboardInterrupt)):
             train.train(tiny_config, str(tmp_path / "run"))
@@ -227,18 +228,18 @@ def test_what_is_measured_before_the_first_checkpoint_is_logged_once(tiny_config
 def test_a_workdir_that_disappears_ends_the_run_within_a_log_interval(tiny_config, tmp_path, monkeypatch, what):
     folder, reached = tmp_path / "run", []
 
-    def vanish(self, values, show=train.Bar.show):
+    def vanish(self, values, show=Bar.show):
         reached.append(values["epoch"])
         shutil.rmtree(folder) if what == "deleted" else folder.rename(tmp_path / "elsewhere")
         show(self, values)
 
-    monkeypatch.setattr(train.Bar, "show", vanish)
+    monkeypatch.setattr(Bar, "show", vanish)
     with pytest.raises(OSError, match=rf"the workdir {folder} has been deleted, moved or replaced while the run was"):
         train.train(tiny_config, str(folder))
     assert len(reached) == 1
     assert not folder.exists()
     if what == "moved":
-        monkeypatch.setattr(train.Bar, "show", lambda self, values: None)
+        monkeypatch.setattr(Bar, "show", lambda self, values: None)
         assert train.train(tiny_config, str(tmp_path / "elsewhere"))["steps"] == 32
 
 
@@ -315,7 +316,7 @@ def test_load_model_gives_the_trained_network(whole):
     config, folder, _ = whole
     model = evaluate.load_model(str(folder))
     images = data.load("synthetic", "", 8).test
-    logits = model(assembly.preprocessing(config, train=False)(jnp.asarray(images.images)))
+    logits = model(preprocessing.make_normalize(config)(jnp.asarray(images.images)))
     accuracy = float((jnp.argmax(logits, axis=-1) == images.labels).mean())
     assert accuracy == pytest.approx(evaluate.evaluate(str(folder))["accuracy"])
     first, last = (evaluate.load_model(str(folder), step=step).stem.conv.kernel[...] for step in (16, 32))
@@ -326,40 +327,40 @@ def quadratic_step():
     """A train step over one parameter, without a network: loss = (w - image mean)^2 per example."""
 
     class Line:
-        def train(self, params, batch_stats, images, axes):
+        random = ()
+
+        def train(self, params, batch_stats, images, noise, axes):
             return params["w"] * images.mean((1, 2)), batch_stats
 
-    return steps.make_train_step(
-        Line(),
-        optax.sgd(0.1),
-        lambda key, images: images.astype(jnp.float32),
-        key=jax.random.key(0),
-        label_smoothing=0.0,
-    )
+    task = steps.Task(Line(), optax.sgd(0.1), lambda key, images: images.astype(jnp.float32))
+    return jax.jit(lambda state, batch: steps.train_step.__wrapped__(state, batch, jax.random.key(0), task=task))
 
 
-def test_a_step_out_of_turn_changes_nothing():
-    step = jax.jit(quadratic_step())
-    params = {"w": jnp.ones((3,))[None]}
-    state = steps.initial_state(params, {}, optax.sgd(0.1))
-    image = jnp.arange(24, dtype=jnp.uint8).reshape(1, 2, 4, 3)
-    batch = {"image": image, "label": jnp.zeros((1,), jnp.int32), "mask": jnp.ones(1)}
-    skipped, _ = step(state, batch | {"step": np.int32(1)})
-    assert_equal(jax.tree.leaves(skipped), jax.tree.leaves(state))
-    moved, sums = step(state, batch | {"step": np.int32(0)})
-    assert int(moved["step"]) == 1
-    assert float(jnp.abs(moved["params"]["w"] - 1).max()) > 0
+def quadratic_batch(image):
+    return Batch(jnp.asarray(image, jnp.uint8).reshape(1, 2, 4, 3), jnp.zeros((1,), jnp.int32), jnp.ones(1))
+
+
+def test_a_step_behind_one_that_was_not_finite_changes_nothing():
+    step = quadratic_step()
+    state = TrainState.start({"w": jnp.ones((3,))[None]}, {}, optax.sgd(0.1))
+    batch = quadratic_batch(jnp.arange(24))
+    skipped, _ = step(state.replace(diverged=jnp.array(True)), batch)
+    assert bool(skipped.diverged)
+    assert_equal(jax.tree.leaves(skipped.to_saved()), jax.tree.leaves(state.to_saved()))
+    moved, sums = step(state, batch)
+    assert int(moved.step) == 1
+    assert not bool(moved.diverged)
+    assert float(jnp.abs(moved.params["w"] - 1).max()) > 0
     assert float(sums["count"]) == 1
 
 
 def test_gradient_norm_and_loss_are_finite_or_the_state_stays():
-    step = jax.jit(quadratic_step())
-    state = steps.initial_state({"w": jnp.full((1, 3), jnp.inf)}, {}, optax.sgd(0.1))
-    image = jnp.ones((1, 2, 4, 3), jnp.uint8)
-    batch = {"image": image, "label": jnp.zeros((1,), jnp.int32), "mask": jnp.ones(1), "step": np.int32(0)}
-    after, sums = step(state, batch)
+    step = quadratic_step()
+    state = TrainState.start({"w": jnp.full((1, 3), jnp.inf)}, {}, optax.sgd(0.1))
+    after, sums = step(state, quadratic_batch(jnp.ones(24)))
     assert not np.isfinite(float(sums["loss"]))
-    assert_equal(jax.tree.leaves(after), jax.tree.leaves(state))
+    assert bool(after.diverged)
+    assert_equal(jax.tree.leaves(after.to_saved()), jax.tree.leaves(state.to_saved()))
 
 
 def test_batch_norm_trains_and_keeps_running_statistics(tiny_config, tmp_path):
@@ -375,7 +376,7 @@ def test_batch_norm_trains_and_keeps_running_statistics(tiny_config, tmp_path):
 
 def test_all_of_the_optimizer_and_loss_settings(tiny_config, tmp_path):
     tiny_config.epochs = 1
-    tiny_config.optim.update({"anneal": "step", "weight_decay": 1e-3, "label_smoothing": 0.1})
+    tiny_config.optim.update({"schedule": "cosine", "weight_decay": 1e-3, "label_smoothing": 0.1})
     tiny_config.optim.clip_norm, tiny_config.optim.adaptive_clip = 1.0, 0.01
     tiny_config.model.dtype = "bfloat16"
     tiny_config.augment.flip, tiny_config.augment.crop_padding = False, 0
@@ -412,7 +413,7 @@ def test_how_often_it_reports_may_change(whole):
         ({"model.init": "he"}, "unknown init 'he'.*he_fan_out"),
         ({"model.depth": 19}, "unknown depth 19.*18, 34"),
         ({"model.norm": "group"}, "unknown norm 'group'"),
-        ({"model.dtype": "float16"}, "unknown model.dtype='float16': expected one of float32, bfloat16"),
+        ({"model.dtype": "float16"}, "unknown model.dtype 'float16': expected one of float32, bfloat16"),
         ({"data.mean": (0.5,)}, "expected three numbers"),
         ({"seed": -1}, "seed=-1 must be from 0 to"),
         ({"data.std": (0.0, 1.0, 1.0)}, "expected three positive numbers"),
@@ -422,7 +423,7 @@ def test_how_often_it_reports_may_change(whole):
         ({"augment.crop_padding": -1}, "augment.crop_padding=-1 must be 0 or more"),
         ({"optim.label_smoothing": 1.0}, "optim.label_smoothing=1.0 must be at least 0 and less than 1"),
         ({"steps_per_dispatch": 2, "data.keep": "host"}, "and 1 unless data.keep=device"),
-        ({"data.keep": "cloud"}, "unknown data.keep='cloud': expected one of device, host, disk"),
+        ({"data.keep": "cloud"}, "unknown data.keep 'cloud': expected one of device, host, disk"),
         (
             {"data.keep": "disk"},
             "data.keep=disk: synthetic has no image files to decode; set --config.data.keep=device",
@@ -433,7 +434,10 @@ def test_how_often_it_reports_may_change(whole):
         ({"augment.resized_crop_scale": (0.0, 1.0), "data.keep": "disk"}, "expected 0 < low <= high <= 1"),
         ({"data.resize": 4}, "a square of 8 pixels cannot be cut out of an image whose short side has 4"),
         ({"data.source": "cifar"}, "unknown data source 'cifar': expected one of digits, synthetic, folder"),
-        ({"optim.anneal": "never"}, "unknown optim.anneal='never': expected one of epoch, step"),
+        (
+            {"optim.schedule": "never"},
+            "unknown optim.schedule 'never': expected one of cosine, cosine_by_",
+        ),
         ({"batch_size": 0}, "batch_size=0 must be positive"),
         ({"batch_size": 2000}, "batch_size=2000 is more than the 1024 training images"),
         ({"epochs": 0}, "epochs=0 must be positive"),
@@ -454,7 +458,7 @@ def test_batch_that_the_devices_do_not_divide(tiny_config, monkeypatch):
         ValueError,
         match=r"batch_size=100 cannot be divided over 8 devices; choose a multiple, such as --config.batch_size=96",
     ):
-        assembly.check(tiny_config)
+        checks.check(tiny_config)
 
 
 def test_workdir_that_cannot_be_written(tiny_config, tmp_path):

@@ -9,9 +9,11 @@ from PIL import Image
 from test_train import assert_equal, final_state, interrupt_at, records
 
 from nfjax import evaluate, preemption
-from nfjax.data import crops, skips
+from nfjax.data.decoding import crops
+from nfjax.data.loading import skips
 from nfjax.runs import metrics
-from nfjax.training import assembly
+from nfjax.runs.progress import Bar
+from nfjax.training import loader
 from nfjax.training import loop as train
 
 
@@ -84,8 +86,8 @@ def test_what_cannot_be_read_is_named_in_the_workdir(disk_config, tmp_path, caps
 def test_a_bad_image_does_not_stop_the_measurement_of_the_signal(disk_config, tmp_path):
     for name, data in (("000.jpg", b""), ("001.jpg", b"no image")):
         (tmp_path / "images" / "train" / "class 0" / name).write_bytes(data)
-    dataset = assembly.open_data(disk_config, disk_config.data.dir)
-    images = assembly.first_images(disk_config, dataset.train)
+    dataset = loader.open_data(disk_config, disk_config.data.dir)
+    images = loader.first_images(disk_config, dataset.train)
     split, crop = dataset.train, crops.CentreCrop(disk_config.data.image_size, disk_config.data.image_size)
     assert len(images) == disk_config.batch_size
     for image, index in zip(images, range(2, 2 + len(images)), strict=True):  # all but the two bad ones, in order
@@ -93,18 +95,18 @@ def test_a_bad_image_does_not_stop_the_measurement_of_the_signal(disk_config, tm
     for file in (tmp_path / "images" / "train").rglob("*.jpg"):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 80 training images can be read"):
-        assembly.first_images(disk_config, dataset.train)
+        loader.first_images(disk_config, dataset.train)
 
 
 def test_checkpoints_that_disappear_under_a_run(disk_config, tmp_path, monkeypatch):
     """What is gone is gone; the next checkpoint is whole again, and the run goes on."""
     disk_config.epochs = 3
 
-    def vanish(step, stop, bar=train.Bar.line):
+    def vanish(step, stop, bar=Bar.line):
         shutil.rmtree(tmp_path / "run" / "checkpoints")
         return bar(step, stop)
 
-    monkeypatch.setattr(train.Bar, "line", vanish)
+    monkeypatch.setattr(Bar, "line", vanish)
     train.train(disk_config, str(tmp_path / "run"))
     assert evaluate.evaluate(str(tmp_path / "run"))["step"] == 15
 
@@ -112,11 +114,11 @@ def test_checkpoints_that_disappear_under_a_run(disk_config, tmp_path, monkeypat
 def test_a_directory_that_disappears_stops_the_run(disk_config, tmp_path, monkeypatch):
     disk_config.epochs = 40
 
-    def vanish(step, stop, bar=train.Bar.line):
+    def vanish(step, stop, bar=Bar.line):
         shutil.rmtree(tmp_path / "images", ignore_errors=True)
         return bar(step, stop)
 
-    monkeypatch.setattr(train.Bar, "line", vanish)
+    monkeypatch.setattr(Bar, "line", vanish)
     with pytest.raises(skips.TooManySkippedError, match=r"cannot be read.*missing"):
         train.train(disk_config, str(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints").exists()

@@ -12,9 +12,8 @@ from fake_bucket import bucket  # noqa: F401
 
 from nfjax import data, evaluate, storage
 from nfjax.data import identity as identities
-from nfjax.runs import files, mirror
-from nfjax.runs import workdir as workdirs
-from nfjax.training import assembly
+from nfjax.runs import files, mirror, workdirs
+from nfjax.training import loader
 from nfjax.training import loop as train
 
 DAMAGE = {
@@ -31,7 +30,7 @@ NAMES = ["config.json", "data.json", "versions.json"]
 def begin(config, folder):
     """What a start does before it trains."""
     opened = workdirs.open_for(config, str(folder))
-    workdirs.start(opened, config, assembly.open_data(config, config.data.dir))
+    workdirs.start(opened, config, loader.open_data(config, config.data.dir))
     workdirs.note_start(opened, config, 0)
 
 
@@ -345,7 +344,7 @@ def test_a_large_split_is_compared_by_names_sizes_and_a_sample(images, monkeypat
     config, root = images
 
     def now():
-        return assembly.open_data(config, config.data.dir).identity()["train"]
+        return loader.open_data(config, config.data.dir).identity()["train"]
 
     monkeypatch.setattr(identities, "WHOLE", 1)
     monkeypatch.setattr(identities, "SAMPLES", 3)
@@ -379,10 +378,10 @@ def test_the_identity_of_arrays_is_that_of_their_pixels_and_classes():
 
 def test_files_that_cannot_be_read_are_left_to_training(images):
     config, root = images
-    before = assembly.open_data(config, config.data.dir).identity()
+    before = loader.open_data(config, config.data.dir).identity()
     (root / "train/a/05.jpg").unlink()
     (root / "train/a/05.jpg").symlink_to(root / "nowhere")
-    after = assembly.open_data(config, config.data.dir).identity()
+    after = loader.open_data(config, config.data.dir).identity()
     assert after["test"] == before["test"]
     assert after["train"]["names and classes"] == before["train"]["names and classes"]
     assert after["train"]["sizes"] != before["train"]["sizes"]

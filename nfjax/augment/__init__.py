@@ -12,11 +12,11 @@ Shapes are static and nothing is read but the arguments: the functions may be ji
 several devices is augmented as it would be on one.
 """
 
-from nfjax.augment.erasing import random_erasing
-from nfjax.augment.mixing import Mixed, cutmix, mixup
-from nfjax.augment.operations import OPERATIONS, Change, Operation
-from nfjax.augment.randaugment import apply, choose, rand_augment
-from nfjax.augment.standard import normalize, random_crop, random_flip
+from nfjax.augment._erasing import random_erasing
+from nfjax.augment._mixing import Mixed, cutmix, mixup
+from nfjax.augment._operations import OPERATIONS, Change, Operation
+from nfjax.augment._randaugment import apply, choose, rand_augment
+from nfjax.augment._standard import normalize, random_crop, random_flip
 
 __all__ = [
     "OPERATIONS",
@@ -33,3 +33,7 @@ __all__ = [
     "random_erasing",
     "random_flip",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

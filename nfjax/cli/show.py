@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from nfjax import _figures as figures
 from nfjax import _streams as streams
 from nfjax import data
-from nfjax.data import crops, stream
-from nfjax.training import assembly
+from nfjax.data.decoding import crops
+from nfjax.data.loading import stream
+from nfjax.training import loader, preprocessing, rng
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
     An image that cannot be read is black, as in training, and its title says why. Raises ValueError for settings or
     data that cannot be used.
     """
-    dataset = assembly.open_data(config, config.data.dir)
+    dataset = loader.open_data(config, config.data.dir)
     split, size = dataset.train, config.data.image_size
     (order,) = data.train_orders(config.seed, len(split), config.batch_size, step, step + 1)
     causes: dict[int, str] = {}
@@ -44,7 +45,7 @@ def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
             return batch
 
         middle = crops.CentreCrop(size, size, config.data.exif_orientation)
-        batch, plain = made(assembly.make_transform(config, "train")), made(middle)["image"]
+        batch, plain = made(loader.transform(config, "train")), made(middle)["image"]
     seen, partner, weight = _as_seen(config, batch, step)
     names = [dataset.class_names[label] for label in batch["label"]]
     titles = [
@@ -56,12 +57,11 @@ def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
 
 def _as_seen(config: ConfigDict, batch: dict[str, np.ndarray], step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(uint8 images, partner, weight), the last two of what is mixed."""
-    _, augment_key = jax.random.split(jax.random.key(config.seed))
-    mix = assembly.mixing(config)
+    mix = preprocessing.make_mix(config)
 
     @jax.jit
     def seen(key: jax.Array, images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        images = assembly.preprocessing(config, train=True)(key, images)
+        images = preprocessing.make_preprocess(config)(key, images)
         partner, weight = jnp.arange(len(images)), jnp.ones(len(images))
         if mix is not None:
             images, partner, weight = mix(key, images, mask)
@@ -69,7 +69,7 @@ def _as_seen(config: ConfigDict, batch: dict[str, np.ndarray], step: int) -> tup
         levels = jnp.round(255 * (images * scale + shift))
         return jnp.clip(levels, 0, 255).astype(jnp.uint8), partner, weight
 
-    key = jax.random.fold_in(augment_key, step)
+    key = rng.of_step(rng.of_seed(config.seed, "training"), step)
     return jax.device_get(seen(key, jnp.asarray(batch["image"]), jnp.asarray(batch["mask"])))
 
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     preemption.begin(signal.SIGTERM)  # Ctrl-C is told apart below: a pack tidies up, and says that it goes on
 
 from nfjax import data
-from nfjax.data import pack
+from nfjax.data.packing import pack
 from nfjax.data.splits import left_aside
 
 
@@ -118,14 +118,14 @@ def _show(args: argparse.Namespace) -> None:
     from absl import flags
 
     from nfjax.cli import settings, show
-    from nfjax.training import assembly
+    from nfjax.training import checks
 
     values, argv = flags.FlagValues(), ["show", f"--config={args.config}", *args.settings]
     settings.define(values, argv)
     settings.parse(values, argv)
     if args.count < 1 or args.step < 0:
         raise ValueError(f"--count={args.count} --step={args.step}: expected at least one image, of step 0 or later")
-    assembly.check(values.config)
+    checks.check(values.config)
     show.contact_sheet(values.config, args.count, args.step).savefig(args.out, dpi=130)
     print(args.out)
 

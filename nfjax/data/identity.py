@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from nfjax.data.folder import FileReader
+from nfjax.data.sources.folder import FileReader
 from nfjax.data.splits import Dataset, Encoded, Images
 
 WHOLE = 256 * 2**20  # bytes of a split up to which all of them are read
@@ -19,11 +19,13 @@ THREADS = 16  # that ask for sizes: over a network every question waits
 
 
 def identity(dataset: Dataset) -> dict[str, dict[str, str]]:
-    """{"train": {what: 16 hexadecimal digits}, "test": ...}, equal for copies that differ in place and times only.
+    """What tells a data set from another, equal for copies that differ in place and times only.
 
-    Of arrays: "pixels" and "classes". Of files: "names and classes", "sizes", and "contents", which are those of every
-    file up to `WHOLE` bytes in a split, and of `SAMPLES` files in a larger one. Of a packed or prepared data set: the
-    "version" that it states.
+    Returns:
+        {"train": {what: 16 hexadecimal digits}, "test": ...}. Of arrays: "pixels" and "classes". Of files: "names and
+        classes", "sizes", and "contents", which are those of every file up to `WHOLE` bytes in a split, and of
+        `SAMPLES` files in a larger one. Of a packed or prepared data set: the "version" that it states. Of others: the
+        "contents" of `SAMPLES` examples.
     """
     return {name: _of(getattr(dataset, name), dataset.version) for name in ("train", "test")}
 
@@ -38,12 +40,12 @@ def _of(split: Images | Encoded, version: str | None) -> dict[str, str]:
     size = len(split)
     some = np.linspace(0, size - 1, min(size, SAMPLES)).astype(int).tolist()
     if not isinstance(split.reader, FileReader):
-        return {"contents": _digest(_contents(split, some))}
+        return {"contents": _digest(of_examples(split, some))}
     sizes = _sizes(split)
     return {
         "names and classes": _digest(b"%s %d\n" % split.reference(index) for index in range(size)),
         "sizes": _digest([sizes.astype("<i8")]),
-        "contents": _digest(_contents(split, range(size) if sizes.sum() <= WHOLE else some)),
+        "contents": _digest(of_examples(split, range(size) if sizes.sum() <= WHOLE else some)),
     }
 
 
@@ -66,8 +68,8 @@ def _size(path: bytes) -> int:
         return -1
 
 
-def _contents(split: Encoded, indices: Sequence[int]) -> Iterator[bytes]:
-    """For each of these examples the SHA-256 of its bytes, and its class."""
+def of_examples(split: Encoded, indices: Sequence[int]) -> Iterator[bytes]:
+    """The SHA-256 of the bytes of each of these examples, and its class, in parts of any size."""
 
     def content(index: int) -> bytes:
         try:

@@ -20,38 +20,12 @@ from typing import Any
 import tqdm
 from absl import logging
 
-from nfjax import storage
+from nfjax import _cache, storage
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what fsspec needs to speak each protocol
 SPARE = 1 << 30  # bytes of local disk that a copy leaves free
 THREADS = 8
 BLOCK = 1 << 20
-
-
-def cache_directory() -> pathlib.Path:
-    """Where copies are kept: $NFJAX_CACHE, or nfjax in the user's cache directory.
-
-    Raises OSError where this user has no home directory and nothing else is said.
-    """
-    try:
-        if chosen := os.environ.get("NFJAX_CACHE"):
-            return pathlib.Path(chosen).expanduser()
-        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "nfjax"
-    except RuntimeError as error:
-        raise OSError(f"there is no place for copies ({error}); set NFJAX_CACHE to a directory for them") from error
-
-
-def cache_folder(*names: str) -> pathlib.Path:
-    """A folder below `cache_directory()`, made where it was not there. Raises OSError where it cannot be."""
-    folder = cache_directory().joinpath(*names)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder}, for copies, cannot be made ({error.strerror}); set NFJAX_CACHE to another directory",
-        ) from error
-    return folder
 
 
 def is_remote(directory: str) -> bool:
@@ -62,7 +36,9 @@ def is_remote(directory: str) -> bool:
 def path(directory: str) -> Any:
     """The directory as an etils.epath.Path, local or remote.
 
-    Raises ValueError where the protocol is not known, ImportError where the package that speaks it is missing.
+    Raises:
+        ValueError: The protocol is not known.
+        ImportError: The package that speaks it is missing; the message names it.
     """
     from etils import epath
 
@@ -83,22 +59,31 @@ def path(directory: str) -> Any:
 
 
 def mirror(directory: str, sizes: dict[str, int], version: str, checksums: dict[str, str] | None = None) -> str:
-    """Copies the files of a remote directory to the local disk, and returns where they can be read.
+    """Copies the files of a remote directory to the local disk.
 
-    sizes: {file name: bytes}; version: names the state of the remote data, so that changed data is copied anew;
-    checksums: {file name: SHA-256}. Files that are already here in full are not copied again, and each appears under
-    its name only when it is complete. Several processes of one machine copy once: the others wait.
+    Files that are already here in full are not copied again, and each appears under its name only when it is complete.
+    Several processes of one machine copy once: the others wait.
 
-    Returns `directory` itself where the local disk lacks the room and the protocol is gs://. Raises OSError where
-    nothing else is possible, where the bucket has other sizes, which is found before anything is copied, or where a
-    file arrives damaged; ValueError for names that are not plain.
+    Args:
+        directory: The remote one.
+        sizes: {file name: bytes}.
+        version: Names the state of the remote data, so that changed data is copied anew.
+        checksums: {file name: SHA-256}.
+
+    Returns:
+        Where the files can be read: `directory` itself where the local disk lacks the room and the protocol is gs://.
+
+    Raises:
+        OSError: The local disk lacks the room; the bucket has other sizes, which is found before anything is copied; or
+            a file arrives damaged.
+        ValueError: A name is not plain.
     """
     for name in sizes:
         if storage.plain_name(name, directory).startswith("."):
             raise storage.DamagedFileError(f"{directory} names the file {name!r}: expected one that is not hidden")
     key = hashlib.sha256(os.fsencode(f"{directory} {version}")).hexdigest()[:12]
     name = re.sub(r"\W+", "-", directory.partition("://")[2]).strip("-")[-60:]
-    local = cache_folder("mirror", f"{name}-{key}")
+    local = _cache.cache_folder("mirror", f"{name}-{key}")
     with open(local / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for part in local.glob("*.part"):  # what a kill has left of a copy
@@ -121,9 +106,15 @@ def mirror(directory: str, sizes: dict[str, int], version: str, checksums: dict[
 
 
 def upload(local: pathlib.Path, directory: str, names: list[str]) -> None:
-    """Copies these files of a local directory to a remote one, in order; those there in full stay.
+    """Copies files of a local directory to a remote one; those there in full stay.
 
-    Raises OSError where one has another size after it was written.
+    Args:
+        local: From where.
+        directory: To where.
+        names: Of the files, in this order.
+
+    Raises:
+        OSError: One has another size after it was written.
     """
     target = path(directory)
     target.mkdir(parents=True, exist_ok=True)

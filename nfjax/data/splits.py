@@ -7,15 +7,24 @@ concern.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """images: uint8 [N, H, W, 3]; labels: int32 [N]."""
+    """A split in memory.
+
+    Attributes:
+        images: uint8 [N, H, W, 3].
+        labels: int32 [N].
+
+    Raises:
+        ValueError: The arrays are of another type or shape, or there are not as many labels as images.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -36,7 +45,7 @@ class Images:
         return len(self.images)
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """A batch of these examples: {"image", "label"}."""
+        """A batch of the examples at `indices` [B]: {"image": uint8 [B, H, W, 3], "label": int32 [B]}."""
         return {"image": self.images[indices], "label": self.labels[indices]}
 
     def part(self, indices: np.ndarray) -> Images:
@@ -50,12 +59,32 @@ class Reader(Protocol):
     """
 
     def __call__(self, reference: Any) -> tuple[bytes, int]:
-        """(the bytes of an image file, label). Raises OSError or ValueError that says what is wrong with this one."""
+        """Reads an example.
+
+        Args:
+            reference: Of `Encoded.reference`.
+
+        Returns:
+            The bytes of an image file, and the label.
+
+        Raises:
+            OSError, ValueError: It cannot be read; the message says what is wrong with it.
+        """
+
+
+class NamingReader(Reader, Protocol):
+    """A reader that can say where it finds an example."""
+
+    def name(self, reference: Any) -> str:
+        """How a person finds it."""
 
 
 class Encoded(Protocol):
-    """Images as their files hold them. The listing stays in the process that made it; what crosses to a worker is a
-    reference per example.
+    """A split of images as their files hold them. The listing stays in the process that made it; what crosses to a
+    worker is a reference per example.
+
+    Attributes:
+        reader: Reads an example.
     """
 
     reader: Reader
@@ -85,14 +114,38 @@ class Part:
         return self._whole.name(int(self._indices[index]))
 
 
+class Numbered:
+    """A split of encoded images that its reader finds, and names, by their number."""
+
+    def __init__(self, reader: NamingReader, size: int) -> None:
+        """Takes a reader whose references are the numbers from 0 to `size - 1`."""
+        self.reader, self._size = reader, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def reference(self, index: int) -> int:
+        return int(index)
+
+    def name(self, index: int) -> str:
+        return self.reader.name(index)
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A training and a test split with the names of their classes, label 0 first.
+    """A training and a test split with the names of their classes.
 
-    skipped: {what could not be read: why}. left_aside: {ending: number of files that are no images}. fingerprint():
-    changes when the data does, and so names a cache of decoded images; a function, because finding out may mean asking
-    for the times and the size of a million files. version: of a packed or prepared data set, what it states of its
-    contents, the same for every copy of it. identity(): see `nfjax.data.identity`, None where nobody has asked for it.
+    Attributes:
+        train: The examples to train with.
+        test: Those to evaluate with.
+        class_names: Of label 0, label 1 and so on.
+        skipped: {what could not be read: why}.
+        fingerprint: Called, it gives a text that changes when the data does, and so names a cache of decoded images; a
+            function, because finding out may mean asking for the times and the size of a million files. None where
+            nobody can tell: nothing is cached then.
+        left_aside: {ending: number of files that are no images}.
+        version: Of a packed or prepared data set, what it states of its contents, the same for every copy of it.
+        identity: See `nfjax.data.identity`; None where nobody has asked for it.
     """
 
     train: Images | Encoded
@@ -105,8 +158,10 @@ class Dataset:
     identity: Callable[[], dict[str, dict[str, str]]] | None = None
 
     def thinned(self, share: float) -> Dataset:
-        """With the given share of both splits, at least one example of each, spread evenly: where a split is sorted by
-        class, every class keeps its share.
+        """A part of both splits, spread evenly: where a split is sorted by class, every class keeps its share.
+
+        Args:
+            share: More than 0, at most 1; of each split one example remains at least.
         """
         if share == 1:
             return self
@@ -122,9 +177,15 @@ class Dataset:
 
 
 def check_classes(class_names: Sequence[str], where: str, more: str = "") -> None:
-    """Raises ValueError unless there are two classes at least: whatever a network learns, it is right about one.
+    """Refuses a single class: whatever a network learns, it is right about one.
 
-    where: what has these classes, the beginning of a sentence; more: its end.
+    Args:
+        class_names: The classes.
+        where: What has them, the beginning of a sentence.
+        more: Its end.
+
+    Raises:
+        ValueError: There are fewer than two.
     """
     if len(class_names) < 2:
         raise ValueError(
@@ -138,3 +199,18 @@ def left_aside(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     each = ", ".join(f"{count:,} {ending}" for ending, count in sorted(counts.items(), key=lambda item: -item[1])[:8])
     return f"{total:,} file{'s that are no images are' if total > 1 else ' that is no image is'} left aside ({each})"
+
+
+def warn_of_missing_classes(what: str, counts: Iterable[int], class_names: tuple[str, ...]) -> None:
+    """Warns where a split has no example of some classes.
+
+    Args:
+        what: The split, for the message.
+        counts: Examples of each class.
+        class_names: Of the classes.
+    """
+    missing = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        named = ", ".join(name if name.isprintable() else ascii(name) for name in missing[:8])
+        logging.warning("%s has no example of %d classes: %s%s", what, len(missing), named, more)

@@ -4,7 +4,7 @@ Every initializer is called like those of `jax.nn.initializers`, `init(key, shap
 `[*window, c_in, c_out]` (dense, 1-D to 3-D convolutions), in Flax NNX, Flax Linen and plain JAX, eagerly or under
 `jit`, `vmap` and `eval_shape`.
 
-    kernel_init = initializers.standardize(initializers.he_normal("fan_out"))
+    kernel_init = initializers.he_fan_out()  # the paper's; standardize(he_normal("fan_out")) is the same
     kernel_init = initializers.brock_normal()
     kernel_init = initializers.he_effective_fan_out(stride=2, padding="SAME", spatial_size=32)
     kernel_init = initializers.he_normal("fan_out", feature_group_count=64)  # of a grouped or depthwise convolution
@@ -12,35 +12,57 @@ Every initializer is called like those of `jax.nn.initializers`, `init(key, shap
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
+
 from nfjax import _names
-from nfjax.initializers.gains import ACTIVATIONS, Gain, gain
-from nfjax.initializers.kernels import (
+from nfjax.initializers._gains import ACTIVATIONS, Gain, gain
+from nfjax.initializers._kernels import (
     Initializer,
     at_layer,
+    behind,
+    brock,
     brock_normal,
     check_initializer,
     he_effective_fan_out,
+    he_fan_in,
+    he_fan_out,
     he_normal,
     standardize,
 )
-from nfjax.initializers.taps import effective_taps
+from nfjax.initializers._taps import effective_taps
 
+# Behind a ReLU; each is what the function of that name returns.
 INITIALIZERS: dict[str, Initializer] = {
-    "he_fan_in": standardize(he_normal("fan_in")),
-    "he_fan_out": standardize(he_normal("fan_out")),
-    "brock": brock_normal(),
+    "he_fan_in": he_fan_in(),
+    "he_fan_out": he_fan_out(),
+    "brock": brock(),
     "he_effective_fan_out": he_effective_fan_out(),
 }
 
 
-def get(init: str | Initializer) -> Initializer:
-    """The initializer of that name in `INITIALIZERS`, or `init` itself if it is one; ValueError otherwise."""
+def get(init: str | Initializer, activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Initializer:
+    """An initializer by its name, or as it is.
+
+    Args:
+        init: A name in `INITIALIZERS`, or any `(key, shape, dtype) -> kernel`.
+        activation: In front of the layers, a name in `ACTIVATIONS` or an elementwise function: whose gain is meant by a
+            name. An initializer that is given itself has its own.
+
+    Raises:
+        ValueError: It is neither, or the activation has no finite gain.
+    """
     found = _names.lookup("init", init, INITIALIZERS)
     check_initializer(found)
-    return found
+    return behind(found, activation) if isinstance(init, str) else found
 
 
 __all__ = [
-    "ACTIVATIONS", "INITIALIZERS", "Gain", "Initializer", "at_layer", "brock_normal", "effective_taps", "gain", "get",
-    "he_effective_fan_out", "he_normal", "standardize",
+    "ACTIVATIONS", "INITIALIZERS", "Gain", "Initializer", "at_layer", "behind", "brock", "brock_normal",
+    "effective_taps", "gain", "get", "he_effective_fan_out", "he_fan_in", "he_fan_out", "he_normal", "standardize",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,12 +10,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Protocol
 
-from nfjax.reproduce.claims import claims_table
-from nfjax.reproduce.grids import GRIDS, Grid
-from nfjax.reproduce.runs import Request
-from nfjax.reproduce.signal import propagation_figure
-from nfjax.reproduce.tables import TABLE_1, TABLE_2, cost_table
-from nfjax.reproduce.training import ablation_grid
+from nfjax.reproduce._claims import claims_table
+from nfjax.reproduce._grids import GRIDS, Grid
+from nfjax.reproduce._runs import Request
+from nfjax.reproduce._signal import propagation_figure
+from nfjax.reproduce._tables import TABLE_1, TABLE_2, as_printed, cost_table
+from nfjax.reproduce._training import ablation_grid
 
 
 class Result(Protocol):
@@ -40,3 +40,12 @@ TRAINED: dict[str, Callable[[Request], Grid]] = {
 }
 # What the runs in a folder say about each claim of the paper.
 SUMMARIES: dict[str, Callable[[pathlib.Path], Result]] = {"claims": claims_table}
+
+__all__ = [
+    "REPRODUCTIONS", "SUMMARIES", "TABLE_1", "TABLE_2", "TRAINED", "Request", "Result", "as_printed", "cost_table",
+    "propagation_figure",
+]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

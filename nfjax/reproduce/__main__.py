@@ -31,8 +31,8 @@ from absl import logging
 from nfjax import compilation
 from nfjax.preemption import INTERRUPTED, START_AGAIN
 from nfjax.reproduce import REPRODUCTIONS, SUMMARIES, TRAINED, Request, Result
-from nfjax.reproduce.runs import parse_changes, train_missing
-from nfjax.reproduce.training import training_figures
+from nfjax.reproduce._runs import parse_changes, train_missing
+from nfjax.reproduce._training import training_figures
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from nfjax.runs import checksums
 from nfjax import distributed, storage
+from nfjax.runs import checksums
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums"  # the name under which they are saved beside the tree

@@ -21,6 +21,10 @@ DATA = "data.json"
 VERSIONS = "versions.json"
 
 
+# Fields that had another name: (section, name then) -> (name now, {value then: value now}).
+RENAMED = {("optim", "anneal"): ("schedule", {"epoch": "cosine_by_epoch", "step": "cosine"})}
+
+
 class _Sections(msgspec.Struct):
     """What makes a config.json one of ours."""
 
@@ -72,10 +76,15 @@ def read_config(folder: pathlib.Path) -> ConfigDict:
 
 
 def read_settings(folder: pathlib.Path) -> dict[str, Any]:
-    """config.json as it stands there. Raises storage.DamagedFileError, FileNotFoundError."""
+    """config.json, with the names that fields have today. Raises storage.DamagedFileError, FileNotFoundError."""
     way_out = "the training command of this run, started again, mends it"
     storage.read_json(folder / CONFIG, _Sections, way_out)
-    return storage.read_json(folder / CONFIG, dict[str, Any], way_out)
+    settings = storage.read_json(folder / CONFIG, dict[str, Any], way_out)
+    for (section, before), (now, values) in RENAMED.items():
+        if before in settings[section]:
+            value = settings[section].pop(before)
+            settings[section][now] = values.get(value, value) if isinstance(value, str) else value
+    return settings
 
 
 def read_data(folder: pathlib.Path) -> Described:

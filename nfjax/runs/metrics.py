@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
-from nfjax import _figures as figures, storage
+from nfjax import _figures as figures
+from nfjax import storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import logging
 
-from nfjax import storage
+from nfjax import _cache, storage
 from nfjax.data import remote
 
 MARK = ".mirror"
@@ -56,7 +56,7 @@ def pull(workdir: str, user: str) -> pathlib.Path:
     name = re.sub(r"\W+", "-", workdir.partition("://")[2]).strip("-")[-60:]
     digest = hashlib.sha256(f"{workdir.rstrip('/')} {user}".encode()).hexdigest()[:12]
     source = remote.path(workdir)
-    folder = remote.cache_folder(RUNS, f"{name}-{digest}")
+    folder = _cache.cache_folder(RUNS, f"{name}-{digest}")
     with open(folder / LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two evaluations of one run share the folder
         storage.write_json(folder / MARK, dataclasses.asdict(_Mark(workdir, uuid.uuid4().hex)))
@@ -149,7 +149,7 @@ def location(folder: pathlib.Path) -> Any:
 
 def _runs() -> pathlib.Path:
     """Where the local folders of workdirs in buckets lie."""
-    return remote.cache_directory() / RUNS
+    return _cache.cache_directory() / RUNS
 
 
 def _read(folder: pathlib.Path) -> _Mark | None:

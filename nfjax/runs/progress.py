@@ -142,10 +142,12 @@ class Bar:
         if self.silent:
             return
         width = len(str(self.epochs))
+        average = f" (average {values['test_ema_accuracy']:.2%})" if "test_ema_accuracy" in values else ""
         _print(
             f"epoch {values['epoch']:{width}d}/{self.epochs}  train loss {values['train_loss']:.4f} accuracy "
             f"{values['train_accuracy']:7.2%}   "
-            f"test loss {values['test_loss']:.4f} accuracy {values['test_accuracy']:7.2%}   {self.rate:,.0f} images/s",
+            f"test loss {values['test_loss']:.4f} accuracy {values['test_accuracy']:7.2%}{average}   "
+            f"{self.rate:,.0f} images/s",
             streams.out(),
         )
         self._since = time.perf_counter()

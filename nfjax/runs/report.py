@@ -11,23 +11,22 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import cost, data, distributed, storage, _streams as streams
-from nfjax.runs import metrics, mirror
-from nfjax.runs import files
-from nfjax.data import skips
+from nfjax import _streams as streams
+from nfjax import cost, data, distributed, storage
+from nfjax.data.loading import skips
 from nfjax.data.splits import left_aside
+from nfjax.runs import files, metrics, mirror
+from nfjax.training import networks
 
 
 def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, model: nnx.Module) -> str:
     """What is about to be trained, on what, where."""
     size = config.data.image_size
     spent = cost.count(model, (1, size, size, 3))
-    norm = f" with {config.model.norm} norm" if config.model.norm else " without normalization"
     device = jax.devices()[0]
     aside = f"; {left_aside(dataset.left_aside)}" if dataset.left_aside else ""
     return (
-        f"model   ResNet-{config.model.depth} {config.model.residual}{norm}, {config.model.init}, width "
-        f"{config.model.width}: "
+        f"model   {networks.describe(config)}: "
         f"{spent.parameters:,} parameters, {spent.macs / 1e6:,.1f} M multiply-accumulates per image\n"
         f"data    {config.data.source} {config.data.dir}: {len(dataset.train):,} training and {len(dataset.test):,} "
         f"test images of {size}x{size}, "
@@ -55,6 +54,8 @@ def finish(
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
     }
+    if "test_ema_accuracy" in last:
+        summary["test_ema_accuracy"] = last["test_ema_accuracy"]
     if not distributed.is_first():
         return summary
     drawn = _draw_curves(config, folder, records)
@@ -64,6 +65,11 @@ def finish(
         f"test    {last['test_accuracy']:.2%} at the end, best {best['test_accuracy']:.2%} after epoch "
         f"{best['epoch']}, "
         f"of {last.get('test_images', len(dataset.test)):,} images",
+        *(
+            [f"        {last['test_ema_accuracy']:.2%} by the average of the weights"]
+            if "test_ema_accuracy" in last
+            else []
+        ),
         f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
         *([f"curves  {mirror.shown(folder)}/curves.png"] if drawn else []),
         f"score   python -m nfjax.evaluate --workdir={mirror.shown(folder)}   (the best checkpoint: step "
@@ -82,7 +88,7 @@ def finish(
 
 def _draw_curves(config: ConfigDict, folder: pathlib.Path, records: list[dict[str, Any]]) -> bool:
     """Writes curves.png; where that cannot be done, the run is done all the same, with a warning."""
-    title = f"ResNet-{config.model.depth} {config.model.residual}, {config.data.source}"
+    title = f"{networks.title(config)}, {config.data.source}"
     picture = io.BytesIO()
     try:
         metrics.plot_curves(records, title).savefig(picture, format="png", dpi=150)

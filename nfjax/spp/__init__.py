@@ -1,21 +1,28 @@
 """Signal propagation of any Flax model: does its signal survive its depth, forward and backward?
 
-profile = spp.propagate(model, x)
-print(profile.diagnose())
-spp.plot(profile).savefig("plot.png")
+    profile = spp.propagate(model, x)
+    print(profile.diagnose())
+    spp.plot(profile).savefig("plot.png")
+
+`Monitor` is what measures, `propagate` one call of it, `propagate_seeds` a loop over it. `STATISTICS` is what is
+measured of each block.
 """
 
 from __future__ import annotations
 
-from nfjax.spp.diagnosis import Diagnosis, Direction
-from nfjax.spp.mode import Mode
-from nfjax.spp.monitor import Monitor, scalars
-from nfjax.spp.plotting import Style, plot
-from nfjax.spp.profile import Profile
-from nfjax.spp.propagation import noise, propagate, propagate_seeds
-from nfjax.spp.theory import Prediction, predict
+from nfjax.spp._diagnosis import Diagnosis, Direction
+from nfjax.spp._mode import Mode
+from nfjax.spp._monitor import Monitor, noise, propagate, propagate_seeds, scalars
+from nfjax.spp._plotting import Style, plot, styles
+from nfjax.spp._profile import Profile
+from nfjax.spp._statistics import STATISTICS, Moments, Observed
+from nfjax.spp._theory import Prediction, predict
 
 __all__ = [
-    "Diagnosis", "Direction", "Mode", "Monitor", "Prediction", "Profile", "Style", "noise", "plot", "predict",
-    "propagate", "propagate_seeds", "scalars",
+    "STATISTICS", "Diagnosis", "Direction", "Mode", "Moments", "Monitor", "Observed", "Prediction", "Profile", "Style",
+    "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -27,8 +27,8 @@ from flax import errors as linen_errors
 from flax import linen, nnx
 
 from nfjax import compilation, initializers, residual, resnet, spp
-from nfjax.data import formats
-from nfjax.data.crops import CentreCrop
+from nfjax.data.decoding import formats
+from nfjax.data.decoding.crops import CentreCrop
 
 PLOTS = (".png", ".svg", ".pdf")
 NETWORK = ("depth", "residual", "norm", "init", "stem", "width", "image_size", "input", "batch")

@@ -19,7 +19,7 @@ from nfjax.training.ranges import Range
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from nfjax.training.run import Run
+    from nfjax.training.setup import Run
 
 RANGES: dict[str, Range] = {
     "log.every_steps": ranges.INTERVAL,
@@ -46,7 +46,10 @@ def signal(run: Run) -> None:
         # All processes bring their part of the parameters, the first one measures.
         here = sharding.everywhere((run.state.params, run.state.batch_stats))
         if distributed.is_first():
-            measured = spp.scalars(run.monitor(run.network.model(*here)))
+            try:
+                measured = spp.scalars(run.monitor(run.network.model(*here)))
+            except ValueError as error:
+                raise ValueError(f"{error} (of the signal, where= is --config.log.signal_where)") from error
             run.trackers.write("signal", run.progress.step, measured)
 
 

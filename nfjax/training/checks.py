@@ -10,10 +10,20 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from nfjax.runs import trackers
-from nfjax.training import callbacks, footprint, loader, network, optimizers, preprocessing, ranges, schedules, sharding
+from nfjax.training import (
+    callbacks,
+    footprint,
+    loader,
+    networks,
+    optimizers,
+    preprocessing,
+    ranges,
+    schedules,
+    sharding,
+)
 
 # What reads settings, and says what they may be.
-READERS = (loader, sharding, network, preprocessing, schedules, optimizers, callbacks)
+READERS = (loader, sharding, networks, preprocessing, schedules, optimizers, callbacks)
 RANGES = {name: span for module in READERS for name, span in module.RANGES.items()}
 
 
@@ -22,7 +32,7 @@ def check(config: ConfigDict) -> None:
     ranges.check(config, RANGES)
     sharding.check(config)
     _check_memory(config)
-    for module in (loader, preprocessing, network, schedules, optimizers, callbacks, trackers):
+    for module in (loader, preprocessing, networks, schedules, optimizers, callbacks, trackers):
         module.check(config)
 
 
@@ -36,8 +46,8 @@ def _check_memory(config: ConfigDict) -> None:
     encoded = (config.data.ahead or 1) * config.batch_size // jax.process_count() * config.data.image_size**2 * 3
     _check_fits("the batches decoded ahead", encoded, there * jax.local_device_count(), config, ("data.ahead",))
     # Zeros: random numbers are drawn in blocks, of which large kernels have too many for a check.
-    settings = config.model.to_dict() | {"init": jax.nn.initializers.zeros}
-    model = nnx.eval_shape(lambda: network.build(config, num_classes=2, key=jax.random.key(0), settings=settings))
+    instead = {"init": jax.nn.initializers.zeros} if networks.is_ours(config) else {}
+    model = nnx.eval_shape(lambda: networks.build(config, num_classes=2, key=jax.random.key(0), **instead))
     numbers = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     state = 4 * numbers + 8 * numbers // config.train.state_shards  # the gradient; parameters and momentum
     _check_fits(f"{numbers:,} parameters with their gradient", state, there, config, ("model.width", "model.depth"))

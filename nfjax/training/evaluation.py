@@ -10,7 +10,7 @@ import numpy as np
 
 from nfjax.training import losses, step
 from nfjax.training.loader import Loader
-from nfjax.training.network import Network
+from nfjax.training.networks import Network
 
 
 def score(

@@ -24,8 +24,10 @@ from ml_collections import ConfigDict
 
 from nfjax import data
 from nfjax._names import lookup
-from nfjax.data import Order, crops, memory, skips, stream
+from nfjax.data import Order
+from nfjax.data.decoding import crops
 from nfjax.data.identity import identity
+from nfjax.data.loading import memory, skips, stream
 from nfjax.training import ranges, sharding, step
 from nfjax.training.ranges import Range
 from nfjax.training.state import Batch, Steps

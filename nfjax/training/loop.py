@@ -18,12 +18,10 @@ import jax
 from ml_collections import ConfigDict
 
 from nfjax import distributed, preemption
-from nfjax.runs import mirror, report
-from nfjax.runs import workdir as workdirs
-from nfjax.training import callbacks, checks, failures
-from nfjax.training import run as runs
+from nfjax.runs import mirror, report, workdirs
+from nfjax.training import callbacks, checks, failures, setup
 from nfjax.training.failures import TrainingDivergedError
-from nfjax.training.run import Run
+from nfjax.training.setup import Run
 
 __all__ = ["Run", "TrainingDivergedError", "train"]
 
@@ -59,20 +57,20 @@ def train(config: ConfigDict, workdir: str, more: Sequence[Callable[[Run], None]
 
 def train_in(config: ConfigDict, folder: pathlib.Path, more: Sequence[Callable[[Run], None]]) -> dict[str, Any]:
     """`train` in a workdir that is open and claimed."""
-    run = runs.build(config, folder)
-    if run.progress.step == 0:
-        callbacks.signal(run)
-    start = time.perf_counter()
-    with runs.closing(run):
-        for work in run.work():
-            if not run.dispatch(work):
-                continue
-            if run.settle():
-                for callback in (*callbacks.MEASURING, *more, *callbacks.SAVING):
-                    callback(run)
-            if run.stopped:
-                break
-        finish(run)
+    run, start = setup.build(config, folder), time.perf_counter()
+    with setup.closing(run):
+        if run.progress.step == 0:
+            callbacks.signal(run)
+        with run.interrupts, run.bar:
+            for work in run.work():
+                if not run.dispatch(work):
+                    continue
+                if run.settle():
+                    for callback in (*callbacks.MEASURING, *more, *callbacks.SAVING):
+                        callback(run)
+                if run.stopped:
+                    break
+            finish(run)
         best_step = run.checkpoints.best_step()
     distributed.barrier("done")
     if not distributed.is_first():  # in a bucket it came with the last checkpoint

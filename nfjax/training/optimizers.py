@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from nfjax import _names
-from nfjax.training import arguments, ranges
+from nfjax.training import keywords, ranges
 from nfjax.training.ranges import Range
 
 CLASSIFIER = "classifier"
@@ -28,7 +28,7 @@ RANGES: dict[str, Range] = {
     "optim.clip_norm": _CLIPPING,
     "optim.adaptive_clip": _CLIPPING,
     "optim.label_smoothing": ranges.UP_TO_ONE,
-    "optim.ema_decay": ranges.UP_TO_ONE,
+    "optim.ema_decay": Range(lambda value: 0 < value < 1, "must be more than 0 and less than 1, or none for none"),
 }
 
 
@@ -124,12 +124,22 @@ def make(
         if weight_decay:
             parts.append(optax.add_decayed_weights(weight_decay, mask=mask))
     given = {key: value for key, value in given.items() if key in named}
-    optimizer = arguments.call("optim.arguments", function, settings, schedule, **given)
+    optimizer = keywords.call("optim.arguments", function, settings, schedule, **given)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ValueError(
             f"optim.name={name!r} gives {type(optimizer).__name__}: expected an optax.GradientTransformation"
         )
-    return optax.chain(*parts, optimizer)
+    return optax.chain(*parts, _promoting(optimizer))
+
+
+def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer, also where JAX is told to promote no types: Adam raises a float to the power of an int."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def check(config: ConfigDict) -> None:

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from nfjax.training import cpu, losses, rng, sharding
-from nfjax.training.network import Network
+from nfjax.training.networks import Network
 from nfjax.training.state import Batch, Steps, TrainState
 
 Sums = dict[str, Any]  # of a batch: "loss", "correct", "count"; training adds "grad_norm"

@@ -1,0 +1,1 @@
+"""From the bytes of an image file to pixels: formats, JPEG in all its oddities, crops."""

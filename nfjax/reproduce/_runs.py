@@ -1,0 +1,279 @@
+"""Trains what a grid still lacks, one run after another in one process, each in a workdir of `nfjax.training.loop`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from nfjax import config as configs
+from nfjax import storage
+from nfjax.cli.settings import check_known, set_none
+from nfjax.data.contents import contents
+from nfjax.reproduce import _records
+from nfjax.reproduce._curves import CURVES
+from nfjax.reproduce._grids import Cell, Grid
+from nfjax.reproduce._records import Record, Start
+from nfjax.runs import metrics, workdirs
+from nfjax.training import checks, loader
+from nfjax.training import loop as train
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A data set of the paper: its settings, and how many classes, training and test images it has."""
+
+    config: Callable[[], ConfigDict]
+    classes: int
+    images: tuple[int, int]
+
+
+BASES = {
+    "CIFAR-10": Base(configs.cifar, 10, (50_000, 10_000)),
+    "CIFAR-100": Base(configs.cifar100, 100, (50_000, 10_000)),
+    "ImageNet": Base(configs.imagenet, 1000, (1_281_167, 50_000)),
+}
+_FLAG = re.compile(r"--config\.([\w.]+)=(.*)", re.S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+        out: Folder of the results.
+        seeds: How many, from 0.
+        changes: {"model.width": 8}, over the paper's settings.
+        data: Directory of the images; empty to train nothing.
+        data_name: What they are called in results.
+        runs: Where the workdirs are.
+    """
+
+    out: pathlib.Path
+    seeds: int = 3
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data: str = ""
+    data_name: str = ""
+    runs: pathlib.Path = pathlib.Path("runs/reproduce")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A cell of the grid with a seed."""
+
+    cell: Cell
+    seed: int
+    config: ConfigDict
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return workdirs.essence(self.config)
+
+    def __str__(self) -> str:
+        return f"{self.cell.label}, seed {self.seed}"
+
+
+def parse_changes(flags: Sequence[str]) -> dict[str, Any]:
+    """{"model.width": 8} from ["--config.model.width=8"]; "none" stands for None.
+
+    Args:
+        flags: Of the command line.
+
+    Raises:
+        ValueError: One is no such flag, or sets a field that the figures themselves set.
+    """
+    changes = {}
+    for flag in flags:
+        match = _FLAG.fullmatch(flag)
+        if match is None:
+            raise ValueError(
+                f"unknown argument {flag!r}: settings are flags such as --config.model.width=8, see --help"
+            )
+        name, text = match.groups()
+        if name in (*_records.COMPARED, "data.dir"):
+            raise ValueError(f"{flag}: {name} is not for you to choose here; --seeds and --data are, or use nfjax.main")
+        try:
+            changes[name] = None if text.lower() == "none" else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            changes[name] = text
+    return changes
+
+
+def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> ConfigDict:
+    """The config of one run.
+
+    Args:
+        dataset: A name in `BASES`.
+        cell: The network.
+        seed: Of the run.
+        request: What is asked for.
+
+    Raises:
+        ValueError: A setting does not exist, or has no such value.
+    """
+    config = BASES[dataset].config()
+    config.checkpoint.keep = 1
+    for name, value in request.changes.items():
+        if value is None:
+            set_none(config, name)
+        check_known(config, name)
+    rule, norm, init = CURVES[cell.curve]
+    network = {"model.depth": cell.depth, "model.residual": rule, "model.norm": norm, "model.init": init}
+    own = network | {"seed": seed, "data.dir": request.data}
+    for name, value in {**request.changes, **cell.changes, **own}.items():
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--config.{name}={value}: {_expected(config, name)}") from error
+    return config
+
+
+def _expected(config: ConfigDict, name: str) -> str:
+    """What the field is, for a person who gave it something else."""
+    there = functools.reduce(getattr, name.split("."), config)
+    if isinstance(there, ConfigDict):
+        return f"{name} has fields of its own, {', '.join(there)}"
+    return f"expected a value of the kind of {there!r}"
+
+
+def planned(grid: Grid, request: Request) -> list[Run]:
+    """All runs of a grid, the most telling first: of each depth all networks with the first seed, then the next."""
+    return [
+        Run(cell, seed, make_config(grid.dataset, cell, seed, request))
+        for depth in grid.depths
+        for seed in range(request.seeds)
+        for cell in grid.cells
+        if cell.depth == depth
+    ]
+
+
+def deviations(dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `settings` have other than the paper's, or where it states none than ours: {"epochs": 8}."""
+    own = _records.terms(workdirs.essence(BASES[dataset].config()))
+    return {name: value for name, value in _records.terms(settings).items() if name in own and own[name] != value}
+
+
+def is_the_papers(record: Record) -> bool:
+    """Whether a run has the settings of the paper, its data set by name, and as many images."""
+    images = BASES[record.dataset].images
+    same_data = record.data == record.dataset and tuple(record.images) == images
+    return same_data and not deviations(record.dataset, record.settings)
+
+
+def train_missing(grid: Grid, request: Request) -> None:
+    """Trains every run of the grid that has no record in `request.out`, and writes one for each as soon as it is over.
+
+    Stopped at any point, the same call goes on from there. Runs whose programs agree (another seed, another
+    initialization) compile once; the programs are kept for the next time.
+
+    Args:
+        grid: What is compared.
+        request: What is asked for.
+
+    Raises:
+        ValueError: The images are not of this data set, or are called like others that were trained on. What
+            `loop.train` raises passes through, but for runs that diverge: this is a result.
+    """
+    runs = planned(grid, request)
+    for run in runs:
+        checks.check(run.config)
+    dataset = loader.open_data(runs[0].config, request.data)
+    fingerprint, images = contents(dataset), (len(dataset.train), len(dataset.test))
+    classes, expected = len(dataset.class_names), BASES[grid.dataset].classes
+    if classes != expected:
+        raise ValueError(
+            f"{request.data} has {classes} classes, expected the {expected} of {grid.dataset}: choose another --data"
+        )
+    del dataset
+    missing = [run for run in runs if not matching(_records.read(request.out), grid.dataset, run.settings, fingerprint)]
+    _check_name(grid.dataset, runs, request, fingerprint)
+    print(f"{grid.title}: {len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
+    for number, run in enumerate(missing, 1):
+        print(f"\n{number}/{len(missing)}    {run}", flush=True)
+        workdir = request.runs / _folder(run, request.data_name, fingerprint)
+        diverged = None
+        try:
+            train.train(run.config, str(workdir))
+        except train.TrainingDivergedError as error:
+            diverged = str(error).partition(";")[0]
+            print(f"diverged: {error}", flush=True)
+        measured = _measured(workdir, run, diverged)
+        about = {"dataset": grid.dataset, "data": request.data_name, "fingerprint": fingerprint}
+        _records.append(request.out, Record(**about, images=images, classes=classes, **measured))
+
+
+def matching(known: Sequence[Record], dataset: str, settings: Mapping[str, Any], fingerprint: str) -> list[Record]:
+    """The records of exactly this run."""
+    return [
+        record
+        for record in known
+        if (record.dataset, record.fingerprint) == (dataset, fingerprint) and _records.agree(record.settings, settings)
+    ]
+
+
+def _check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint: str) -> None:
+    """Other images of the same name would be drawn as the same figure."""
+    for record in _records.read(request.out):
+        comparable = any(_records.agree(record.terms, _records.terms(run.settings)) for run in runs)
+        if record.dataset == dataset and comparable:
+            # Names that differ in case or punctuation only would share the figures' files.
+            same_name, same_data = slug(record.data) == slug(request.data_name), record.fingerprint == fingerprint
+            if same_name and not same_data:
+                raise ValueError(
+                    f"{request.out / _records.FILE} has runs on {record.data!r} whose images are others (fingerprint "
+                    f"{record.fingerprint}, here {fingerprint}): give these another name with --data-name"
+                )
+            if same_data and record.data != request.data_name:
+                raise ValueError(
+                    f"{request.out / _records.FILE} has runs on these images under the name {record.data!r}: give "
+                    f"--data-name={record.data!r}"
+                )
+
+
+def _folder(run: Run, data_name: str, fingerprint: str) -> str:
+    """One for each run, under a name that tells a person what is in it."""
+    exact = json.dumps([run.settings, fingerprint], sort_keys=True)
+    name = slug(f"{data_name} ResNet-{run.cell.depth} {run.cell.curve} seed {run.seed}")
+    return f"{name}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+
+def slug(text: str) -> str:
+    """Lower case, with hyphens between the words."""
+    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")
+
+
+def _measured(workdir: pathlib.Path, run: Run, diverged: str | None) -> dict[str, Any]:
+    lines = metrics.read(workdir)
+    ended = [line for line in lines if line["kind"] == "epoch"]
+    seconds, before = 0.0, 0
+    for line in lines:
+        if line["kind"] == "train":
+            if line["images_per_second"]:
+                seconds += (line["step"] - before) * run.config.batch_size / line["images_per_second"]
+            before = line["step"]
+    return {
+        "curve": run.cell.curve,
+        "settings": run.settings,
+        "epochs": {name: [float(f"{line[name]:.6g}") for line in ended] for name in _records.PER_EPOCH},
+        "diverged": diverged,
+        "seconds": round(seconds, 1),
+        "starts": _starts(workdir / "versions.json"),
+    }
+
+
+def _starts(path: pathlib.Path) -> list[Start]:
+    """None, with a warning, where they cannot be read: what was measured is worth more."""
+    try:
+        return storage.read_json(path, list[Start], "the record of the run does without")
+    except (FileNotFoundError, storage.DamagedFileError) as error:
+        logging.warning("%s", error)
+        return []

@@ -1,0 +1,258 @@
+"""The compiled pass of one network: both directions at once.
+
+A model with its inputs (`Runnable`) is traced, every module call tagged (`_tracing`); the calls that are blocks and
+branches are selected (`_selection`), and of what they return one array each (`_outputs`). The tagged program is
+evaluated again with these arrays tapped (`_evaluation`), lowered and compiled. A `Measurement` runs it, any number of
+times, and turns what comes out into statistics (`_statistics`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+
+from nfjax._flax import Runnable, bind
+from nfjax.spp import _losses, _outputs, _statistics, _tracing, _variables
+from nfjax.spp._evaluation import BLOCK, check_supported, evaluate
+from nfjax.spp._flow import calls_of, executions_of, order
+from nfjax.spp._losses import Loss
+from nfjax.spp._mode import Mode
+from nfjax.spp._outputs import Output
+from nfjax.spp._profile import Profile
+from nfjax.spp._selection import Where, select, select_branches
+from nfjax.spp._statistics import IDENTITY, NOTHING, Moments
+from nfjax.spp._tracing import Call, Tag
+from nfjax.spp._variables import Slot
+
+Started = tuple[Any, Any]  # the arrays of a pass, and what it computes from them
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is to be measured, and where the gradient starts; the arguments of `propagate`."""
+
+    where: Where | None = None
+    branch: Where = "branch"
+    output: Output | None = None
+    loss: str | Loss | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One pass.
+
+    Attributes:
+        statistics: Each of `STATISTICS`, float64 [blocks].
+        mode: In which the network ran.
+        zeros: `Profile.zeros`.
+    """
+
+    statistics: Mapping[str, np.ndarray]
+    mode: Mode
+    zeros: Mapping[str, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """The compiled pass of one network: it serves any parameters, inputs and keys of the same shapes.
+
+    Attributes:
+        paths: Of the blocks.
+        outputs: What of each block is measured, its path and that of the array in what it returns.
+        shapes: Of these arrays.
+        dtypes: Likewise.
+        program: What was compiled.
+    """
+
+    paths: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    program: Any
+    _mode: Mode
+    _slots: tuple[Slot, ...]
+    _factors: Mapping[int, set[Tag | None]]
+    _tags: tuple[Tag, ...]  # of each block
+    _blocks: tuple[int, ...]
+    _branches: tuple[int, ...]
+
+    def start(self, arrays: Any, key: jax.Array) -> Started:
+        """Sets the pass going.
+
+        Args:
+            arrays: Of a `Runnable`.
+            key: Of what is drawn at random for the gradient.
+        """
+        leaves = jax.tree.leaves(arrays)
+        with jax.disable_jit(False):  # a compiled program cannot be run without, and nobody's function is in it
+            return leaves, self.program(leaves, key)
+
+    def read(self, started: Started) -> Run:
+        """Waits for a pass.
+
+        Raises:
+            ValueError: No gradient came to a block.
+        """
+        leaves, (forward, changes, backward) = started
+        seen = _statistics.observed(forward, changes, backward, self._blocks, self._branches)
+        if not seen.gradient.reached.all():
+            missed = int(np.flatnonzero(seen.gradient.reached == 0)[-1])
+            raise ValueError(
+                f"no gradient reaches the output of {self.outputs[missed]!r}: a derivative rule behind it (of jax.grad "
+                "inside the model, custom_vjp or custom_jvp) stops it. Select other blocks with where=, another array "
+                "of theirs with output=, or another target with loss="
+            )
+        statistics = _statistics.compute(seen)
+        mode = dataclasses.replace(self._mode, initial=_variables.initial(self._mode, self._slots, leaves))
+        stopped = (seen.gradient.var == 0) | (seen.output.var == 0) | (statistics["branch_share"] < IDENTITY)
+        return Run(statistics, mode, self._zeros(leaves) if stopped.any() else {})
+
+    def _zeros(self, leaves: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+        zeros = _variables.zeros(self._factors, self._slots, leaves)
+        after = {path: zeros[tag] for path, tag in zip(self.paths, self._tags, strict=True) if tag in zeros}
+        return ({_variables.INPUT: zeros[None]} if None in zeros else {}) | after
+
+    def profile(self, seeds: Sequence[int], runs: Sequence[Run]) -> Profile:
+        """What `read` gave for each seed, as a profile."""
+        zeros: dict[str, tuple[str, ...]] = {}
+        for run in runs:
+            zeros |= {path: tuple(dict.fromkeys((*zeros.get(path, ()), *names))) for path, names in run.zeros.items()}
+        return Profile(
+            paths=self.paths,
+            shapes=self.shapes,
+            dtypes=self.dtypes,
+            seeds=tuple(seeds),
+            samples={name: np.stack([run.statistics[name] for run in runs]) for name in runs[0].statistics},
+            outputs=self.outputs,
+            mode=functools.reduce(Mode.merged, [run.mode for run in runs]),
+            zeros=zeros,
+        )
+
+
+def prepare(model: Runnable, choice: Choice) -> Measurement:
+    """Traces the model, selects its blocks and compiles the pass.
+
+    Raises:
+        ValueError: No block is selected or it is not clear which; one cannot be measured; or no gradient reaches one.
+    """
+    with jax.disable_jit(False):  # what is only traced shows nobody more without jit
+        return _prepare(model, choice)
+
+
+def _prepare(model: Runnable, choice: Choice) -> Measurement:
+    traced = _tracing.trace(model)
+    jaxpr, calls, loss = traced.jaxpr, traced.calls, choice.loss
+    if not jaxpr.out_avals:
+        raise ValueError(f"{model.name} returns no array: is there a return statement missing?")
+    reached = calls_of(executions_of(jaxpr.jaxpr))
+    blocks = select(jaxpr.jaxpr, calls, reached, choice.where)
+    branches = select_branches(calls, reached, blocks, choice.branch)
+    roles = _outputs.choose(traced, blocks, branches, choice.output, loss)
+    check_supported(jaxpr.jaxpr, calls, roles)
+    ran = order(jaxpr.jaxpr, roles)
+    places = [i for i, (tag, _) in enumerate(ran) if roles[tag] == BLOCK]
+    leaves = jax.tree.leaves(model.arrays)
+    slots = tuple(_variables.slots(model.arrays))
+
+    def measure(leaves: Sequence[jax.Array], key: jax.Array) -> tuple[Moments, jax.Array, Moments]:
+        def run(sinks: list[Moments]) -> tuple[jax.Array, Any]:
+            out, taken = evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, sinks, roles)
+            found = _stacked(taken.forward), jnp.stack(taken.changes)
+            if loss is None:
+                return taken.last, found
+            return _losses.apply(loss, jax.tree.unflatten(traced.out_tree, out), key), found
+
+        value, pull, (forward, changes) = jax.vjp(run, [NOTHING] * len(places), has_aux=True)
+        # Drawn in float32 also where JAX's default is float64, which has other numbers.
+        start = jnp.ones(value.shape, jnp.float32) if loss else jax.random.normal(key, value.shape, jnp.float32)
+        return forward, changes, _stacked(pull(start.astype(value.dtype))[0])
+
+    try:
+        # Unused arguments stay, so that equal programs have equal arguments.
+        lowered = jax.jit(bind(measure, traced.axes), keep_unused=True).lower(leaves, jax.random.key(0))
+    except ValueError as error:
+        if "everse-mode differentiation" in str(error):  # JAX's message for a while loop, a callback and the like
+            raise ValueError(f"{model.name} cannot be differentiated: {error}") from error
+        raise
+    tags = tuple(ran[place][0] for place in places)
+    paths = _outputs.numbered([calls[tag.call].path for tag in tags])
+    return Measurement(
+        paths=paths,
+        outputs=tuple(path + _outputs.leaf_path(calls, tag) for path, tag in zip(paths, tags, strict=True)),
+        shapes=tuple(ran[place][1] for place in places),
+        dtypes=tuple(str(_outputs.dtype(calls, tag)) for tag in tags),
+        program=_compile(lowered, leaves),
+        _mode=_mode(model, traced, slots),
+        _slots=slots,
+        _factors=_variables.factors(traced, slots, tags),
+        _tags=tags,
+        _blocks=tuple(places),
+        _branches=_branch_places(calls, [tag for tag, _ in ran], roles),
+    )
+
+
+def _stacked(found: Sequence[Moments]) -> Moments:
+    return jax.tree.map(lambda *fields: jnp.stack(fields), *found)
+
+
+def _mode(model: Runnable, traced: _tracing.Trace, slots: Sequence[Slot]) -> Mode:
+    """In which mode the model runs, and whether that is decided by what a Linen model may write: by a trace of the same
+    model that may write more, or less.
+    """
+    mode = _variables.mode(traced, slots, model.arrays)
+    if model.writing is None or not (mode.batch or mode.running):
+        return mode
+    try:
+        other = model.writing(False if mode.mutable != "none" else linen.DenyList("params"))
+        found = _variables.mode(_tracing.trace(other), _variables.slots(other.arrays), other.arrays)
+    except Exception:  # in its mode, it must write; or with these it does what it cannot: then a flag decides
+        return mode
+    return dataclasses.replace(mode, mutable_decides=found.running != mode.running)
+
+
+def _branch_places(calls: Sequence[Call], ran: Sequence[Tag], roles: Mapping[Tag, str]) -> tuple[int, ...]:
+    """For each block that runs, where in `ran` its branch stands, the last one if it has several; -1 for none."""
+    blocks = {tag.call for tag, role in roles.items() if role == BLOCK}
+    found, pending = [], {}
+    for place, tag in enumerate(ran):
+        if roles[tag] == BLOCK:
+            found.append(pending.pop(tag.call, -1))
+            continue
+        block = calls[tag.call].parent
+        while block not in blocks:  # branches are selected inside blocks only
+            block = calls[block].parent
+        pending[block] = place
+    return tuple(found)
+
+
+_programs: collections.OrderedDict[str, Any] = collections.OrderedDict()
+_programs_lock = threading.Lock()
+_KEPT_PROGRAMS = 16
+
+
+def _compile(lowered: Any, leaves: Sequence[Any]) -> Any:
+    """The same program on the same devices is compiled once in a process, whichever model it comes from: another
+    initialization of the same network is the same program.
+    """
+    text = lowered.as_text()
+    if "callback" in text:  # which Python function it calls does not stand in the text
+        return lowered.compile()
+    placed = [str(getattr(leaf, "sharding", None)) for leaf in leaves]
+    name = hashlib.sha256("\n".join([text, *placed]).encode()).hexdigest()
+    with _programs_lock:
+        if name not in _programs:
+            _programs[name] = lowered.compile()
+            if len(_programs) > _KEPT_PROGRAMS:
+                _programs.popitem(last=False)
+        _programs.move_to_end(name)
+        return _programs[name]

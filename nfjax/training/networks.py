@@ -1,0 +1,229 @@
+"""The network of a config, and any Flax NNX model as pure functions of plain dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from nfjax import models, resnet
+from nfjax._names import lookup
+from nfjax.training import cpu, keywords, ranges
+from nfjax.training.ranges import Range
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+MOST_BLOCKS = 2048  # of a network, with which tracing still takes minutes only
+# The fields of `config.model` that our networks take, and which of them are the shape of one of a given depth.
+FIELDS = ("depth", "stage_sizes", "block", "residual", "norm", "init", "stem", "width", "remat")
+SHAPE = ("depth", "stage_sizes", "block")
+STATE = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.RngState))  # what is neither a parameter nor a random stream
+
+
+def _check_stages(name: str, values: Any) -> None:
+    for value in values:
+        ranges.check_number(name, value, int)
+    if not values or min(values) < 1 or sum(values) > MOST_BLOCKS or len(values) > 8:
+        raise ValueError(
+            f"{name}={tuple(values)}: expected the blocks of one to eight stages, {MOST_BLOCKS} in all at most, such "
+            f"as --config.{name}='(2, 2, 2)'"
+        )
+
+
+RANGES: dict[str, Range] = {
+    "model.width": ranges.whole(1, 2**16, "must be a positive integer, and at most 65536 channels"),
+    "model.stage_sizes": Range(check=_check_stages),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for a network that cannot be: found here, at no cost, and not after the images are decoded."""
+    try:
+        nnx.eval_shape(lambda: build(config, num_classes=2, key=jax.random.key(0)))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def build(config: ConfigDict, num_classes: int, key: jax.Array, **instead: Any) -> nnx.Module:
+    """The network that a config describes.
+
+    Args:
+        config: Of the run.
+        num_classes: Logits of the network.
+        key: From which its parameters are drawn.
+        **instead: Arguments of the network in place of those of the config.
+    """
+    return models.build(
+        config.model.name,
+        num_classes=num_classes,
+        image_size=config.data.image_size,
+        dtype=lookup("model.dtype", config.model.dtype, DTYPES, callables=False),
+        rngs=nnx.Rngs(jax.random.fold_in(key, 1), params=key),
+        **_settings(config) | instead,
+    )
+
+
+def _settings(config: ConfigDict) -> dict[str, Any]:
+    """The arguments of the network: the fields of `config.model` for those of ours, and what the config adds."""
+    arguments = keywords.parse("model.arguments", config.model.arguments)
+    if not is_ours(config):
+        return arguments
+    settings = {name: getattr(config.model, name) for name in FIELDS}
+    if config.model.name != "preact_resnet":
+        settings = {name: value for name, value in settings.items() if name not in SHAPE}
+    elif settings["stage_sizes"] is not None:
+        settings["depth"] = None
+    if settings["norm"] == "none":
+        settings["norm"] = None
+    return settings | arguments
+
+
+def is_ours(config: ConfigDict) -> bool:
+    """Whether the network is one of `nfjax.models.MODELS`, which take the fields of `config.model`."""
+    return config.model.name in models.MODELS
+
+
+def title(config: ConfigDict) -> str:
+    """The network in a few words: "ResNet-18 convshort"."""
+    model = config.model
+    if not is_ours(config):
+        return model.name
+    if model.name != "preact_resnet":
+        return f"{model.name} {model.residual}"
+    name = f"ResNet-{model.depth}" if model.stage_sizes is None else f"ResNet {'-'.join(map(str, model.stage_sizes))}"
+    return f"{name} {model.residual}"
+
+
+def describe(config: ConfigDict) -> str:
+    """The network in a line: what it is, and what of it was set."""
+    model = config.model
+    more = f", {model.arguments}" if model.arguments else ""
+    if not is_ours(config):
+        return f"{title(config)}{more}"
+    norm = " without normalization" if model.norm in (None, "none") else f" with {model.norm} norm"
+    return f"{title(config)}{norm}, {model.init}, width {model.width}{more}"
+
+
+def count_parts(config: ConfigDict, platform: str) -> int:
+    """In how many parts a step computes its batch: as many as the config says, but on a CPU more than one where that
+    lets a part stay in the caches. Not with batch norm, whose statistics are those of a part, nor for a network that is
+    not ours and may have some.
+    """
+    given = config.train.accumulate_steps
+    if given > 1 or config.model.name != "preact_resnet" or config.model.norm not in (None, "none"):
+        return given
+    depth = config.model.depth if config.model.stage_sizes is None else None
+    block, _ = resnet.stages(depth, config.model.stage_sizes, config.model.block)
+    side = config.data.image_size // (4 if config.model.stem == "imagenet" else 1)
+    features = config.model.width * block.expansion
+    batch = config.batch_size // jax.device_count()
+    return cpu.parts(platform, batch, side, features, DTYPES[config.model.dtype])
+
+
+# ---------------------------------------------------------------- a model as functions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A Flax NNX model as functions of plain dicts: NNX is at work only while they are traced, which keeps a dispatch
+    short.
+
+    Attributes:
+        train_graph: Of the model in training mode.
+        eval_graph: Of the model in evaluation mode.
+        structures: Of the NNX states of parameters and batch statistics.
+        random: The state of the model's own random streams, of dropout for example; empty where it has none.
+        synchronized: Whether all that it keeps between steps is the same on every device, as batch norm's statistics
+            over all of them are; what else there is has to be averaged.
+    """
+
+    train_graph: nnx.GraphDef
+    eval_graph: nnx.GraphDef
+    structures: tuple[Any, Any]
+    random: Any
+    synchronized: bool
+
+    def train(
+        self,
+        params: Any,
+        batch_stats: Any,
+        images: jax.Array,
+        noise: jax.Array | None = None,
+        axes: tuple[str, ...] | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Logits and what the network keeps for the next step, in training mode.
+
+        Args:
+            params: Plain dict of parameters.
+            batch_stats: Plain dict of the rest.
+            images: [B, H, W, 3].
+            noise: Key from which the model's own random streams start; as they were built if None.
+            axes: Of the mesh, inside of `jax.shard_map`: batch norm then takes its statistics over the images of all
+                of their devices.
+
+        Returns:
+            Logits [B, classes] and the updated batch statistics.
+        """
+        model = self._merge(self.train_graph, params, batch_stats, noise)
+        model.set_attributes(nnx.BatchNorm, axis_name=axes, raise_if_not_found=False)
+        logits = model(images)
+        updated = nnx.to_pure_dict(nnx.state(model, STATE))
+        if axes and not self.synchronized:
+            updated = jax.tree.map(
+                lambda x: jax.lax.pmean(x, axes) if jnp.issubdtype(x.dtype, jnp.floating) else x, updated
+            )
+        return logits, updated
+
+    def predict(self, params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
+        """Logits [B, classes], from running statistics where there is batch norm."""
+        return self._merge(self.eval_graph, params, batch_stats)(images)
+
+    def model(self, params: Any, batch_stats: Any) -> nnx.Module:
+        """The NNX model in training mode."""
+        return self._merge(self.train_graph, params, batch_stats)
+
+    def _merge(self, graph: nnx.GraphDef, params: Any, batch_stats: Any, noise: jax.Array | None = None) -> nnx.Module:
+        # A plain dict has its leaves in the order of the nnx.State it was made from.
+        states = [
+            jax.tree.unflatten(structure, jax.tree.leaves(tree))
+            for structure, tree in zip(self.structures, (params, batch_stats), strict=True)
+        ]
+        random = restarted(self.random, noise)
+        return nnx.merge(graph, states[0], random, states[1])
+
+
+def restarted(random: Any, key: jax.Array | None) -> Any:
+    """The state of a model's random streams, its `nnx.RngState`, such that they begin with keys of `key`.
+
+    As they were if it is None, but a copy: a model that draws from its streams changes them.
+    """
+    leaves, structure = jax.tree.flatten(random)
+    if key is None:
+        return jax.tree.unflatten(structure, leaves)
+
+    def started(number: int, leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.fold_in(key, number)
+        return jnp.zeros_like(leaf)  # how often it was drawn from
+
+    return jax.tree.unflatten(structure, [started(number, leaf) for number, leaf in enumerate(leaves)])
+
+
+def as_functions(model: nnx.Module) -> tuple[Network, Any, Any]:
+    """(network, params, batch_stats) of a model; the last two are plain dicts."""
+    model.train()
+    train_graph, params, random, batch_stats = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    model.eval()
+    eval_graph, *_ = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    structures = (jax.tree.structure(params), jax.tree.structure(batch_stats))
+    normalized = sum(
+        len(jax.tree.leaves(nnx.state(module, nnx.BatchStat)))
+        for _, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.BatchNorm)
+    )
+    synchronized = normalized == len(jax.tree.leaves(batch_stats))
+    network = Network(train_graph, eval_graph, structures, random, synchronized)
+    return network, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)

@@ -1,0 +1,250 @@
+"""A run: everything the loop works with, built from a config."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nfjax import data, distributed, preemption, spp
+from nfjax.runs import checkpoint, metrics, mirror, report, trackers, workdirs
+from nfjax.runs.progress import Bar, say
+from nfjax.training import (
+    cpu,
+    failures,
+    footprint,
+    loader,
+    networks,
+    optimizers,
+    preprocessing,
+    rng,
+    schedules,
+    sharding,
+    step,
+)
+from nfjax.training.loader import Loader
+from nfjax.training.progress import Progress
+from nfjax.training.state import Batch, Steps, TrainState
+from nfjax.training.step import Sums, Task
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run consists of. `state` and `progress` say where it stands; the rest stays as it was built.
+
+    Attributes:
+        config: All settings.
+        folder: The local workdir.
+        dataset: With its class names.
+        network: As functions.
+        state: All that a step changes.
+        key: Of the random stream "training".
+        schedule: Learning rate by step.
+        train_step: `(state, work, key) -> (state, sums)`.
+        steps_per_dispatch: How many steps one call of it takes, at most.
+        loader: Of the training images.
+        test_loader: Of the test images.
+        normalize: From test images to what the network sees.
+        monitor: Measures signal propagation on the first training images, None where the config asks for none.
+        progress: Step and sums.
+        checkpoints: Of the workdir.
+        trackers: Take what is measured.
+        bar: Shows progress.
+        interrupts: Hear Ctrl-C and SIGTERM.
+        votes: Whether any process wants to stop.
+        saved: Step of the newest checkpoint.
+        tested: Scores of the epoch that ends at this step, None within an epoch.
+        stopped: Whether a process of the run was told to stop; no more steps are taken then.
+    """
+
+    config: ConfigDict
+    folder: pathlib.Path
+    dataset: data.Dataset
+    network: networks.Network
+    state: TrainState
+    key: jax.Array
+    schedule: optax.Schedule
+    train_step: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Sums]]
+    steps_per_dispatch: int
+    loader: Loader
+    test_loader: Loader
+    normalize: Callable[[jax.Array], jax.Array]
+    monitor: spp.Monitor | None
+    progress: Progress
+    checkpoints: checkpoint.Checkpoints
+    trackers: trackers.Trackers | trackers.NoTrackers
+    bar: Bar
+    interrupts: preemption.Interrupts
+    votes: preemption.Votes
+    saved: int
+    tested: dict[str, float] | None = None
+    stopped: bool = False
+    _parts: list[tuple[int, Sums]] = dataclasses.field(default_factory=list)  # of the dispatches since the last report
+    _vote: Any = None  # of the dispatch that runs
+
+    def work(self) -> Iterator[Batch | Steps]:
+        """What is left to be trained on, one dispatch after the other; none goes beyond a report."""
+        first, last, length = self.progress.step, self.progress.total, self.steps_per_dispatch
+        if length == 1:
+            yield from self.loader.train(first, last, self._is_idle)
+            return
+        while first < last:
+            count = min(length, self.progress.next_stop(first) - first)
+            yield self.loader.train_steps(first, count, length)
+            first += count
+
+    def dispatch(self, work: Batch | Steps) -> bool:
+        """Trains on it, while the dispatch before it may still run; whether the next thing to do is to `settle`."""
+        before, voted = self._parts[-1:], self._vote
+        self._vote = self.votes.cast()
+        self.state, sums = self.train_step(self.state, work, self.key)
+        count = int(work.count) if isinstance(work, Steps) else 1
+        self._parts.append((count, sums))
+        # One dispatch runs while the next is prepared, and no more: the bar and signals stay close to the device.
+        jax.block_until_ready(before)
+        self.bar.advance(count)
+        self.interrupts.heed()  # until the first step is compiled and on its way there is nothing to save
+        at_report = self.progress.step + sum(n for n, _ in self._parts) == self.progress.next_stop()
+        # At a report everything is waited for: the last dispatch's votes are known as well.
+        self.stopped = self.votes.stop(self._vote if at_report else voted)
+        return at_report or self.stopped
+
+    def settle(self) -> bool:
+        """Waits for the device, and counts what was trained; whether there is something to report.
+
+        Raises:
+            TrainingDivergedError: A step was not finite.
+        """
+        sums, self._parts = step.fetch(self._parts), []
+        self.bar.settle()
+        first, stop = self.progress.step, self.progress.next_stop()
+        self.progress.step += len(sums["count"])
+        # A step that was not finite did not count, nor did any behind it: see `train_step`.
+        if (reached := int(self.state.step)) < self.progress.step:
+            raise failures.diverged(reached, sums, reached - first, self.checkpoints, self.config)
+        self.progress.add(sums)
+        return self.progress.step == stop
+
+    def _is_idle(self) -> bool:
+        return not self._parts or all(x.is_ready() for x in self._parts[-1][1].values())
+
+
+def build(config: ConfigDict, folder: pathlib.Path) -> Run:
+    """The run of a config in a workdir that is open and claimed, at its start or where it stopped.
+
+    Raises:
+        ValueError: The images cannot be used, or are not those that the run began with.
+    """
+    dataset = loader.open_data(config, config.data.dir)
+    size = len(dataset.train)
+    if size < config.batch_size:
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than the {size} training images; choose a smaller one"
+        )
+    workdirs.start(folder, config, dataset)
+
+    mesh = sharding.make(config.train.state_shards)
+    model = networks.build(config, len(dataset.class_names), rng.of_seed(config.seed, "init"))
+    say(report.header(config, folder, dataset, model))
+    network, params, batch_stats = networks.as_functions(model)
+    workdirs.note_parameters(folder, params)
+    progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
+    schedule = schedules.build(config, progress.epoch_ends)
+    optimizer = optimizers.build(config, schedule)
+    state = TrainState.start(params, batch_stats, optimizer, ema=config.optim.ema_decay is not None)
+    state = sharding.place(state, sharding.of_state(state, mesh))
+    del model, params, batch_stats
+
+    checkpoints = checkpoint.Checkpoints(mirror.location(folder), config.checkpoint.keep)
+    restored = checkpoints.restore_newest(checkpoint.template({"state": state.to_saved(), "sums": progress.sums}))
+    if restored is not None:
+        progress.step, tree = restored
+        state, progress.sums = state.from_saved(tree["state"]), tree["sums"]
+        say(f"resumed at step {progress.step:,}, epoch {progress.epoch:.2f}")
+    elif logged := metrics.read(folder):
+        say(f"no checkpoint in {folder}: the run begins anew, and its {len(logged)} lines of metrics with it")
+    workdirs.note_start(folder, config, progress.step)
+
+    interrupts = preemption.Interrupts(late=True)
+    train_loader = loader.build(config, dataset, "train", mesh, folder)
+    train_step, steps_per_dispatch = _train_step(config, network, optimizer, mesh, size)
+    normalize = preprocessing.make_normalize(config)
+    tracked = (folder, progress.step, config.log.trackers, json.loads(config.to_json_best_effort()))
+    return Run(
+        config,
+        folder,
+        dataset,
+        network,
+        state,
+        rng.of_seed(config.seed, "training"),
+        schedule,
+        train_step,
+        steps_per_dispatch,
+        train_loader,
+        loader.build(config, dataset, "test", mesh, folder),
+        normalize,
+        _monitor(config, dataset.train, normalize),
+        progress,
+        checkpoints,
+        trackers.Trackers(*tracked) if distributed.is_first() else trackers.NoTrackers(),
+        Bar(progress),
+        interrupts,
+        preemption.Votes(mesh, lambda: interrupts.pending is not None),
+        saved=progress.step,
+    )
+
+
+def _train_step(
+    config: ConfigDict, network: networks.Network, optimizer: optax.GradientTransformation, mesh: Mesh, size: int
+) -> tuple[Callable[..., tuple[TrainState, Sums]], int]:
+    """The compiled step of a config, and how many steps one call of it takes."""
+    platform = cpu.platform_of(mesh)
+    task = Task(
+        network,
+        optimizer,
+        preprocessing.make_preprocess(config),
+        preprocessing.make_mix(config),
+        config.optim.label_smoothing,
+        config.optim.ema_decay,
+        networks.count_parts(config, platform),
+        mesh,
+    )
+    given, on_device = config.steps_per_dispatch, config.data.keep == "device"
+    length = given or cpu.steps_per_dispatch(platform, on_device, config.log.every_steps)
+    # A report or the end of an epoch ends a dispatch: more room would be taken for nothing.
+    length = min(length, config.log.every_steps, -(-size // config.batch_size))
+    return footprint.Compiled(step.train_step if length == 1 else step.train_steps, say, task=task), length
+
+
+def _monitor(
+    config: ConfigDict, split: data.Images | data.Encoded, normalize: Callable[[jax.Array], jax.Array]
+) -> spp.Monitor | None:
+    if config.log.signal_every_steps is None:
+        return None
+    images = normalize(jnp.asarray(loader.first_images(config, split)))
+    where = config.log.signal_where
+    return spp.Monitor(images, where=where and tuple(name.strip() for name in where.split(",")), seed=config.seed)
+
+
+@contextlib.contextmanager
+def closing(run: Run) -> Iterator[None]:
+    """Afterwards everything that the run has open is closed."""
+    together = jax.process_count() == 1
+    try:
+        yield
+        together = True  # or in step with the others
+    finally:
+        run.loader.close()
+        run.test_loader.close()
+        run.trackers.close()
+        if together:  # otherwise it would wait for processes that are waiting for this one
+            run.checkpoints.close()
