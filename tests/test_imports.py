@@ -46,7 +46,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
     # A flag that a message names, --config.x.y, is no reading of the config.
     reading = re.compile(r"ml_collections|(?<!--)\bconfig\.[a-z]")
     readers = {name for name, path in MODULES.items() if reading.search(path.read_text())}
-    rooms = ("nfjax.training.", "nfjax.runs.", "nfjax.cli.")
+    rooms = ("nfjax.training", "nfjax.runs.", "nfjax.cli.")
     assert {name for name in readers if not name.startswith(rooms)} <= {
         "nfjax.config",
         "nfjax.data.__main__",

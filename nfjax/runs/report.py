@@ -54,8 +54,10 @@ def finish(
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
     }
+    average = []
     if "test_ema_accuracy" in last:
         summary["test_ema_accuracy"] = last["test_ema_accuracy"]
+        average = [f"        {last['test_ema_accuracy']:.2%} by the average of the weights"]
     if not distributed.is_first():
         return summary
     drawn = _draw_curves(config, folder, records)
@@ -65,7 +67,7 @@ def finish(
         f"test    {last['test_accuracy']:.2%} at the end, best {best['test_accuracy']:.2%} after epoch "
         f"{best['epoch']}, "
         f"of {last.get('test_images', len(dataset.test)):,} images",
-        *([f"        {last['test_ema_accuracy']:.2%} by the average of the weights"] * ("test_ema_accuracy" in last)),
+        *average,
         f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
         *([f"curves  {mirror.shown(folder)}/curves.png"] if drawn else []),
         f"score   python -m nfjax.evaluate --workdir={mirror.shown(folder)}   (the best checkpoint: step "
