@@ -1,4 +1,4 @@
-"""Residual networks without batch normalization: initializers, networks, signal propagation, cost and training.
+"""Residual networks without batch normalization: initializers, networks, signal propagation, cost and training::
 
     from nfjax import cost, initializers, models, resnet, spp
 

@@ -41,7 +41,9 @@ def base() -> ConfigDict:
     config.model.dtype = "float32"  # of activations, "float32" or "bfloat16"; parameters stay float32; ours
 
     config.data = ConfigDict()
-    config.data.source = "folder"  # a name in nfjax.data.DATASETS; ours
+    # A name in nfjax.data.DATASETS, tfds:NAME, huggingface:NAME, or package.module:function for a source of one's own;
+    # ours.
+    config.data.source = "folder"
     config.data.dir = ""  # of the files, for sources that have any; ours
     # Share of each split that is used, spread evenly over it: a short version of an experiment keeps its classes. Ours.
     config.data.share = 1.0

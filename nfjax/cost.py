@@ -91,8 +91,8 @@ def count(
             (`FilterResponseNorm`, `LayerNorm2d`; not `WeightNorm`), as far as the parameters are the module's own.
         rngs: As for `spp.propagate`.
         mutable: Likewise.
-        **kwargs: Of the model's call, as they are if they are no arrays or `jax.ShapeDtypeStruct`s: a tuple of numbers
-            is no shape there. An argument of the model that has the name of one of these cannot be passed by keyword.
+        **kwargs: Of the model's call, arrays, `jax.ShapeDtypeStruct`, or whatever else, as it is: a tuple of numbers is
+            no shape there. An argument of the model that has the name of one of these cannot be passed by keyword.
 
     Returns:
         The cost.

@@ -1,4 +1,4 @@
-"""Networks by name, and any Flax model of your own in their place.
+"""Networks by name, and any Flax model of your own in their place::
 
     common = {"num_classes": 10, "image_size": 32, "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
     model = models.build("resnet18", residual="convshort", **common)

@@ -124,7 +124,7 @@ def test_every_leaf_is_read_where_something_is_built(tiny_config, tmp_path, monk
 
     make_folder(tmp_path / "set", per_class=20)
     tiny_config.epochs, tiny_config.batch_size, tiny_config.augment.rand_operations = 1, 16, 1
-    tiny_config.log.every_steps = 1
+    tiny_config.log.every_steps = tiny_config.log.signal_every_steps = 1
     tiny_config.data.source, tiny_config.data.dir, tiny_config.data.keep = "folder", str(tmp_path / "set"), "disk"
     tiny_config.augment.resized_crop_scale = (0.5, 1.0)
     recorder = Recorder(tiny_config)

@@ -381,7 +381,7 @@ def test_what_was_left_aside_stands_in_the_header_and_in_the_workdir(tmp_path, t
     (tmp_path / "set" / "test" / "bee" / "Thumbs.db").write_text("no image")
     dataset = in_memory(tmp_path / "set")
     model = networks.build(tiny_config, 2, jax.random.key(0))
-    header = report.header(tiny_config, tmp_path, dataset, model)
+    header = report.header(tiny_config, "a network", tmp_path, dataset, model)
     assert "6 test images of 8x8, 2 classes; 1 file that is no image is left aside (1 .db)" in header
     (tmp_path / "run").mkdir()
     workdirs.start(tmp_path / "run", tiny_config, dataset)

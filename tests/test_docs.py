@@ -11,7 +11,7 @@ import pytest
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "docs"))
 import config_reference
 
-from nfjax import config
+from nfjax import cli, config
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -42,6 +42,8 @@ def test_commands_exist():
         elif words[:2] == ["python", "-m"]:
             module = ROOT / words[2].replace(".", "/")
             assert module.with_suffix(".py").exists() or (module / "__main__.py").exists(), words
+        elif words[0] == "nfjax":
+            assert words[1] in cli.COMMANDS, words
         for word in words:
             path = word.removeprefix("--config=").removeprefix("--file=").partition(":")[0]
             if path.startswith(("launch/", "configs/", "benchmarks/")):

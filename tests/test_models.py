@@ -180,10 +180,14 @@ def test_parameters_depend_on_the_key_alone_also_under_eval_shape(name):
     assert [leaf.shape for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param))] == [leaf.shape for leaf in one]
 
 
-def test_signal_propagation_finds_the_layers_of_a_wrapped_model():
-    profile = spp.propagate(build(ToyLinen), images(), where="Conv", branch=lambda path, module: False)
-    assert profile.paths == ("network/Conv_0",)
-    assert profile.forward_var[0] > 0
+def test_signal_propagation_sees_the_layers_and_the_mode_of_a_wrapped_model():
+    model = build(ToyLinen)
+    for change, shown in ((model.eval, "running statistics in 1 norm"), (model.train, "batch statistics in 1 norm")):
+        change()
+        profile = spp.propagate(model, images(), where="Conv", branch=lambda path, module: False)
+        assert profile.paths == ("network/Conv_0",)
+        assert profile.forward_var[0] > 0
+        assert shown in str(profile.mode)
 
 
 def takes(num_classes, *, rngs, **others):

@@ -14,7 +14,7 @@ import warnings
 import pytest
 from absl import logging
 
-from nfjax.runs.progress import Bar, Progress, say
+from nfjax.runs.progress import Bar, say
 
 VALUES = {"epoch": 123.4, "loss": 2.3026, "accuracy": 0.1, "data_wait": 0.12}
 
@@ -49,10 +49,9 @@ def terminal(monkeypatch, columns):
 
 @pytest.mark.parametrize("columns", [80, 0])
 def test_the_bar_fits_80_columns_and_nothing_is_printed_into_it(monkeypatch, columns):
-    progress = Progress(size=50_000, batch_size=128, epochs=200, log_every=50)
     monkeypatch.delenv("COLUMNS", raising=False)
     with terminal(monkeypatch, columns) as written:
-        with Bar(progress) as bar, warnings.catch_warnings():
+        with Bar(first=0, total=78_125, batch_size=128, epochs=200) as bar, warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.showwarning = lambda message, *rest, **more: print(message, file=sys.stderr)
             bar.tqdm.start_t -= 20  # of 78 125 steps 50 are done: some nine hours are left

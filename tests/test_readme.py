@@ -7,12 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 from benchmarks import tables
+from nfjax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 README = (ROOT / "README.md").read_text()
 CONSOLE = "".join(re.findall(r"```console\n(.*?)```", README, re.S)).replace("\\\n", " ")
 COMMANDS = [line for line in CONSOLE.splitlines() if line]
@@ -58,6 +61,11 @@ def test_every_command_is_known():
             assert [(ROOT / script).exists() for script in scripts] == [True]
         elif words[0] in ("kubectl", "docker"):
             assert all((ROOT / word.partition("=")[2]).exists() for word in words if word.startswith("--file="))
+        elif words[0] == "pip":
+            assert words[1] == "install"
+            assert words[2].removeprefix(".").strip("[]") in ("", *EXTRAS)
+        elif words[0] == "nfjax":
+            assert words[1] in cli.COMMANDS
         elif words[1] == "-m":
             module = ROOT / words[2].replace(".", "/")
             assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()

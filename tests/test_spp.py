@@ -919,6 +919,22 @@ def test_a_monitor_compiles_once(monkeypatch, tiny):
     assert len(values) == 8
 
 
+def test_a_monitor_traces_once():
+    traced = []
+
+    class Counting(Block):
+        def __call__(self, x):
+            traced.append(type(x).__name__)
+            return super().__call__(x)
+
+    model, monitor = Model([Counting, Counting]), spp.Monitor(images(16, 8), where=Counting)
+    first = monitor(model)
+    calls = len(traced)
+    model.blocks[0].second.kernel[...] *= 2.0
+    assert monitor(model).forward_var[0] > first.forward_var[0]
+    assert len(traced) == calls > 0
+
+
 def test_a_branch_that_is_nowhere_is_refused_with_the_names_there_are():
     model, x = Chain(), np.ones((2, 3), np.float32)
     for branch, shown in (("brnch", "'brnch'"), (nnx.Conv, "Conv"), (["brnch"], r"\('brnch'\)")):

@@ -385,3 +385,19 @@ def test_files_that_cannot_be_read_are_left_to_training(images):
     assert after["test"] == before["test"]
     assert after["train"]["names and classes"] == before["train"]["names and classes"]
     assert after["train"]["sizes"] != before["train"]["sizes"]
+
+
+@pytest.mark.parametrize(("then", "now"), [("epoch", "cosine_by_epoch"), ("step", "cosine")])
+def test_a_run_from_before_a_field_had_its_name_goes_on(tiny_config, tmp_path, then, now):
+    tiny_config.epochs, tiny_config.optim.schedule = 1, now
+    summary = train.train(tiny_config, str(tmp_path))
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["optim"]["schedule"], settings["model"]["name"], settings["log"]["trackers"]
+    settings["optim"]["anneal"] = then
+    path.write_text(json.dumps(settings))
+    assert files.read_config(tmp_path).optim.schedule == now
+    assert train.train(tiny_config, str(tmp_path)) == summary
+    tiny_config.optim.schedule = "linear"
+    with pytest.raises(ValueError, match=f"optim.schedule: '{now}' there, 'linear' now"):
+        train.train(tiny_config, str(tmp_path))

@@ -9,7 +9,7 @@ import grain
 from absl import flags
 
 from benchmarks.sides import _crops
-from nfjax.data import crops
+from nfjax.data.decoding import crops
 
 
 def machine() -> dict[str, str]:

@@ -19,10 +19,8 @@ from ml_collections import ConfigDict
 
 from benchmarks import turns
 from nfjax import compilation, config, cost, data, resnet, spp
-from nfjax.runs import checkpoint
-from nfjax.runs import workdir as workdirs
-from nfjax.training import cpu, footprint, loader, network, optimizers, preprocessing, schedules, sharding, step
-from nfjax.training import run as runs
+from nfjax.runs import checkpoint, workdirs
+from nfjax.training import cpu, footprint, loader, networks, optimizers, preprocessing, schedules, setup, sharding, step
 from nfjax.training.state import Batch, TrainState
 
 EPOCHS = 200  # of the schedule; more than are measured
@@ -48,8 +46,8 @@ class Steps:
         """
         start = time.perf_counter()
         settings, mesh = case_config(**case), sharding.make()
-        model = network.build(settings, classes, jax.random.key(0))
-        functions, params, batch_stats = network.as_functions(model)
+        model = networks.build(settings, classes, jax.random.key(0))
+        functions, params, batch_stats = networks.as_functions(model)
         if parameters is not None:
             with np.load(parameters) as stored:
                 params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(stored[dotted(path)]), params)
@@ -58,7 +56,7 @@ class Steps:
         self.state = sharding.place(state, sharding.of_state(state, mesh))
         batch = examples(settings.batch_size, settings.data.image_size, classes)
         self.batch, self.key = sharding.place(batch, sharding.by_batch(mesh)), jax.random.key(0)
-        parts = network.count_parts(settings, cpu.platform_of(mesh))
+        parts = networks.count_parts(settings, cpu.platform_of(mesh))
         task = step.Task(functions, optimizer, preprocessing.make_preprocess(settings), parts=parts, mesh=mesh)
         built = time.perf_counter()
         self.step = step.train_step.lower(self.state, self.batch, self.key, task=task).compile()
@@ -87,8 +85,8 @@ class Steps:
     def write(self, classes: int, parameters: str, **case: Any) -> int:
         """Puts the parameters that all sides start from into a file; returns the multiply-accumulates per image."""
         settings = case_config(**case)
-        model = network.build(settings, classes, jax.random.key(0))
-        leaves = jax.tree_util.tree_flatten_with_path(network.as_functions(model)[1])[0]
+        model = networks.build(settings, classes, jax.random.key(0))
+        leaves = jax.tree_util.tree_flatten_with_path(networks.as_functions(model)[1])[0]
         np.savez(parameters, **{dotted(path): leaf for path, leaf in leaves})
         return cost.count(model, (1, settings.data.image_size, settings.data.image_size, 3)).macs
 
@@ -159,14 +157,15 @@ class Epochs:
         """
         del workers
         compilation.keep()
-        data.DATASETS["arrays"] = arrays
         settings = config.cifar()
         settings.model, settings.batch_size, settings.epochs = case_config(**case).model, case["batch"], EPOCHS
-        settings.augment.rand_operations, settings.data.source, settings.data.dir = operations, "arrays", images
+        settings.augment.rand_operations = operations
+        settings.data.source, settings.data.dir = "benchmarks.sides.nfjax:arrays", images
         self.stack = contextlib.ExitStack()
         workdir = self.stack.enter_context(tempfile.TemporaryDirectory())
-        self.run = runs.build(settings, workdirs.open_for(settings, f"{workdir}/run"))
-        self.stack.enter_context(runs.closing(self.run))
+        self.run = setup.build(settings, workdirs.open_for(settings, f"{workdir}/run"))
+        for context in (setup.closing(self.run), self.run.interrupts, self.run.bar):
+            self.stack.enter_context(context)
         self.work = self.run.work()
         return machine()
 

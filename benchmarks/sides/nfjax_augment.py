@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.sides import nfjax
 from nfjax import augment
-from nfjax.augment import color, geometry, operations
+from nfjax.augment import _color, _geometry, _operations
 
 BINS = 31
 CHUNK = 4096  # images per call of an operation
@@ -88,16 +88,16 @@ def jitted_apply(interpolation: str, fill: tuple[int, ...]) -> Callable[..., jax
 def forms(size: int) -> dict[str, Form]:
     """What is timed on images of `size` pixels a side."""
     found: dict[str, Form] = {"crop, flip, normalise": crop_flip_normalize}
-    for interpolation in geometry.INTERPOLATIONS:
+    for interpolation in _geometry.INTERPOLATIONS:
         found |= {
             f"rand_augment, {interpolation}": functools.partial(augment.rand_augment, interpolation=interpolation),
             f"vmap(switch), {interpolation}": by_switch(lambda f, x: jax.vmap(f)(x), size, interpolation),
             f"lax.map(switch), {interpolation}": by_switch(jax.lax.map, size, interpolation),
         }
-    found["histogram by scatter"] = lambda key, images: color.histogram_by_scatter(images)
+    found["histogram by scatter"] = lambda key, images: _color.histogram_by_scatter(images)
     # On a CPU the other way takes many seconds for the larger images.
     if jax.default_backend() != "cpu" or size < 64:
-        found["histogram by comparison"] = lambda key, images: color.histogram_by_comparison(images)
+        found["histogram by comparison"] = lambda key, images: _color.histogram_by_comparison(images)
     return found
 
 
@@ -123,28 +123,28 @@ def by_switch(loop: Callable, size: int, interpolation: str) -> Form:
 
 def branch(name: str, size: int, magnitude: int, interpolation: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`(image, is_negative) -> image`: one operation and nothing else, on uint8 [H, W, 3]."""
-    table = operations.numbers_of_changes((augment.OPERATIONS[name],), BINS, size, size, interpolation)
+    table = _operations.numbers_of_changes((augment.OPERATIONS[name],), BINS, size, size, interpolation)
     table = {key: values[0, magnitude] for key, values in table.items()}
 
     def alone(image: jax.Array, is_negative: jax.Array) -> jax.Array:
         images, number = image[None], {key: jnp.asarray(values)[is_negative][None] for key, values in table.items()}
         factor = number["factor"][:, None, None, None]
         if name in GEOMETRIC:
-            images = geometry.resample(images, number["matrix"], (0, 0, 0), interpolation)
+            images = _geometry.resample(images, number["matrix"], (0, 0, 0), interpolation)
         elif name == "autocontrast":
-            images = color.apply_table(images, color.autocontrast_table(color.histogram(images)))
+            images = _color.apply_table(images, _color.autocontrast_table(_color.histogram(images)))
         elif name == "equalize":
-            images = color.apply_table(images, color.equalize_table(color.histogram(images)))
+            images = _color.apply_table(images, _color.equalize_table(_color.histogram(images)))
         elif name in ("posterize", "solarize"):
-            images = color.posterize_solarize(images, number["mask"], number["threshold"])
+            images = _color.posterize_solarize(images, number["mask"], number["threshold"])
         elif name == "brightness":
-            images = color.blend(jnp.zeros_like(images, jnp.int32), images, factor)
+            images = _color.blend(jnp.zeros_like(images, jnp.int32), images, factor)
         elif name == "contrast":
-            images = color.blend(color.mean_grey(images)[:, None, None, None], images, factor)
+            images = _color.blend(_color.mean_grey(images)[:, None, None, None], images, factor)
         elif name == "color":
-            images = color.blend(color.grey(images)[..., None], images, factor)
+            images = _color.blend(_color.grey(images)[..., None], images, factor)
         elif name == "sharpness":
-            images = color.blend(color.smooth(images), images, factor)
+            images = _color.blend(_color.smooth(images), images, factor)
         return images[0]
 
     return alone

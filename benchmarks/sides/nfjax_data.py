@@ -16,7 +16,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.sides import _crops
-from nfjax.data import crops, decode, order, pack, records, stream
+from nfjax.data.decoding import crops, decode
+from nfjax.data.loading import order, stream
+from nfjax.data.packing import pack
+from nfjax.data.sources import records
 from nfjax.data.splits import Dataset
 
 

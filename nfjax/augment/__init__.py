@@ -1,7 +1,7 @@
 """Augmentation on the device: pure functions of a key and a batch, each example with its own randomness.
 
 What changes pixels works on uint8 [B, H, W, C] and gives back the same: `random_crop`, `random_flip`, `rand_augment`,
-`random_erasing`. Then `normalize` makes float32 of them, and `mixup` or `cutmix` combines pairs of examples:
+`random_erasing`. Then `normalize` makes float32 of them, and `mixup` or `cutmix` combines pairs of examples::
 
     keys = jax.random.split(key, 4)
     images = augment.random_flip(keys[1], augment.random_crop(keys[0], images, padding=4))

@@ -2,7 +2,7 @@
 
 Every initializer is called like those of `jax.nn.initializers`, `init(key, shape, dtype)`, for kernels of shape
 `[*window, c_in, c_out]` (dense, 1-D to 3-D convolutions), in Flax NNX, Flax Linen and plain JAX, eagerly or under
-`jit`, `vmap` and `eval_shape`.
+`jit`, `vmap` and `eval_shape`::
 
     kernel_init = initializers.he_fan_out()  # the paper's; standardize(he_normal("fan_out")) is the same
     kernel_init = initializers.brock_normal()

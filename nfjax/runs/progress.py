@@ -14,7 +14,6 @@ from absl import logging
 
 from nfjax import _streams as streams
 from nfjax import distributed
-from nfjax.training.progress import Progress
 
 
 def say(text: str) -> None:
@@ -73,15 +72,28 @@ class _AboveBar(io.TextIOBase):
 class Bar:
     """A progress bar with epoch, loss, accuracy, images/s and time left, and one line per epoch; without a terminal
     only the lines. In all but the first process it only counts.
+
+    Attributes:
+        rate: Images per second since the last report, compilation included.
+        overall_rate: Likewise, since the bar was made.
+        seconds: Since the last report.
     """
 
-    def __init__(self, progress: Progress):
+    def __init__(self, first: int, total: int, batch_size: int, epochs: int):
+        """Draws nothing yet.
+
+        Args:
+            first: Step at which the run goes on.
+            total: Steps of the whole run.
+            batch_size: Images of a step.
+            epochs: Of the whole run.
+        """
         self.silent = not distributed.is_first()
-        self.progress = progress
-        self.epochs = len(progress.epoch_ends)
+        self.batch_size, self.epochs = batch_size, epochs
+        self._first = first * epochs // total + 1  # epoch
         self.tqdm = tqdm.tqdm(
-            total=progress.total,
-            initial=progress.step,
+            total=total,
+            initial=first,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}",  # at most 80 columns
             disable=self.silent or None,  # None: shown only on a terminal
             dynamic_ncols=_columns() > 0,
@@ -94,7 +106,7 @@ class Bar:
         self._steps, self._seconds = 0, 0.0
 
     def __enter__(self) -> Bar:
-        self.tqdm.set_description_str(f"epoch {int(self.progress.epoch) + 1}/{self.epochs}")
+        self.tqdm.set_description_str(f"epoch {min(self._first, self.epochs)}/{self.epochs}")
         self._above = contextlib.ExitStack()
         if not self.tqdm.disable:  # warnings and the log go where the bar is
             _drawn.append(self.tqdm)
@@ -122,8 +134,8 @@ class Bar:
         """
         self.seconds = time.perf_counter() - self._since
         self._steps, self._seconds = self._steps + self._pending, self._seconds + self.seconds
-        self.rate = self._pending * self.progress.batch_size / self.seconds
-        self.overall_rate = self._steps * self.progress.batch_size / self._seconds
+        self.rate = self._pending * self.batch_size / self.seconds
+        self.overall_rate = self._steps * self.batch_size / self._seconds
         self._pending = 0
 
     def show(self, values: Mapping[str, float]) -> None:

@@ -16,17 +16,16 @@ from nfjax import cost, data, distributed, storage
 from nfjax.data.loading import skips
 from nfjax.data.splits import left_aside
 from nfjax.runs import files, metrics, mirror
-from nfjax.training import networks
 
 
-def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, model: nnx.Module) -> str:
-    """What is about to be trained, on what, where."""
+def header(config: ConfigDict, network: str, folder: pathlib.Path, dataset: data.Dataset, model: nnx.Module) -> str:
+    """What is about to be trained, on what, where. network: in a line; model: the same, to be counted."""
     size = config.data.image_size
     spent = cost.count(model, (1, size, size, 3))
     device = jax.devices()[0]
     aside = f"; {left_aside(dataset.left_aside)}" if dataset.left_aside else ""
     return (
-        f"model   {networks.describe(config)}: "
+        f"model   {network}: "
         f"{spent.parameters:,} parameters, {spent.macs / 1e6:,.1f} M multiply-accumulates per image\n"
         f"data    {config.data.source} {config.data.dir}: {len(dataset.train):,} training and {len(dataset.test):,} "
         f"test images of {size}x{size}, "
@@ -37,9 +36,25 @@ def header(config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, mode
 
 
 def finish(
-    config: ConfigDict, folder: pathlib.Path, dataset: data.Dataset, best_step: int, seconds: float, rate: float
+    config: ConfigDict,
+    network: str,
+    folder: pathlib.Path,
+    dataset: data.Dataset,
+    best_step: int,
+    seconds: float,
+    rate: float,
 ) -> dict[str, Any]:
-    """Draws curves.png, prints and returns the summary; the first process does, the others return it."""
+    """Draws curves.png, prints and returns the summary; the first process does, the others return it.
+
+    Args:
+        config: Of the run.
+        network: In a few words.
+        folder: The workdir.
+        dataset: What it was trained on.
+        best_step: Step of the best checkpoint.
+        seconds: That this start took.
+        rate: Images per second, 0 where nothing was trained.
+    """
     records = metrics.read(folder)
     epochs = [record for record in records if record["kind"] == "epoch"]
     if not epochs:
@@ -54,18 +69,20 @@ def finish(
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
     }
+    average = []
     if "test_ema_accuracy" in last:
         summary["test_ema_accuracy"] = last["test_ema_accuracy"]
+        average = [f"        {last['test_ema_accuracy']:.2%} by the average of the weights"]
     if not distributed.is_first():
         return summary
-    drawn = _draw_curves(config, folder, records)
+    drawn = _draw_curves(f"{network}, {config.data.source}", folder, records)
     work = f"{seconds:.0f} s, {rate:,.0f} images/s" if rate else "already complete"
     lines = [
         f"done    {config.epochs} epochs, {last['step']:,} steps, {work}",
         f"test    {last['test_accuracy']:.2%} at the end, best {best['test_accuracy']:.2%} after epoch "
         f"{best['epoch']}, "
         f"of {last.get('test_images', len(dataset.test)):,} images",
-        *(f"        {last[name]:.2%} by the average of the weights" for name in ("test_ema_accuracy",) if name in last),
+        *average,
         f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
         *([f"curves  {mirror.shown(folder)}/curves.png"] if drawn else []),
         f"score   python -m nfjax.evaluate --workdir={mirror.shown(folder)}   (the best checkpoint: step "
@@ -82,9 +99,8 @@ def finish(
     return summary
 
 
-def _draw_curves(config: ConfigDict, folder: pathlib.Path, records: list[dict[str, Any]]) -> bool:
+def _draw_curves(title: str, folder: pathlib.Path, records: list[dict[str, Any]]) -> bool:
     """Writes curves.png; where that cannot be done, the run is done all the same, with a warning."""
-    title = f"{networks.title(config)}, {config.data.source}"
     picture = io.BytesIO()
     try:
         metrics.plot_curves(records, title).savefig(picture, format="png", dpi=150)

@@ -1,5 +1,7 @@
 """Signal propagation of any Flax model: does its signal survive its depth, forward and backward?
 
+::
+
     profile = spp.propagate(model, x)
     print(profile.diagnose())
     spp.plot(profile).savefig("plot.png")

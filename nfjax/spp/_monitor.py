@@ -31,7 +31,7 @@ def stream(seed: int, purpose: int) -> jax.Array:
 
 
 class Monitor:
-    """Measures one network again and again, compiled on the first call.
+    """Measures one network again and again, compiled on the first call::
 
         monitor = spp.Monitor(x)
         ...
@@ -151,10 +151,10 @@ def propagate(
             the innermost repeated classes that make a residual addition (encoder and decoder: both), and where there
             are none the one class of repeated modules that have parts of their own.
         branch: The residual branch inside a block, likewise, or the attribute's name.
-        output: Which array to measure of a block that returns several: a function of what it returns, `lambda out:
-            out[1]`, an index, or a name or path such as "hidden" or "[0]['x']". Left out, it is chosen by use: the
-            array that goes on into the next block and the model's output, and to which a gradient comes back.
-            `Profile.outputs` says which one it was.
+        output: Which array to measure of a block that returns several: a function of what it returns, such as
+            `lambda out: out[1]`, an index, or a name or path such as "hidden" or "[0]['x']". Left out, it is chosen
+            by use: the array that goes on into the next block and the model's output, and to which a gradient comes
+            back. `Profile.outputs` says which one it was.
         cotangent: "gaussian": the gradient starts at the last block's output, drawn from N(0, 1).
         loss: Starts it at a scalar function of the model's output instead: that function, or "cross_entropy" on labels
             drawn at random.

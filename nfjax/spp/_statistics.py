@@ -7,9 +7,10 @@ follow.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ IDENTITY = 1e-3
 _UNKNOWN = -1.0  # of a share: a NaN would stop a program under JAX's debugging switch
 
 
-class Moments(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
     """Of one tensor [..., C], float32 scalars on the device; of several, float64 [n] on the host (`on_host`).
 
     All but the scale are of the tensor divided by it: squares then neither overflow nor vanish where the tensor does
@@ -57,7 +60,7 @@ class Moments(NamedTuple):
         return self.within * self.scale**2
 
 
-NOTHING = Moments(*[np.float32(0)] * len(Moments._fields))
+NOTHING = Moments(*[np.float32(0)] * len(dataclasses.fields(Moments)))
 
 
 def moments(x: jax.Array) -> Moments:
@@ -105,7 +108,8 @@ def change(given: Sequence[jax.Array], out: jax.Array, measured: Moments) -> jax
 # ---------------------------------------------------------------- on the host
 
 
-class Observed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Observed:
     """What was observed of all blocks of a network in one pass, in execution order.
 
     Attributes:
@@ -125,7 +129,7 @@ class Observed(NamedTuple):
 
 def on_host(stacked: Moments) -> Moments:
     """Moments of n tensors, [n], as float64."""
-    return Moments(*(np.asarray(field, np.float64) for field in stacked))
+    return jax.tree.map(lambda field: np.asarray(field, np.float64), stacked)
 
 
 def observed(
@@ -143,9 +147,9 @@ def observed(
     forward, changes = on_host(forward), np.asarray(changes, np.float64)
     has_branch = np.array(branches) >= 0
     return Observed(
-        output=Moments(*(field[list(blocks)] for field in forward)),
+        output=jax.tree.map(lambda field: field[list(blocks)], forward),
         gradient=on_host(gradient),
-        branch=Moments(*(np.where(has_branch, field[list(branches)], np.nan) for field in forward)),
+        branch=jax.tree.map(lambda field: np.where(has_branch, field[list(branches)], np.nan), forward),
         has_branch=has_branch,
         change=np.where(changes == _UNKNOWN, np.nan, changes),
     )

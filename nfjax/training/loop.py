@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from nfjax import distributed, preemption
 from nfjax.runs import mirror, report, workdirs
-from nfjax.training import callbacks, checks, failures, setup
+from nfjax.training import callbacks, checks, failures, networks, setup
 from nfjax.training.failures import TrainingDivergedError
 from nfjax.training.setup import Run
 
@@ -76,7 +76,8 @@ def train_in(config: ConfigDict, folder: pathlib.Path, more: Sequence[Callable[[
     if not distributed.is_first():  # in a bucket it came with the last checkpoint
         mirror.fetch(folder, "metrics.jsonl")
     seconds = time.perf_counter() - start
-    return report.finish(config, folder, run.dataset, best_step, seconds, run.bar.overall_rate)
+    title = networks.title(config)
+    return report.finish(config, title, folder, run.dataset, best_step, seconds, run.bar.overall_rate)
 
 
 def finish(run: Run) -> None:

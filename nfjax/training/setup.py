@@ -154,7 +154,7 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
 
     mesh = sharding.make(config.train.state_shards)
     model = networks.build(config, len(dataset.class_names), rng.of_seed(config.seed, "init"))
-    say(report.header(config, folder, dataset, model))
+    say(report.header(config, networks.describe(config), folder, dataset, model))
     network, params, batch_stats = networks.as_functions(model)
     workdirs.note_parameters(folder, params)
     progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
@@ -196,7 +196,7 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
         progress,
         checkpoints,
         trackers.Trackers(*tracked) if distributed.is_first() else trackers.NoTrackers(),
-        Bar(progress),
+        Bar(progress.step, progress.total, config.batch_size, config.epochs),
         interrupts,
         preemption.Votes(mesh, lambda: interrupts.pending is not None),
         saved=progress.step,

@@ -7,7 +7,6 @@ as a catalogue, a function `(name, directory) -> Dataset` and one line in `COLLE
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -50,13 +49,19 @@ def loader(source: str | Loader) -> Loader:
 
     Returns:
         `(directory, image_size) -> Dataset`, where image_size, in pixels, is for images that are made up. It raises
-        ValueError where the source gives something else, or has fewer than two classes, besides all that the source
-        raises.
+        ValueError where the source gives something else, besides all that the source raises.
 
     Raises:
         ValueError: There is no such source; the message lists those that there are.
     """
-    return functools.partial(_load, source, _function(source))
+    function = _function(source)
+
+    def opened(directory: str, image_size: int) -> Dataset:
+        dataset = _opened(source, function, directory, image_size)
+        _check_splits(source, dataset)
+        return dataset
+
+    return opened
 
 
 def _function(source: str | Loader) -> Loader:
@@ -75,20 +80,23 @@ def _function(source: str | Loader) -> Loader:
         raise ValueError(f"{error}; the sources that come along are {', '.join(DATASETS)}") from None
 
 
-def _load(source: str | Loader, function: Loader, directory: str, image_size: int) -> Dataset:
+def _opened(source: str | Loader, function: Loader, directory: str, image_size: int) -> Dataset:
     dataset = function(directory, image_size)
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"the data source {source} gives {type(dataset).__name__}: expected an nfjax.data.Dataset, such as "
             "nfjax.data.from_sequences(train, test, class_names) makes"
         )
-    check_classes(dataset.class_names, f"the classes of {source} {directory}")
-    for name, split in (("train", dataset.train), ("test", dataset.test)):
-        if not all(hasattr(split, member) for member in ("__len__", "reader", "reference", "name")):
-            _check_images(source, name, split, len(dataset.class_names))
     if not isinstance(dataset.class_names, tuple):
         dataset = dataclasses.replace(dataset, class_names=tuple(dataset.class_names))
     return dataset
+
+
+def _check_splits(source: str | Loader, dataset: Dataset) -> None:
+    """Raises ValueError unless both splits are images in memory, or have the members of `Encoded`."""
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        if not all(hasattr(split, member) for member in ("__len__", "reader", "reference", "name")):
+            _check_images(source, name, split, len(dataset.class_names))
 
 
 def _check_images(source: str | Loader, name: str, split: Any, num_classes: int) -> None:
@@ -127,7 +135,9 @@ def load(source: str | Loader, directory: str, image_size: int) -> Dataset:
     """
     if image_size < 1:
         raise ValueError(f"data.image_size={image_size} must be a positive number of pixels")
-    dataset = loader(source)(os.path.expanduser(directory), image_size)
+    dataset = _opened(source, _function(source), os.path.expanduser(directory), image_size)
+    check_classes(dataset.class_names, f"the classes of {source} {directory}")
+    _check_splits(source, dataset)
     for split in (dataset.train, dataset.test):
         if isinstance(split, Images) and split.images.shape[1:3] != (image_size, image_size):
             height, width = split.images.shape[1:3]
