@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from nfjax import initializers
+from nfjax import _cpu, initializers
 
 Norm = Callable[..., nnx.Module]
 Elementwise = Callable[[jax.Array], jax.Array]
@@ -45,8 +44,6 @@ def convolution(
         rngs: Of the kernel.
     """
     padding = ((kernel_size // 2, kernel_size // 2),) * 2
-    # On CPU, XLA takes up to four times as long for a 1x1 convolution as for the matrix product that it is.
-    product = kernel_size == 1 and jax.default_backend() == "cpu"
     return nnx.Conv(
         in_features,
         out_features,
@@ -56,32 +53,9 @@ def convolution(
         use_bias=False,
         dtype=dtype,
         kernel_init=initializers.at_layer(init, stride, padding, spatial_size),
-        conv_general_dilated=_matrix_product if product else jax.lax.conv_general_dilated,
+        conv_general_dilated=_cpu.pointwise_convolution if kernel_size == 1 else jax.lax.conv_general_dilated,
         rngs=rngs,
     )
-
-
-def _matrix_product(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], *_: Any, **settings: Any) -> jax.Array:
-    """A 1x1 convolution without padding, called as `jax.lax.conv_general_dilated` is: [B, H, W, C], [1, 1, C, D] -> [B,
-    H', W', D].
-    """
-    x = x[:, :: strides[0], :: strides[1]]
-    precision = {name: settings.get(name) for name in ("precision", "preferred_element_type")}
-    product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0], **precision)
-    return product.reshape(*x.shape[:-1], -1)
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max-pooling with stride 2 and a border of 1, [B, H, W, C] -> [B, H', W', C], H' = ceil(H / 2)."""
-    if jax.default_backend() != "cpu":
-        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    # On CPU, XLA takes eight times as long for the gradient of a window as for that of nine shifted images. Where
-    # values are equal, these share the gradient that the first one would get.
-    height, width = strided(x.shape[1:3], 2)
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    shifts = [(i, j) for i in range(3) for j in range(3)]
-    shifted = [padded[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i, j in shifts]
-    return functools.reduce(jnp.maximum, shifted)
 
 
 def strided(spatial_size: tuple[int, int], stride: int) -> tuple[int, int]:

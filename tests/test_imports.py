@@ -53,7 +53,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
         "nfjax.reproduce._runs",
     }
     # A step knows no settings, nor do the state, the losses and the random streams.
-    assert not readers & {f"nfjax.training.{name}" for name in ("step", "state", "losses", "rng", "cpu", "evaluation")}
+    assert not readers & {f"nfjax.training.{name}" for name in ("step", "state", "losses", "rng", "evaluation")}
     data_modules = [path for name, path in MODULES.items() if name.startswith("nfjax.data")]
     assert all("nfjax.config" not in imports(path) for path in data_modules)
 

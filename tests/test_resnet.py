@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nfjax import initializers, layers, resnet
+from nfjax import _cpu, initializers, resnet
 from nfjax.residual import RESIDUALS, Rule
 from nfjax.resnet import PreActResNet
 
@@ -138,7 +138,7 @@ def test_pooling_takes_the_largest_of_its_window_and_sends_the_gradient_there(si
     # No two values are equal, so that the gradient has one place to go.
     values = np.random.default_rng(0).permutation(3 * size[0] * size[1]).reshape(1, *size, 3) - 100.0
     x, window = jnp.asarray(values / 128, dtype), ((3, 3), (2, 2), ((1, 1), (1, 1)))
-    y, gradient = jax.vjp(layers.max_pool, x)
+    y, gradient = jax.vjp(_cpu.max_pool, x)
     expected, expected_gradient = jax.vjp(lambda x: nnx.max_pool(x, *window), x)
     np.testing.assert_array_equal(y, expected)
     cotangent = jnp.asarray(np.random.default_rng(1).integers(-8, 8, y.shape), dtype)
@@ -331,3 +331,15 @@ def test_an_initializer_by_name_has_the_gain_of_the_activation():
         10, width=8, image_size=8, activation="silu", init=initializers.he_fan_out(), rngs=nnx.Rngs(0)
     )
     np.testing.assert_array_equal(given.stem.conv.kernel[...], relu.stem.conv.kernel[...])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_what_a_cpu_does_differently_is_chosen_by_what_a_program_is_lowered_for(platform):
+    """Traced on this machine: matrix products and shifted images for a CPU only."""
+    model = PreActResNet(10, "convshort", stem="imagenet", width=4, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    forward = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    text = jax.export.export(forward, platforms=[platform])(state, jnp.zeros((1, 32, 32, 3))).mlir_module()
+    pointwise = sum("stablehlo.convolution" in line and ", tensor<1x1x" in line for line in text.splitlines())
+    assert (pointwise == 0) == (platform == "cpu")
+    assert ("reduce_window" in text) == (platform != "cpu")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import models, resnet
+from nfjax import _cpu, models, resnet
 from nfjax._names import lookup
-from nfjax.training import cpu, keywords, ranges
+from nfjax.training import keywords, ranges
 from nfjax.training.ranges import Range
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -120,7 +120,7 @@ def count_parts(config: ConfigDict, platform: str) -> int:
     side = config.data.image_size // (4 if config.model.stem == "imagenet" else 1)
     features = config.model.width * block.expansion
     batch = config.batch_size // jax.device_count()
-    return cpu.parts(platform, batch, side, features, DTYPES[config.model.dtype])
+    return _cpu.parts(platform, batch, side, features, DTYPES[config.model.dtype])
 
 
 # ---------------------------------------------------------------- a model as functions

@@ -15,11 +15,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nfjax import data, distributed, preemption, spp
+from nfjax import _cpu, data, distributed, preemption, spp
 from nfjax.runs import checkpoint, metrics, mirror, report, trackers, workdirs
 from nfjax.runs.progress import Bar, say
 from nfjax.training import (
-    cpu,
     failures,
     footprint,
     loader,
@@ -207,7 +206,7 @@ def _train_step(
     config: ConfigDict, network: networks.Network, optimizer: optax.GradientTransformation, mesh: Mesh, size: int
 ) -> tuple[Callable[..., tuple[TrainState, Sums]], int]:
     """The compiled step of a config, and how many steps one call of it takes."""
-    platform = cpu.platform_of(mesh)
+    platform = _cpu.platform_of(mesh)
     task = Task(
         network,
         optimizer,
@@ -219,7 +218,7 @@ def _train_step(
         mesh,
     )
     given, on_device = config.steps_per_dispatch, config.data.keep == "device"
-    length = given or cpu.steps_per_dispatch(platform, on_device, config.log.every_steps)
+    length = given or _cpu.steps_per_dispatch(platform, on_device, config.log.every_steps)
     # A report or the end of an epoch ends a dispatch: more room would be taken for nothing.
     length = min(length, config.log.every_steps, -(-size // config.batch_size))
     return footprint.Compiled(step.train_step if length == 1 else step.train_steps, say, task=task), length

@@ -16,7 +16,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from nfjax.training import cpu, losses, rng, sharding
+from nfjax import _cpu
+from nfjax.training import losses, rng, sharding
 from nfjax.training.networks import Network
 from nfjax.training.state import Batch, Steps, TrainState
 
@@ -220,7 +221,7 @@ def _added_up(
 
     sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
     start = ((jax.tree.map(jnp.zeros_like, params), jnp.float32(0), sums), batch_stats)
-    unroll = cpu.unroll(cpu.platform_of(task.mesh), task.parts)
+    unroll = _cpu.unroll(_cpu.platform_of(task.mesh), task.parts)
     (own, batch_stats), _ = jax.lax.scan(add, start, jnp.arange(task.parts), unroll=unroll)
     return own, batch_stats
 
