@@ -625,7 +625,7 @@ def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsy
         (["figure7", "--seeds=0"], "--seeds=0 must be positive"),
         (
             ["figure7", "--config.model.wdth=8"],
-            "unknown config field 'model.wdth': config.model has block, depth, .*width",
+            "unknown config field 'model.wdth': config.model has arguments, block, depth, .*width",
         ),
         (["figure7", "--config.model.width=wide"], "wide"),
         (["figure7", "--config.model.depth=50"], "model.depth is not for you to choose here"),
@@ -634,7 +634,7 @@ def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsy
         (["figure7"], "no run of Figure 7"),
         (["figure7", "--sedes=2"], "unknown argument '--sedes=2': did you mean --seeds"),
         (["figure7", "-seeds=2"], "did you mean --seeds"),
-        (["figure7", "--config.model=8"], "--config.model=8: model has fields of its own, block, depth, "),
+        (["figure7", "--config.model=8"], "--config.model=8: model has fields of its own, arguments, block, depth, "),
         (["figure7", "--config.model.width=wide"], "--config.model.width=wide: expected a value of the kind of 64"),
         (["ablations", "--config.epochs=abc"], "--config.epochs=abc: expected a value of the kind of 200"),
         (["ablations", "--config.epochs=none"], "--config.epochs=none: expected a value, such as 200"),
