@@ -103,7 +103,7 @@ def test_arguments_win_over_the_fields(config):
     model = networks.build(config, 10, jax.random.key(0))
     # Not where the shape changes.
     assert [hasattr(block.residual, "alpha") for block in model.blocks] == [True, False, False, False]
-    assert model.blocks[0].conv1.kernel.shape[-1] == config.model.width == 4
+    assert model.blocks[0].branch.convolutions[0].kernel.shape[-1] == config.model.width == 4
 
 
 # ---------------------------------------------------------------- optimizers
