@@ -23,6 +23,12 @@ from nfjax import preemption
 from nfjax.cli._outcome import EXIT_CODES, UsageError, explain
 from nfjax.cli._parser import Parser
 
+__all__ = ["COMMANDS", "Command", "Parser", "UsageError", "main", "run"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:

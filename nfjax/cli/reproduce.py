@@ -76,7 +76,10 @@ def _request(arguments: argparse.Namespace, out: pathlib.Path) -> Request:
     """What is asked for; UsageError for flags that mean nothing, or nothing here."""
     given = {name: getattr(arguments, name) for name in ("data", "seeds", "data_name", "runs")}
     given = {name: value for name, value in given.items() if value is not None}
-    changes = parse_changes(arguments.settings)
+    try:
+        changes = parse_changes(arguments.settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if arguments.epochs is not None:
         if "epochs" in changes:
             raise UsageError("--epochs is short for --config.epochs: give one of them")
