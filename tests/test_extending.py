@@ -79,7 +79,7 @@ def test_noise_follows_from_the_key_and_is_off_in_evaluation(config, kind):
     ("name", "arguments", "message"),
     [
         ("resnet19", "", "unknown model 'resnet19': expected .*resnet18.*or package.module:function"),
-        ("toys:networks", "", "toys has no function 'networks'; it has network, "),
+        ("toys:networks", "", "toys has no function 'networks'; it has Network, network, LinenNetwork, "),
         ("toy:network", "", "there is no module 'toy' here or among those installed"),
         ("toys:network", "widht=8", "argument of the model toys:network: 'widht': expected one of width"),
         ("toys:network", "8", "model.arguments='8': expected name=value, separated by commas"),
