@@ -189,9 +189,13 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
         with self._explained(step):
             self._record = JsonLines(folder, step, settings or {})
-            for name, tracker in named(names).items():
-                if tracker is not JsonLines:
-                    self._start(name, tracker, step, settings or {})
+            try:
+                for name, tracker in named(names).items():
+                    if tracker is not JsonLines:
+                        self._start(name, tracker, step, settings or {})
+            except BaseException:
+                self.close()
+                raise
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record for each of them.

@@ -49,8 +49,8 @@ RANGES: dict[str, Range] = {
 def shapes(config: ConfigDict, num_classes: int = 2, **instead: Any) -> nnx.Module:
     """The network that a config describes, with shapes in place of arrays.
 
-    Where an attribute is an array and no `nnx.Variable`, zeros: NNX would not know a shape for one, and
-    `nnx.eval_shape` fails.
+    Where an attribute is an array and no `nnx.Variable`, it is zeros: NNX would take a shape for a setting of the
+    module, and `nnx.eval_shape` does that, and fails.
 
     Args:
         config: Of the run.
@@ -63,7 +63,12 @@ def shapes(config: ConfigDict, num_classes: int = 2, **instead: Any) -> nnx.Modu
     graphs = []
 
     def state() -> nnx.State:
-        graph, state = nnx.split(build(config, num_classes, jax.random.key(0), **instead))
+        model = build(config, num_classes, jax.random.key(0), **instead)
+        for _, module in nnx.iter_graph(model):
+            for name, value in list(vars(module).items()) if isinstance(module, nnx.Module) else ():
+                if isinstance(value, jax.core.Tracer):  # which NNX, unlike an array, takes for a setting
+                    setattr(module, name, nnx.data(value))
+        graph, state = nnx.split(model)
         graphs.append(graph)
         return state
 
@@ -96,7 +101,7 @@ def build(config: ConfigDict, num_classes: int, key: jax.Array, **instead: Any) 
         rngs=nnx.Rngs(jax.random.fold_in(key, 1), params=key),
         **_settings(config) | instead,
     )
-    nnx.pop(model, nnx.Intermediate)  # sown by a call while it was built
+    nnx.pop(model, nnx.Intermediate)  # of a call while it was built
     return model
 
 
@@ -214,12 +219,10 @@ class Network:
         model = self._merge(self.train_graph, params, batch_stats, noise)
         model.set_attributes(nnx.BatchNorm, axis_name=axes, raise_if_not_found=False)
         logits = model(images).astype(jnp.float32)
-        nnx.pop(model, nnx.Intermediate)  # what it sows is for those who look on
+        nnx.pop(model, nnx.Intermediate)  # such as it sows: for those who look on
         updated = nnx.to_pure_dict(nnx.state(model, STATE))
         if axes and not self.synchronized:
-            updated = jax.tree.map(
-                lambda x: jax.lax.pmean(x, axes) if jnp.issubdtype(x.dtype, jnp.floating) else x, updated
-            )
+            updated = jax.tree.map(lambda x: _of_all_devices(x, axes), updated)
         return logits, updated
 
     def predict(self, params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
@@ -238,6 +241,15 @@ class Network:
         ]
         random = restarted(self.random, noise)
         return nnx.merge(graph, states[0], random, states[1])
+
+
+def _of_all_devices(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The mean over the devices; the largest of whole numbers and truth values, such as a counter; keys as they are."""
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jax.lax.pmean(x, axes)
+    if x.dtype == jnp.bool_:
+        return jax.lax.pmax(x.astype(jnp.uint8), axes).astype(jnp.bool_)
+    return jax.lax.pmax(x, axes) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
 
 def restarted(random: Any, key: jax.Array | None) -> Any:
