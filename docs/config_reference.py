@@ -77,10 +77,3 @@ def markdown() -> str:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def write(path: pathlib.Path) -> None:
-    """Writes the page where it is not there yet, or is another one: Sphinx then reads it only when it has changed."""
-    text = markdown()
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
