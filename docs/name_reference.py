@@ -39,7 +39,7 @@ TABLES = (
         "nfjax.initializers",
         "INITIALIZERS",
         "`init=`, `model.init`",
-        "An initializer, `(key, shape, dtype) -> kernel`. Of each name there is a function `initializers.<name>()`, too.",
+        "An initializer, `(key, shape, dtype) -> kernel`. Each name is also a function, `initializers.<name>()`.",
     ),
     Table(
         "Activations",
