@@ -6,6 +6,8 @@ import pathlib
 import re
 import sys
 
+from docutils import nodes
+
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
@@ -69,5 +71,13 @@ def separate_code(app, what, name, thing, options, lines):
     lines[:] = re.sub(r"`([^`]+)`(?=\w)", r"`\1`\\ ", "\n".join(lines)).split("\n")
 
 
+def mark_long_code(app, doctree):
+    """Gives code in a sentence the class "long" where one word of it may be wider than a phone."""
+    for node in doctree.findall(nodes.literal):
+        if max(map(len, node.astext().split()), default=0) > 36:
+            node["classes"].append("long")
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", separate_code)
+    app.connect("doctree-read", mark_long_code)
