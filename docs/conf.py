@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 import re
 import sys
 
 from docutils import nodes
+from sphinx.util.inspect import stringify_signature
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -39,6 +41,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
+autoclass_content = "both"  # what __init__ takes stands in its docstring
 default_role = "py:obj"  # `name` in a docstring: a link where there is something of this name, else code
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes as one list, not each with a heading
@@ -71,6 +74,31 @@ def separate_code(app, what, name, thing, options, lines):
     lines[:] = re.sub(r"`([^`]+)`(?=\w)", r"`\1`\\ ", "\n".join(lines)).split("\n")
 
 
+def constructor(app, what, name, thing, options, signature, returns):
+    """What an NNX module is built with, which its metaclass hides; a protocol is not built at all."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    if getattr(thing, "_is_protocol", False):
+        return "", returns
+    parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]  # without self
+    own = inspect.Signature([p.replace(default=Named(p.default)) if _is_named(p.default) else p for p in parameters])
+    return stringify_signature(own, show_annotation=False), returns
+
+
+class Named:
+    """A default that is a function or a class, shown by its name."""
+
+    def __init__(self, thing):
+        self.name = thing.__name__
+
+    def __repr__(self):
+        return self.name
+
+
+def _is_named(default):
+    return callable(default) and default is not inspect.Parameter.empty and hasattr(default, "__name__")
+
+
 def mark_long_code(app, doctree):
     """Gives code in a sentence the class "long" where one word of it may be wider than a phone."""
     for node in doctree.findall(nodes.literal):
@@ -80,4 +108,5 @@ def mark_long_code(app, doctree):
 
 def setup(app):
     app.connect("autodoc-process-docstring", separate_code)
+    app.connect("autodoc-process-signature", constructor)
     app.connect("doctree-read", mark_long_code)
