@@ -1,5 +1,6 @@
 """The pages of docs/: their code runs, their commands exist, their settings are those of the config."""
 
+import ast
 import importlib
 import pathlib
 import re
@@ -81,6 +82,24 @@ def test_every_name_is_described(table):
     names = getattr(importlib.import_module(table.module), table.name)
     assert len(names) >= 1
     assert all(f"`{name}`" in section for name in names)
+
+
+def test_examples_take_as_many_lines_as_told():
+    """Without blank lines and docstrings."""
+    nodes = {}
+    for page in PAGES:
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+            tree = ast.parse(code)
+            nodes |= {node.name: (code, node) for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    rows = re.findall(r"^\| an? .*?, (`.*`) \| (\d+) \|", (DOCS / "guides" / "extending.md").read_text(), re.M)
+    assert len(rows) == 6
+    for names, told in rows:
+        assert sum(code_lines(*nodes[name]) for name in re.findall(r"`(\w+)`", names)) == int(told), names
+
+
+def code_lines(code, node):
+    lines = ast.get_source_segment(code, node).splitlines()
+    return sum(bool(line.strip()) for line in lines) - len((ast.get_docstring(node) or "").splitlines())
 
 
 def test_every_page_can_be_reached():
