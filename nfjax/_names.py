@@ -33,6 +33,25 @@ def lookup(what: str, name: Any, table: Mapping[str, Any], callables: bool = Tru
     raise ValueError(f"unknown {what} {name!r}: expected {expected} {', '.join(map(str, table))}")
 
 
+def find(what: str, name: Any, table: Mapping[str, Any]) -> Any:
+    """What a setting names: "package.module:function" is `imported`, all else is looked up in `table`.
+
+    Args:
+        what: The name of the setting, for messages.
+        name: That was given.
+        table: What there is by name.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    if isinstance(name, str) and ":" in name:
+        return imported(what, name)
+    try:
+        return lookup(what, name, table)
+    except ValueError as error:
+        raise ValueError(f"{error}; or package.module:function for one of your own") from None
+
+
 def imported(what: str, name: str) -> Callable[..., Any]:
     """The function that "package.module:function" names; the current folder is looked in first.
 
@@ -45,7 +64,7 @@ def imported(what: str, name: str) -> Callable[..., Any]:
             error that the module itself raises passes through.
     """
     module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute):
+    if not (colon and all(part.isidentifier() for part in (*module_name.split("."), attribute))):
         raise ValueError(f"{what}={name}: expected package.module:function, such as my_package.my_module:make_model")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
@@ -59,7 +78,12 @@ def imported(what: str, name: str) -> Callable[..., Any]:
         raise
     function = getattr(module, attribute, None)
     if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        known = [
+            key
+            for key, value in vars(module).items()
+            if not key.startswith("_")
+            and (inspect.isfunction(value) or (inspect.isclass(value) and value.__module__ == module_name))
+        ]
         raise ValueError(
             f"{what}={name}: {module_name} has no function {attribute!r}; it has {', '.join(known) or 'none'}"
         )

@@ -36,11 +36,9 @@ def load_model(workdir: str, step: int | None = None, ema: bool = False) -> nnx.
     folder = mirror.pull(workdir, "evaluation")
     config = files.read_config(folder)
     step = _known_step(folder, step)
-    key = jax.random.key(0)  # every parameter is replaced below
-    num_classes = len(files.read_data(folder).class_names)
     try:
-        model = nnx.eval_shape(lambda: networks.build(config, num_classes, key))
-    except (ValueError, TypeError) as error:
+        model = networks.shapes(config, len(files.read_data(folder).class_names))
+    except ValueError as error:
         raise ValueError(f"{folder / files.CONFIG} describes no network that can be built: {error}") from error
     checkpoints = checkpoint.Checkpoints(mirror.location(folder), read_only=True)
     try:

@@ -32,6 +32,16 @@ def test_round_trip_keeps_structure_types_and_digits(tmp_path):
     assert float(restored["sums"]) == 7 / 3
 
 
+def test_truth_values_and_complex_numbers_are_sealed():
+    tree = {"a": jnp.array([True, False, True]), "b": jnp.array([1 + 2j, 3 - 4j], jnp.complex64)}
+    seal = np.asarray(checksums.seal(tree))
+    on_host = {name: np.asarray(leaf) for name, leaf in tree.items()}
+    assert checksums.damage(tree, seal) is None
+    assert checksums.damage(on_host, seal) is None
+    for changed in ({"a": np.array([True, True, True])}, {"b": np.array([1 + 2j, 3 + 4j], np.complex64)}):
+        assert "1 of its 2 arrays" in checksums.damage(on_host | changed, seal)
+
+
 def test_newest_and_best_are_kept(tmp_path):
     checkpoints = saved(tmp_path, {1: 0.3, 2: 0.9, 3: 0.5, 4: 0.6, 5: 0.4, 6: None})
     assert checkpoints.steps() == [2, 5, 6]

@@ -1,8 +1,13 @@
 """A network, an optimizer, a tracker and a callback of one's own: each trains like one of ours."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import odd_networks
 import optax
 import pytest
 import toys
@@ -11,7 +16,7 @@ from test_train import assert_equal, final_state, interrupt_at, records
 
 from nfjax import evaluate, preemption, spp
 from nfjax.runs import metrics
-from nfjax.training import checks, loop, networks, optimizers, preprocessing, rng
+from nfjax.training import checks, keywords, loop, networks, optimizers, preprocessing, rng, schedules
 
 
 @pytest.fixture
@@ -75,17 +80,91 @@ def test_noise_follows_from_the_key_and_is_off_in_evaluation(config, kind):
     )
 
 
+def test_whatever_flax_lets_a_network_hold_is_trained_saved_and_loaded(config, tmp_path, monkeypatch):
+    config.model.name, config.optim.name, config.optim.learning_rate = "odd_networks:Odd", "adamw", 0.01
+    config.optim.ema_decay, config.train.accumulate_steps = 0.9, 2
+    config.log.signal_every_steps, config.log.signal_where = 20, "Conv,Linear,"
+    summary = loop.train(config, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 21)
+        with pytest.raises(preemption.TrainingInterruptedError):
+            loop.train(config, str(tmp_path / "stopped"))
+    loop.train(config, str(tmp_path / "stopped"))
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    assert_equal(final_state(config, tmp_path / "stopped"), final_state(config, tmp_path / "whole"))
+    model = evaluate.load_model(str(tmp_path / "whole"), step=64)
+    assert int(model.calls[...]) == 2 * 64
+    assert bool(model.bright[...])
+    np.testing.assert_array_equal(model.shift, np.full((1, 8), 0.5))
+    score = evaluate.evaluate(str(tmp_path / "whole"), step=64)
+    assert (score["accuracy"], score["ema_accuracy"]) == (summary["test_accuracy"], summary["test_ema_accuracy"])
+
+
+def test_layers_that_are_one_array_get_noise_of_their_own(config):
+    config.model.name = "odd_networks:Odd"
+    functions, _, _ = networks.as_functions(networks.build(config, 10, rng.of_seed(0, "init")))
+    keys = [
+        jax.random.key_data(leaf)
+        for leaf in jax.tree.leaves(networks.restarted(functions.random, jax.random.key(1)))
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    ]
+    assert any(key.shape[:-1] == (3,) for key in keys)
+    each = np.concatenate([np.asarray(key).reshape(-1, key.shape[-1]) for key in keys])
+    assert len(np.unique(each, axis=0)) == len(each)
+
+
+def test_several_devices_keep_the_same_of_it(tmp_path):
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, odd_networks.__file__, str(tmp_path / "run")], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "devices 2" in result.stdout
+
+
+def test_scores_are_summed_in_float32(config, tmp_path):
+    config.model.name, config.epochs = "odd_networks:Bfloat16", 1
+    loop.train(config, str(tmp_path))
+    score = evaluate.evaluate(str(tmp_path))
+    total = score["loss"] * score["images"]  # in bfloat16 it would have eight bits
+    assert total != float(jnp.asarray(total, jnp.bfloat16))
+
+
+def test_rules_initializers_and_schedules_of_ones_own_by_name(config):
+    config.model.residual, config.model.init = "toys:depth_scaled", "jax.nn.initializers:ones"
+    config.model.arguments, config.optim.schedule = "activation='jax.nn:silu'", "toys:square_root"
+    checks.check(config)
+    model = networks.build(config, 10, jax.random.key(0))
+    assert {block.residual.rule.b for block in model.blocks} == {0.5}
+    assert float(model.stem.conv.kernel[...].min()) == 1
+    rates = schedules.build(config, [25, 100])
+    assert [float(rates(step)) for step in (0, 75)] == pytest.approx([0.1, 0.05])
+
+
+def test_parts_of_a_batch_know_of_a_norm_among_the_arguments(config):
+    config.batch_size, config.data.image_size, config.model.width, config.model.residual = 512, 32, 64, "identity"
+    assert networks.count_parts(config, "cpu") > 1
+    assert "without normalization" in networks.describe(config)
+    config.model.arguments = "norm=batch"
+    assert networks.count_parts(config, "cpu") == 1
+    assert "with batch norm" in networks.describe(config)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("resnet19", "", "unknown model 'resnet19': expected .*resnet18.*or package.module:function"),
-        ("toys:networks", "", "toys has no function 'networks'; it has network, "),
+        ("toys:networks", "", "toys has no function 'networks'; it has Network, network, LinenNetwork, "),
         ("toy:network", "", "there is no module 'toy' here or among those installed"),
         ("toys:network", "widht=8", "argument of the model toys:network: 'widht': expected one of width"),
         ("toys:network", "8", "model.arguments='8': expected name=value, separated by commas"),
         ("toys:network", "width=2*4", "expected name=value, separated by commas"),
         ("toys:sign_descent", "", "num_classes"),
         ("preact_resnet", "activation=silly", "unknown activation 'silly'"),
+        ("preact_resnet", "conv=silly", r"model.name=preact_resnet, model.arguments='conv=silly': it cannot be built"),
+        ("preact_resnet", "dtype=bfloat16", "has 'dtype', which is set by --config.model.dtype"),
+        ("toys:network", "num_classes=3", "has 'num_classes', which is the number of classes of the images"),
+        ("../toys:network", "", "expected package.module:function"),
     ],
 )
 def test_networks_that_cannot_be(config, name, arguments, message):
@@ -148,6 +227,8 @@ def test_settings_of_an_optimizer():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
+        ("optax:novograd", {"weight_decay": 0.1}, "takes a weight decay and no mask: .*weight_decay_mask=all agrees"),
+        ("adamw", {"settings": "mask=kernels"}, "has 'mask', which is set by --config.optim.weight_decay_mask"),
         ("adam", {}, "unknown optim.name 'adam': expected .*sgd, nesterov, adamw, lars, lamb"),
         ("optax:adamx", {}, "optax has no function 'adamx'"),
         ("inspect:getdoc", {}, "optim.name='inspect:getdoc' gives NoneType: expected an optax.GradientTransf"),
@@ -160,6 +241,62 @@ def test_settings_of_an_optimizer():
 def test_optimizers_that_cannot_be(name, settings, message):
     with pytest.raises(ValueError, match=message):
         update(name, **settings)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("optim.name", "optax:polyak_sgd", "optim.name=optax:polyak_sgd: it fails where .* 'value'"),
+        ("optim.name", "optax:clip", "optim.name=optax:clip: it fails where it is called as optimizer"),
+        ("optim.arguments", "momentum=(1, 2)", r"optim.name=sgd, optim.arguments='momentum=\(1, 2\)': it fails where"),
+        ("optim.schedule", "silly", "unknown optim.schedule 'silly': .*or package.module:function"),
+        ("optim.schedule", "toys:depth_scaled", "optim.schedule=toys:depth_scaled: expected a function of the peak"),
+        ("optim.schedule", "toys:no_schedule", "gives None for a step: expected one floating-point number"),
+        ("optim.weight_decay_mask", "json:dumps", "optim.weight_decay_mask=json:dumps: expected a pytree of booleans"),
+        ("optim.weight_decay_mask", "builtins:len", r"builtins:len: expected a pytree of booleans, .*\(it gives 3\)"),
+        ("optim.weight_decay_mask", "builtins:list", "expected a pytree of booleans, like that of the parameters"),
+        ("log.trackers", "toys:square_root", r"toys:square_root is called with \(folder, step, settings\): too many"),
+        ("log.trackers", "toys:NoTracker", "toys:NoTracker has no method write: expected write and close"),
+        ("log.signal_where", "Silly", "where='Silly' selects no module .*where= is --config.log.signal_where"),
+        ("log.signal_where", ",", r"where=\(\) selects no module"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_written(config, tmp_path, field, value, message):
+    config.log.signal_every_steps = 20
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_sees_the_parameters_of_the_network(config):
+    config.optim.weight_decay, config.optim.weight_decay_mask = 0.1, "toys:stem_only"
+    checks.check(config)
+
+
+def test_an_optimizer_that_begins_with_the_parameters_trains(config, tmp_path):
+    config.optim.name, config.epochs = "optax.contrib:prodigy", 1
+    assert loop.train(config, str(tmp_path))["steps"] == 32
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["b1=1)(b2=2", "b1=1)#", "b1=1).b(c=2", "b1=1) or f(b2=2", "*x", "**x", "1", "b1=2*4", "b1", "b1=(", "b1=x.y",
+     "b1=[i for i in x]", "b1=lambda: 0", "b1=f(2)", "b1=" + "(" * 300 + ")" * 300, "b1=\x00", "=1", "b1==1", "b1=a:b"],
+)  # fmt: skip
+def test_arguments_that_are_no_arguments(text):
+    with pytest.raises(ValueError, match=r"optim.arguments=.*: expected name=value, separated by commas"):
+        keywords.parse("optim.arguments", text)
+
+
+def test_arguments_as_text():
+    text = "a=1, b=-2.5, c=silu, d='x, y', e=(1, (none, True)), f=[], g=FALSE,\n h=1e-6,"
+    assert keywords.parse("f", text) == {
+        "a": 1, "b": -2.5, "c": "silu", "d": "x, y", "e": (1, (None, True)), "f": (), "g": False, "h": 1e-6
+    }  # fmt: skip
+    assert keywords.parse("f", "") == keywords.parse("f", " ") == {}
+    with pytest.raises(ValueError, match=r"f='a=1, a=2' has 'a' twice: expected each name once"):
+        keywords.parse("f", "a=1, a=2")
 
 
 @pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "optax:lion", "toys:sign_descent"])

@@ -72,6 +72,35 @@ def test_a_tracker_that_fails_is_left_out_and_told_of_once(tmp_path, wandb, capl
     assert [record["step"] for record in metrics.read(tmp_path)] == [1, 2]
 
 
+def test_a_connection_that_fails_is_no_full_disk(tmp_path, wandb, caplog):
+    def fail(values):
+        raise ConnectionError("no route to host")
+
+    wandb.log = fail
+    writer = Trackers(tmp_path, 0, "wandb, tensorboard")
+    for step in (1, 2):
+        writer.write("train", step, {"loss": 0.5})
+    writer.close()
+    assert caplog.text.count("the tracker wandb fails with ConnectionError: no route to host; the run goes on") == 1
+    assert [record["step"] for record in metrics.read(tmp_path)] == [1, 2]
+
+
+def test_one_that_cannot_be_opened_ends_a_run_that_begins_and_no_other(tmp_path, wandb, caplog):
+    def fail(**settings):
+        raise RuntimeError("no key")
+
+    wandb.init = fail
+    with pytest.raises(
+        ValueError, match=r"the tracker wandb cannot be opened: RuntimeError: no key; mend it, or leave"
+    ):
+        Trackers(tmp_path, 0, "wandb")
+    writer = Trackers(tmp_path, 2, "wandb")
+    writer.write("train", 3, {"loss": 0.5})
+    writer.close()
+    assert "the tracker wandb fails with RuntimeError: no key; the run goes on without it" in caplog.text
+    assert [record["step"] for record in metrics.read(tmp_path)] == [3]
+
+
 def test_names_of_trackers(tiny_config, monkeypatch):
     assert list(trackers.named("tensorboard,  jsonl,")) == ["tensorboard", "jsonl"]
     assert trackers.named("") == {}

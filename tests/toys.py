@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen, nnx
 
+from nfjax import residual
+
 
 class Network(nnx.Module):
     """A small network with a batch norm and a dropout."""
@@ -46,6 +48,31 @@ def sign_descent(learning_rate, weight_decay=0.0, mask=None):
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def depth_scaled(position):
+    """A rule: x + f(x) / sqrt(L), of L blocks."""
+    return residual.Rule(b=position.num_blocks**-0.5)
+
+
+def square_root(peak, epoch_ends):
+    """A schedule: falls as a square root does, to zero."""
+    return lambda step: peak * jnp.sqrt(1 - jnp.asarray(step, jnp.float32) / epoch_ends[-1])
+
+
+def no_schedule(peak, epoch_ends):
+    return lambda step: None
+
+
+def stem_only(params):
+    """A mask: only the kernels of the stem decay."""
+    stem = set(map(id, jax.tree.leaves(params["stem"])))
+    return jax.tree.map(lambda leaf: id(leaf) in stem, params)
+
+
+class NoTracker:
+    def __init__(self, folder, step, settings):
+        pass
 
 
 class Csv:

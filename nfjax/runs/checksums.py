@@ -25,6 +25,10 @@ def checksums(leaves: list[jax.Array]) -> jax.Array:
     """uint32, for each array a number that changes when a bit of it does; whatever devices hold it."""
 
     def of(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype == jnp.bool_:  # these two cannot be taken for numbers of the same bits
+            leaf = leaf.astype(jnp.uint8)
+        elif jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
         word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(leaf, word)
         position, stride = jnp.zeros(bits.shape, jnp.uint32), 1

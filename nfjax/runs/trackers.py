@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -178,22 +179,29 @@ class Trackers:
             names: Names in `TRACKERS` or "package.module:class", separated by commas.
             settings: The config as a nested dict.
 
+        One that cannot be opened ends a run that begins; a run that goes on does so without it, with a warning.
+
         Raises:
-            ValueError: There is no such tracker.
+            ValueError: There is no such tracker, or it cannot be opened.
             OSError: Something cannot be written.
         """
         self._folder = folder
         self._open: dict[str, Tracker] = {}
         with self._explained(step):
             self._record = JsonLines(folder, step, settings or {})
-            for name, tracker in named(names).items():
-                if tracker is not JsonLines:
-                    self._open[name] = tracker(folder, step, settings or {})
+            try:
+                for name, tracker in named(names).items():
+                    if tracker is not JsonLines:
+                        self._start(name, tracker, step, settings or {})
+            except BaseException:
+                self.close()
+                raise
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record for each of them.
 
-        One that fails with anything but OSError is told of and left out from then on: the run has its own record.
+        One of a service's or of somebody's own that fails is told of and left out from then on: the run has its own
+        record.
 
         Raises:
             OSError: It cannot be written, or the workdir has gone.
@@ -204,17 +212,11 @@ class Trackers:
             for name, tracker in list(self._open.items()):
                 try:
                     tracker.write(kind, step, values)
-                except OSError:
-                    raise
-                except Exception as error:  # a service's client, or somebody's own
+                except Exception as error:
+                    if _writes_here(tracker, error):
+                        raise
                     del self._open[name]
-                    logging.warning(
-                        "the tracker %s fails with %s: %s; the run goes on without it, its numbers are in %s",
-                        name,
-                        type(error).__name__,
-                        error,
-                        self._record.path,
-                    )
+                    self._leave_out(name, error)
 
     def check(self) -> None:
         """Raises OSError where the workdir was deleted, moved or replaced."""
@@ -225,6 +227,28 @@ class Trackers:
         for tracker in (self._record, *self._open.values()):
             with contextlib.suppress(Exception):
                 tracker.close()
+
+    def _start(self, name: str, tracker: Callable[..., Tracker], step: int, settings: Mapping[str, Any]) -> None:
+        try:
+            self._open[name] = tracker(self._folder, step, settings)
+        except Exception as error:
+            if _writes_here(tracker, error):
+                raise
+            if not step:
+                raise ValueError(
+                    f"the tracker {name} cannot be opened: {type(error).__name__}: {error}; mend it, or leave it "
+                    "out of --config.log.trackers"
+                ) from error
+            self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        logging.warning(
+            "the tracker %s fails with %s: %s; the run goes on without it, its numbers are in %s",
+            name,
+            type(error).__name__,
+            error,
+            self._record.path,
+        )
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -250,16 +274,31 @@ class NoTrackers:
         """Nothing is open."""
 
 
+def _writes_here(tracker: Any, error: Exception) -> bool:
+    """Whether it is the workdir that cannot be written, and not a service or somebody's own class that fails: errors of
+    a connection are OSErrors, too.
+    """
+    return isinstance(error, OSError) and TensorBoard in (tracker, type(tracker))
+
+
 def named(names: str) -> dict[str, Callable[[pathlib.Path, int, Mapping[str, Any]], Tracker]]:
     """The trackers of "tensorboard, wandb" by name. Raises ValueError for an unknown one."""
     found = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
-        imported = _names.imported if ":" in name else None
-        found[name] = imported("log.trackers", name) if imported else _names.lookup("log.trackers", name, TRACKERS)
+        found[name] = _names.find("log.trackers", name, TRACKERS)
     return found
 
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for trackers that there are not, before anything is written."""
-    if WandB in named(config.log.trackers).values() and importlib.util.find_spec("wandb") is None:
+    trackers = named(config.log.trackers)
+    for name, tracker in trackers.items():
+        try:
+            inspect.signature(tracker).bind(pathlib.Path(), 0, {})
+        except TypeError as error:
+            raise ValueError(f"log.trackers: {name} is called with (folder, step, settings): {error}") from error
+        lacking = [method for method in ("write", "close") if not hasattr(tracker, method)]
+        if inspect.isclass(tracker) and lacking:
+            raise ValueError(f"log.trackers: {name} has no method {lacking[0]}: expected write and close")
+    if WandB in trackers.values() and importlib.util.find_spec("wandb") is None:
         raise ValueError('log.trackers: wandb is not installed; pip install "nfjax[wandb]"')

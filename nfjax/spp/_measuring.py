@@ -149,14 +149,24 @@ def prepare(model: Runnable, choice: Choice) -> Measurement:
         return _prepare(model, choice)
 
 
-def _prepare(model: Runnable, choice: Choice) -> Measurement:
+def choose(model: Runnable, choice: Choice) -> tuple[_tracing.Trace, list[int], list[int]]:
+    """(trace, blocks, branches) of a model: it is traced, and its blocks and branches selected.
+
+    Raises:
+        ValueError: No block is selected, or it is not clear which.
+    """
     traced = _tracing.trace(model)
-    jaxpr, calls, loss = traced.jaxpr, traced.calls, choice.loss
+    jaxpr, calls = traced.jaxpr, traced.calls
     if not jaxpr.out_avals:
         raise ValueError(f"{model.name} returns no array: is there a return statement missing?")
     reached = calls_of(executions_of(jaxpr.jaxpr))
     blocks = select(jaxpr.jaxpr, calls, reached, choice.where)
-    branches = select_branches(calls, reached, blocks, choice.branch)
+    return traced, blocks, select_branches(calls, reached, blocks, choice.branch)
+
+
+def _prepare(model: Runnable, choice: Choice) -> Measurement:
+    traced, blocks, branches = choose(model, choice)
+    jaxpr, calls, loss = traced.jaxpr, traced.calls, choice.loss
     roles = _outputs.choose(traced, blocks, branches, choice.output, loss)
     check_supported(jaxpr.jaxpr, calls, roles)
     ran = order(jaxpr.jaxpr, roles)

@@ -15,7 +15,7 @@ import numpy as np
 
 from nfjax._flax import ABSENT, Runnable, runnable
 from nfjax.spp._losses import Loss
-from nfjax.spp._measuring import Choice, Measurement, prepare
+from nfjax.spp._measuring import Choice, Measurement, choose, prepare
 from nfjax.spp._outputs import Output
 from nfjax.spp._profile import Profile
 from nfjax.spp._selection import Where
@@ -90,6 +90,21 @@ class Monitor:
         measurement, arrays = self.prepare(model, variables, rngs, self.inputs, self.seed)
         started = measurement.start(arrays, stream(self.seed, COTANGENT))
         return measurement.profile([self.seed], [measurement.read(started)])
+
+    def check(self, model: Any, variables: Mapping[str, Any] | None = None, rngs: Any = ABSENT) -> None:
+        """Whether the blocks can be found, from shapes alone: arrays may be `jax.ShapeDtypeStruct`.
+
+        Args:
+            model: As in a call, likewise variables and rngs.
+            variables: Likewise.
+            rngs: Likewise.
+
+        Raises:
+            ValueError: As a call does where `where` selects nothing, or is left out and the blocks are not clear.
+        """
+        key = jax.random.key(self.seed)
+        called = runnable(model, self.inputs, self.kwargs, variables, rngs, self.mutable, key, abstract=True)
+        choose(called, self.choice)
 
     def prepare(
         self, model: Any, variables: Mapping[str, Any] | None, rngs: Any, inputs: Sequence[Any], seed: int

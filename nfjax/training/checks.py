@@ -32,8 +32,11 @@ def check(config: ConfigDict) -> None:
     ranges.check(config, RANGES)
     sharding.check(config)
     _check_memory(config)
-    for module in (loader, preprocessing, networks, schedules, optimizers, callbacks, trackers):
+    for module in (loader, preprocessing, schedules, callbacks, trackers):
         module.check(config)
+    model = networks.shapes(config)
+    optimizers.check(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    callbacks.check_signal(config, model)
 
 
 def _check_memory(config: ConfigDict) -> None:
@@ -47,7 +50,7 @@ def _check_memory(config: ConfigDict) -> None:
     _check_fits("the batches decoded ahead", encoded, there * jax.local_device_count(), config, ("data.ahead",))
     # Zeros: random numbers are drawn in blocks, of which large kernels have too many for a check.
     instead = {"init": jax.nn.initializers.zeros} if networks.is_ours(config) else {}
-    model = nnx.eval_shape(lambda: networks.build(config, num_classes=2, key=jax.random.key(0), **instead))
+    model = networks.shapes(config, **instead)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     state = 4 * numbers + 8 * numbers // config.train.state_shards  # the gradient; parameters and momentum
     _check_fits(f"{numbers:,} parameters with their gradient", state, there, config, ("model.width", "model.depth"))

@@ -21,14 +21,17 @@ def parse(field: str, text: str) -> dict[str, Any]:
     Raises:
         ValueError: The text is something else.
     """
-    wrong = f"{field}={text!r}: expected name=value, separated by commas, such as --config.{field}='b1=0.9, b2=0.95'"
     try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError(wrong)
-        return {keyword.arg: _value(keyword.value) for keyword in call.keywords}
+        call = _call(f"f({text})")
+        given = [(keyword.arg, _value(keyword.value)) for keyword in call.keywords]
     except (SyntaxError, ValueError, AttributeError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(wrong) from error
+        raise ValueError(
+            f"{field}={text!r}: expected name=value, separated by commas, such as --config.{field}='b1=0.9, b2=0.95'"
+        ) from error
+    names = [name for name, _ in given]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{field}={text!r} has {twice[0]!r} twice: expected each name once")
+    return dict(given)
 
 
 def call(field: str, function: Callable[..., Any], text: str, /, *args: Any, **settings: Any) -> Any:
@@ -53,6 +56,15 @@ def call(field: str, function: Callable[..., Any], text: str, /, *args: Any, **s
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(getattr(function, "func", function), "__name__", repr(function))  # of a partial, its function's
+
+
+def _call(source: str) -> ast.Call:
+    """The call of a function with keywords only that is all there is in a source, which has closed no bracket early."""
+    call = ast.parse(source, mode="eval").body
+    whole = isinstance(call.func, ast.Name) and ast.get_source_segment(source, call) == source
+    if not whole or call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise ValueError(source)
+    return call
 
 
 def _value(node: ast.expr) -> Any:

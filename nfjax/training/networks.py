@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import _cpu, models, resnet
+from nfjax import _cpu, _names, models, resnet
 from nfjax._names import lookup
 from nfjax.training import keywords, ranges
 from nfjax.training.ranges import Range
@@ -20,6 +20,13 @@ MOST_BLOCKS = 2048  # of a network, with which tracing still takes minutes only
 # The fields of `config.model` that our networks take, and which of them are the shape of one of a given depth.
 FIELDS = ("depth", "stage_sizes", "block", "residual", "norm", "init", "stem", "width", "remat")
 SHAPE = ("depth", "stage_sizes", "block")
+# What a network is also called with, and what decides it.
+ELSEWHERE = {
+    "num_classes": "the number of classes of the images",
+    "image_size": "set by --config.data.image_size",
+    "dtype": "set by --config.model.dtype",
+    "rngs": "made from --config.seed",
+}
 STATE = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.RngState))  # what is neither a parameter nor a random stream
 
 
@@ -39,12 +46,42 @@ RANGES: dict[str, Range] = {
 }
 
 
-def check(config: ConfigDict) -> None:
-    """Raises ValueError for a network that cannot be: found here, at no cost, and not after the images are decoded."""
+def shapes(config: ConfigDict, num_classes: int = 2, **instead: Any) -> nnx.Module:
+    """The network that a config describes, with shapes in place of arrays.
+
+    Where an attribute is an array and no `nnx.Variable`, it is zeros: NNX would take a shape for a setting of the
+    module, and `nnx.eval_shape` does that, and fails.
+
+    Args:
+        config: Of the run.
+        num_classes: Logits of the network.
+        **instead: As for `build`.
+
+    Raises:
+        ValueError: It cannot be: found here, at no cost, and not after the images are decoded.
+    """
+    graphs = []
+
+    def state() -> nnx.State:
+        model = build(config, num_classes, jax.random.key(0), **instead)
+        for _, module in nnx.iter_graph(model):
+            for name, value in list(vars(module).items()) if isinstance(module, nnx.Module) else ():
+                if isinstance(value, jax.core.Tracer):  # which NNX, unlike an array, takes for a setting
+                    setattr(module, name, nnx.data(value))
+        graph, state = nnx.split(model)
+        graphs.append(graph)
+        return state
+
     try:
-        nnx.eval_shape(lambda: build(config, num_classes=2, key=jax.random.key(0)))
+        flat = nnx.to_flat_state(jax.eval_shape(state))
+        return nnx.merge(graphs[0], nnx.from_flat_state([(path, _zeros_or_variable(value)) for path, value in flat]))
     except TypeError as error:
-        raise ValueError(str(error)) from error
+        arguments = f", model.arguments={config.model.arguments!r}" if config.model.arguments else ""
+        raise ValueError(f"model.name={config.model.name}{arguments}: it cannot be built: {error}") from error
+
+
+def _zeros_or_variable(value: Any) -> Any:
+    return jnp.zeros(value.shape, value.dtype) if isinstance(value, jax.ShapeDtypeStruct) else value
 
 
 def build(config: ConfigDict, num_classes: int, key: jax.Array, **instead: Any) -> nnx.Module:
@@ -56,7 +93,7 @@ def build(config: ConfigDict, num_classes: int, key: jax.Array, **instead: Any) 
         key: From which its parameters are drawn.
         **instead: Arguments of the network in place of those of the config.
     """
-    return models.build(
+    model = models.build(
         config.model.name,
         num_classes=num_classes,
         image_size=config.data.image_size,
@@ -64,21 +101,30 @@ def build(config: ConfigDict, num_classes: int, key: jax.Array, **instead: Any) 
         rngs=nnx.Rngs(jax.random.fold_in(key, 1), params=key),
         **_settings(config) | instead,
     )
+    nnx.pop(model, nnx.Intermediate)  # of a call while it was built
+    return model
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:
     """The arguments of the network: the fields of `config.model` for those of ours, and what the config adds."""
     arguments = keywords.parse("model.arguments", config.model.arguments)
+    for name in arguments.keys() & ELSEWHERE.keys():
+        raise ValueError(f"model.arguments={config.model.arguments!r} has {name!r}, which is {ELSEWHERE[name]}")
     if not is_ours(config):
         return arguments
-    settings = {name: getattr(config.model, name) for name in FIELDS}
+    settings = {name: _found(name, getattr(config.model, name)) for name in FIELDS}
     if config.model.name != "preact_resnet":
         settings = {name: value for name, value in settings.items() if name not in SHAPE}
     elif settings["stage_sizes"] is not None:
         settings["depth"] = None
     if settings["norm"] == "none":
         settings["norm"] = None
-    return settings | arguments
+    return settings | {name: _found(name, value) for name, value in arguments.items()}
+
+
+def _found(name: str, value: Any) -> Any:
+    """What a setting of a network stands for: "package.module:function" for that function, all else for itself."""
+    return _names.imported(f"model.{name}", value) if isinstance(value, str) and ":" in value else value
 
 
 def is_ours(config: ConfigDict) -> bool:
@@ -103,7 +149,8 @@ def describe(config: ConfigDict) -> str:
     more = f", {model.arguments}" if model.arguments else ""
     if not is_ours(config):
         return f"{title(config)}{more}"
-    norm = " without normalization" if model.norm in (None, "none") else f" with {model.norm} norm"
+    norm = _settings(config)["norm"]
+    norm = " without normalization" if norm is None else f" with {getattr(norm, '__name__', norm)} norm"
     return f"{title(config)}{norm}, {model.init}, width {model.width}{more}"
 
 
@@ -113,12 +160,14 @@ def count_parts(config: ConfigDict, platform: str) -> int:
     not ours and may have some.
     """
     given = config.train.accumulate_steps
-    if given > 1 or config.model.name != "preact_resnet" or config.model.norm not in (None, "none"):
+    if given > 1 or config.model.name != "preact_resnet":
         return given
-    depth = config.model.depth if config.model.stage_sizes is None else None
-    block, _ = resnet.stages(depth, config.model.stage_sizes, config.model.block)
-    side = config.data.image_size // (4 if config.model.stem == "imagenet" else 1)
-    features = config.model.width * block.expansion
+    settings = _settings(config)
+    if settings["norm"] is not None:
+        return given
+    block, _ = resnet.stages(settings["depth"], settings["stage_sizes"], settings["block"])
+    side = config.data.image_size // (4 if settings["stem"] == "imagenet" else 1)
+    features = settings["width"] * block.expansion
     batch = config.batch_size // jax.device_count()
     return _cpu.parts(platform, batch, side, features, DTYPES[config.model.dtype])
 
@@ -165,21 +214,20 @@ class Network:
                 of their devices.
 
         Returns:
-            Logits [B, classes] and the updated batch statistics.
+            Logits [B, classes], float32 whatever the network computes in, and the updated batch statistics.
         """
         model = self._merge(self.train_graph, params, batch_stats, noise)
         model.set_attributes(nnx.BatchNorm, axis_name=axes, raise_if_not_found=False)
-        logits = model(images)
+        logits = model(images).astype(jnp.float32)
+        nnx.pop(model, nnx.Intermediate)  # such as it sows: for those who look on
         updated = nnx.to_pure_dict(nnx.state(model, STATE))
         if axes and not self.synchronized:
-            updated = jax.tree.map(
-                lambda x: jax.lax.pmean(x, axes) if jnp.issubdtype(x.dtype, jnp.floating) else x, updated
-            )
+            updated = jax.tree.map(lambda x: _of_all_devices(x, axes), updated)
         return logits, updated
 
     def predict(self, params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
-        """Logits [B, classes], from running statistics where there is batch norm."""
-        return self._merge(self.eval_graph, params, batch_stats)(images)
+        """Logits [B, classes], float32, from running statistics where there is batch norm."""
+        return self._merge(self.eval_graph, params, batch_stats)(images).astype(jnp.float32)
 
     def model(self, params: Any, batch_stats: Any) -> nnx.Module:
         """The NNX model in training mode."""
@@ -195,6 +243,15 @@ class Network:
         return nnx.merge(graph, states[0], random, states[1])
 
 
+def _of_all_devices(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The mean over the devices; the largest of whole numbers and truth values, such as a counter; keys as they are."""
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jax.lax.pmean(x, axes)
+    if x.dtype == jnp.bool_:
+        return jax.lax.pmax(x.astype(jnp.uint8), axes).astype(jnp.bool_)
+    return jax.lax.pmax(x, axes) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+
 def restarted(random: Any, key: jax.Array | None) -> Any:
     """The state of a model's random streams, its `nnx.RngState`, such that they begin with keys of `key`.
 
@@ -206,7 +263,8 @@ def restarted(random: Any, key: jax.Array | None) -> Any:
 
     def started(number: int, leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.fold_in(key, number)
+            started = jax.random.fold_in(key, number)
+            return jax.random.split(started, leaf.shape) if leaf.shape else started  # of layers that are one array
         return jnp.zeros_like(leaf)  # how often it was drawn from
 
     return jax.tree.unflatten(structure, [started(number, leaf) for number, leaf in enumerate(leaves)])

@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from nfjax import _names
-from nfjax.training import keywords, ranges
+from nfjax.training import keywords, ranges, schedules
 from nfjax.training.ranges import Range
 
 CLASSIFIER = "classifier"
@@ -110,8 +110,10 @@ def make(
         ValueError: A name is unknown, or the optimizer does not take its arguments.
     """
     _check_numbers(momentum, weight_decay, clip_norm, adaptive_clip)
-    function = _found("optim.name", name, OPTIMIZERS)
-    mask = _found("optim.weight_decay_mask", mask, MASKS)
+    function = _names.find("optim.name", name, OPTIMIZERS)
+    mask = _names.find("optim.weight_decay_mask", mask, MASKS)
+    if "mask" in keywords.parse("optim.arguments", settings):
+        raise ValueError(f"optim.arguments={settings!r} has 'mask', which is set by --config.optim.weight_decay_mask")
     parts = []
     if clip_norm is not None:
         parts.append(optax.clip_by_global_norm(clip_norm))
@@ -123,6 +125,11 @@ def make(
         given = {"momentum": momentum}
         if weight_decay:
             parts.append(optax.add_decayed_weights(weight_decay, mask=mask))
+    elif weight_decay and "mask" not in named and mask is not all_parameters:
+        raise ValueError(
+            f"optim.name={name!r} takes a weight decay and no mask: it decays every parameter, which "
+            "--config.optim.weight_decay_mask=all agrees to"
+        )
     given = {key: value for key, value in given.items() if key in named}
     optimizer = keywords.call("optim.arguments", function, settings, schedule, **given)
     if not isinstance(optimizer, optax.GradientTransformation):
@@ -142,10 +149,31 @@ def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def check(config: ConfigDict) -> None:
-    """Raises ValueError for an optimizer that cannot be."""
-    optimizer = build(config, lambda step: 0.1)
-    jax.eval_shape(optimizer.init, {"kernel": jax.ShapeDtypeStruct((2, 2), np.float32)})
+def check(config: ConfigDict, params: Any) -> None:
+    """Raises ValueError for an optimizer that cannot be. params: of the network, shapes in place of arrays."""
+    settings, schedule = config.optim, schedules.build(config, epoch_ends=[1])
+    mask = _names.find("optim.weight_decay_mask", settings.weight_decay_mask, MASKS)
+    try:
+        decays = mask(params)
+        jax.tree.map(lambda decay, below: None, decays, params)
+    except (TypeError, ValueError) as error:
+        raise ValueError(_wrong_mask(settings.weight_decay_mask, error)) from error
+    if wrong := [leaf for leaf in jax.tree.leaves(decays) if not isinstance(leaf, bool | np.bool_)]:
+        raise ValueError(_wrong_mask(settings.weight_decay_mask, f"it gives {wrong[0]!r}"))
+    optimizer = build(config, schedule)
+    try:
+        jax.eval_shape(lambda params: optimizer.update(params, optimizer.init(params), params), params)
+    except (TypeError, ValueError) as error:
+        arguments = f", optim.arguments={settings.arguments!r}" if settings.arguments else ""
+        raise ValueError(
+            f"optim.name={settings.name}{arguments}: it fails where it is called as optimizer(learning rate by step), "
+            f"update(gradients, state, parameters): {error}"
+        ) from error
+
+
+def _wrong_mask(name: str, reason: Any) -> str:
+    first = str(reason).strip().partition("\n")[0]
+    return f"optim.weight_decay_mask={name}: expected a pytree of booleans, like that of the parameters ({first})"
 
 
 def build(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -161,12 +189,6 @@ def build(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
         adaptive_clip=settings.adaptive_clip,
         settings=settings.arguments,
     )
-
-
-def _found(field: str, name: Any, table: dict[str, Any]) -> Any:
-    if isinstance(name, str) and ":" in name:
-        return _names.imported(field, name)
-    return _names.lookup(field, name, table)
 
 
 def _check_numbers(momentum: float, weight_decay: float, clip_norm: float | None, adaptive_clip: float | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from nfjax._names import lookup
+from nfjax._names import find
 from nfjax.training import ranges
 from nfjax.training.ranges import Range
 
@@ -84,7 +84,16 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for a schedule that cannot be."""
     if config.optim.warmup_epochs > config.epochs:
         raise ValueError(f"optim.warmup_epochs={config.optim.warmup_epochs} must be from 0 to epochs={config.epochs}")
-    build(config, epoch_ends=[1])
+    name = config.optim.schedule
+    try:
+        rate = jax.eval_shape(build(config, epoch_ends=[1]), jax.ShapeDtypeStruct((), jnp.int32))
+    except TypeError as error:
+        raise ValueError(
+            f"optim.schedule={name}: expected a function of the peak and the end of each epoch in steps, which returns "
+            f"the rate by step: {error}"
+        ) from error
+    if getattr(rate, "shape", None) != () or not jnp.issubdtype(rate.dtype, jnp.floating):
+        raise ValueError(f"optim.schedule={name} gives {rate} for a step: expected one floating-point number")
 
 
 def build(config: ConfigDict, epoch_ends: Sequence[int]) -> optax.Schedule:
@@ -92,7 +101,7 @@ def build(config: ConfigDict, epoch_ends: Sequence[int]) -> optax.Schedule:
     settings = config.optim
     scale = config.batch_size / (settings.reference_batch_size or config.batch_size)
     peak, warmup = settings.learning_rate * scale, settings.warmup_epochs * epoch_ends[-1] / len(epoch_ends)
-    schedule = lookup("optim.schedule", settings.schedule, SCHEDULES, callables=False)
+    schedule = find("optim.schedule", settings.schedule, SCHEDULES)
     return warmed_up(schedule(peak, epoch_ends), round(warmup))
 
 

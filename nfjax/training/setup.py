@@ -19,6 +19,7 @@ from nfjax import _cpu, data, distributed, preemption, spp
 from nfjax.runs import checkpoint, metrics, mirror, report, trackers, workdirs
 from nfjax.runs.progress import Bar, say
 from nfjax.training import (
+    callbacks,
     failures,
     footprint,
     loader,
@@ -228,10 +229,8 @@ def _monitor(
     config: ConfigDict, split: data.Images | data.Encoded, normalize: Callable[[jax.Array], jax.Array]
 ) -> spp.Monitor | None:
     if config.log.signal_every_steps is None:
-        return None
-    images = normalize(jnp.asarray(loader.first_images(config, split)))
-    where = config.log.signal_where
-    return spp.Monitor(images, where=where and tuple(name.strip() for name in where.split(",")), seed=config.seed)
+        return None  # the images are not read for nothing
+    return callbacks.make_monitor(config, normalize(jnp.asarray(loader.first_images(config, split))))
 
 
 @contextlib.contextmanager

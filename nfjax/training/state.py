@@ -66,9 +66,11 @@ class TrainState:
         cls, params: Any, batch_stats: Any, optimizer: optax.GradientTransformation, ema: bool = False
     ) -> TrainState:
         """The state before the first step."""
-        # Copies: every array is donated to the first step, and none can be twice.
+        # Copies: every array is donated to the first step, and none can be twice. Some optimizers begin with the
+        # parameters themselves, as Prodigy does.
+        opt = jax.tree.map(jnp.array, optimizer.init(params))
         average = jax.tree.map(jnp.array, {"params": params, "batch_stats": batch_stats}) if ema else None
-        return cls(params, batch_stats, optimizer.init(params), average, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+        return cls(params, batch_stats, opt, average, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
     def to_saved(self) -> dict[str, Any]:
         """The plain dict that a checkpoint holds."""
