@@ -47,7 +47,7 @@ def find(what: str, name: Any, table: Mapping[str, Any]) -> Any:
     if isinstance(name, str) and ":" in name:
         return imported(what, name)
     try:
-        return lookup(what, name, table)
+        return lookup(what, name, table, callables=callable(name))
     except ValueError as error:
         raise ValueError(f"{error}; or package.module:function for one of your own") from None
 

@@ -30,7 +30,8 @@ def base() -> ConfigDict:
     # Blocks in each stage, such as (2, 2, 2), with model.block; none for those of model.depth. Ours.
     config.model.stage_sizes = config_dict.placeholder(tuple)
     config.model.block = config_dict.placeholder(str)  # "basic" or "bottleneck"; none for that of model.depth; ours
-    config.model.residual = "convshort"  # a name in nfjax.residual.RESIDUALS; paper, section 3.3
+    # A name in nfjax.residual.RESIDUALS, or package.module:function. Paper, section 3.3.
+    config.model.residual = "convshort"
     config.model.norm = config_dict.placeholder(str)  # none or "batch"; paper, section 4
     config.model.init = "he_fan_out"  # a name in nfjax.initializers.INITIALIZERS; paper, eq. 2
     config.model.stem = "cifar"  # "cifar" (3x3) or "imagenet" (7x7, stride 2, max-pooling); not stated by the paper
@@ -96,7 +97,8 @@ def base() -> ConfigDict:
     config.optim.reference_batch_size = config_dict.placeholder(int)
     config.optim.warmup_epochs = 0.0  # in which the learning rate rises linearly (likewise); not stated by the paper
     config.optim.momentum = 0.9  # of optimizers that have one; paper, section 4
-    # A name in nfjax.training.schedules.SCHEDULES. Paper, section 4: cosine to zero, changed after every epoch.
+    # A name in nfjax.training.schedules.SCHEDULES, or package.module:function. Paper, section 4: cosine to zero,
+    # changed after every epoch.
     config.optim.schedule = "cosine_by_epoch"
     config.optim.weight_decay = 0.0  # not stated by the paper ("without further regularization")
     config.optim.weight_decay_mask = "kernels"  # what decays: a name in nfjax.training.optimizers.MASKS; ours

@@ -6,18 +6,14 @@ due.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from nfjax import distributed, spp
 from nfjax.runs import mirror
-from nfjax.training import evaluation, failures, ranges, sharding
+from nfjax.training import evaluation, failures, propagation, ranges, sharding
 from nfjax.training.ranges import Range
 
 if TYPE_CHECKING:
@@ -43,32 +39,6 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def check_signal(config: ConfigDict, model: nnx.Module) -> None:
-    """Raises ValueError where the blocks to watch are not there, or not clear. model: with shapes for arrays."""
-    size = config.data.image_size
-    images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
-    if (monitor := make_monitor(config, images)) is not None:
-        with _asking_for_blocks():
-            monitor.check(model)
-
-
-def make_monitor(config: ConfigDict, images: Any) -> spp.Monitor | None:
-    """What measures signal propagation, None where the config asks for none. images: normalised, [B, H, W, 3]."""
-    if config.log.signal_every_steps is None:
-        return None
-    where = config.log.signal_where
-    blocks = where and tuple(filter(None, (name.strip() for name in where.split(","))))
-    return spp.Monitor(images, where=blocks, seed=config.seed)
-
-
-@contextlib.contextmanager
-def _asking_for_blocks() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{error} (of the signal, where= is --config.log.signal_where)") from error
-
-
 def signal(run: Run) -> None:
     """Forward and backward variance of every block, where the config asks for it."""
     every = run.config.log.signal_every_steps
@@ -76,7 +46,7 @@ def signal(run: Run) -> None:
         # All processes bring their part of the parameters, the first one measures.
         here = sharding.everywhere((run.state.params, run.state.batch_stats))
         if distributed.is_first():
-            with _asking_for_blocks():
+            with propagation.asking_for_blocks():
                 measured = spp.scalars(run.monitor(run.network.model(*here)))
             run.trackers.write("signal", run.progress.step, measured)
 

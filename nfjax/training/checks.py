@@ -17,6 +17,7 @@ from nfjax.training import (
     networks,
     optimizers,
     preprocessing,
+    propagation,
     ranges,
     schedules,
     sharding,
@@ -36,7 +37,7 @@ def check(config: ConfigDict) -> None:
         module.check(config)
     model = networks.shapes(config)
     optimizers.check(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    callbacks.check_signal(config, model)
+    propagation.check(config, model)
 
 
 def _check_memory(config: ConfigDict) -> None:

@@ -19,13 +19,13 @@ from nfjax import _cpu, data, distributed, preemption, spp
 from nfjax.runs import checkpoint, metrics, mirror, report, trackers, workdirs
 from nfjax.runs.progress import Bar, say
 from nfjax.training import (
-    callbacks,
     failures,
     footprint,
     loader,
     networks,
     optimizers,
     preprocessing,
+    propagation,
     rng,
     schedules,
     sharding,
@@ -230,7 +230,7 @@ def _monitor(
 ) -> spp.Monitor | None:
     if config.log.signal_every_steps is None:
         return None  # the images are not read for nothing
-    return callbacks.make_monitor(config, normalize(jnp.asarray(loader.first_images(config, split))))
+    return propagation.build(config, normalize(jnp.asarray(loader.first_images(config, split))))
 
 
 @contextlib.contextmanager
