@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import pathlib
+import re
 import tokenize
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +16,9 @@ from nfjax import config
 
 HEAD = """# Settings
 
-Every setting of a run, with its default and its source. This page is made from `nfjax/config.py`. "paper" stands for
-Civitelli et al.; "ours" for what concerns this program only. On the command line a setting is
-`--config.<name>=<value>`, and `none` empties one that may be empty. A configuration file starts from these values and
-changes what differs.
+Every setting of a run, with its default and its source, made from `nfjax/config.py`. "Paper" stands for Civitelli et
+al., "ours" for what concerns only this program. On the command line a setting is `--config.<name>=<value>`, and `none`
+empties one that may be empty. A config file starts from these values and changes what differs.
 
 """
 
@@ -76,11 +76,6 @@ def markdown() -> str:
 
 
 def _sentence(text: str) -> str:
+    """What a comment says, with a capital letter, and names of modules as code."""
+    text = re.sub(r"\b(?:nfjax(?:\.\w+)+|\w+(?:\.\w+)?:\w+|tfds:NAME|huggingface:NAME)", r"`\g<0>`", text)
     return text[:1].upper() + text[1:]
-
-
-def write(path: pathlib.Path) -> None:
-    """Writes the page where it is not there yet, or is another one: Sphinx then reads it only when it has changed."""
-    text = markdown()
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)

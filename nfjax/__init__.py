@@ -1,4 +1,6 @@
-"""Residual networks without batch normalization: initializers, networks, signal propagation, cost and training::
+"""Residual networks without batch normalization: initializers, networks, signal propagation, cost and training.
+
+What is imported is read when it is first used::
 
     from nfjax import cost, initializers, models, resnet, spp
 

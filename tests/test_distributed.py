@@ -130,20 +130,21 @@ def test_eight_devices_with_the_state_on_each_of_them_and_divided(configs, one, 
 SENT = """
 import math, re, jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
-from nfjax.training import sharding as mesh, step as steps
 from nfjax import resnet
+from nfjax.training import networks, sharding, step
+from nfjax.training.state import Batch, TrainState
 
 model = resnet.PreActResNet(
     residual="convshort", stage_sizes=(1, 1), block="basic", width=4, num_classes=3, rngs=nnx.Rngs(0)
 )
 network, params, batch_stats = networks.as_functions(model)
-devices = mesh.make()
+devices = sharding.make()
 preprocess = lambda key, images: images.astype(jnp.float32)
-step = steps.make_train_step(network, optax.sgd(0.1), preprocess, jax.random.key(0), 0.0, None, 2, devices)
-batch = {"image": np.zeros((16, 8, 8, 3), np.uint8), "label": np.zeros(16, np.int32), "mask": np.ones(16, np.float32)}
-batch = mesh.place(batch, mesh.by_batch(devices)) | {"step": np.int32(0)}
-state = steps.initial_state(params, batch_stats, optax.sgd(0.1))
-program = jax.jit(step).lower(mesh.place(state, mesh.replicated(devices)), batch).compile().as_text()
+task = step.Task(network, optax.sgd(0.1), preprocess, parts=2, mesh=devices)
+batch = Batch(np.zeros((16, 8, 8, 3), np.uint8), np.zeros(16, np.int32), np.ones(16, np.float32))
+batch = sharding.place(batch, sharding.by_batch(devices))
+state = sharding.place(TrainState.start(params, batch_stats, task.optimizer), sharding.replicated(devices))
+program = step.train_step.lower(state, batch, jax.random.key(0), task=task).compile().as_text()
 results = re.findall(r"= (.*) all-reduce(?:-start)?\\(", program)
 shapes = re.findall(r"f32\\[([\\d,]*)\\]", str(results))
 sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import pytest
 from chaos import comparing, killing, observing, table
 
-from nfjax import distributed
 from nfjax.runs import checkpoint
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
@@ -61,14 +60,6 @@ def test_streamed_in_one_process(tmp_path):
     damaged = comparing.differences(other, whole)[-1]
     assert damaged.startswith(f"checkpoint {newest.name}: ")
     assert "not the one that was saved at step" in damaged
-
-
-def test_in_memory_in_two_processes(tmp_path):
-    """One of them is killed: the other ends by itself, and both go on."""
-    (kill,) = examine(tmp_path, "memory2", 1, ["saving"], seed=4)["kills"]
-    assert len(kill["killed"]) == 1
-    assert kill["other_code"] == 75
-    assert kill["other_seconds"] < distributed.HEARTBEAT / 2  # before JAX itself notices
 
 
 def test_the_committed_table_is_that_of_the_committed_records():

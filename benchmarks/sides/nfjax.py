@@ -18,9 +18,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from benchmarks import turns
-from nfjax import compilation, config, cost, data, resnet, spp
+from nfjax import _cpu, compilation, config, cost, data, resnet, spp
 from nfjax.runs import checkpoint, workdirs
-from nfjax.training import cpu, footprint, loader, networks, optimizers, preprocessing, schedules, setup, sharding, step
+from nfjax.training import footprint, loader, networks, optimizers, preprocessing, schedules, setup, sharding, step
 from nfjax.training.state import Batch, TrainState
 
 EPOCHS = 200  # of the schedule; more than are measured
@@ -56,7 +56,7 @@ class Steps:
         self.state = sharding.place(state, sharding.of_state(state, mesh))
         batch = examples(settings.batch_size, settings.data.image_size, classes)
         self.batch, self.key = sharding.place(batch, sharding.by_batch(mesh)), jax.random.key(0)
-        parts = networks.count_parts(settings, cpu.platform_of(mesh))
+        parts = networks.count_parts(settings, _cpu.platform_of(mesh))
         task = step.Task(functions, optimizer, preprocessing.make_preprocess(settings), parts=parts, mesh=mesh)
         built = time.perf_counter()
         self.step = step.train_step.lower(self.state, self.batch, self.key, task=task).compile()

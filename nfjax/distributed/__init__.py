@@ -29,7 +29,14 @@ LAUNCHERS = {
 
 
 def launcher(environment: Mapping[str, str]) -> str | None:
-    """Which launcher started this process as one of several: "SLURM", "Open MPI", "TPU" or None."""
+    """Which launcher started this process as one of several.
+
+    Args:
+        environment: Variables of this process.
+
+    Returns:
+        "SLURM", "Open MPI", "TPU" or None.
+    """
     for name, (count, others) in LAUNCHERS.items():
         if all(variable in environment for variable in (count, *others)) and int(environment[count]) > 1:
             return name
@@ -43,12 +50,18 @@ def launcher(environment: Mapping[str, str]) -> str | None:
 def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Joins the other processes of the run, before JAX is used; does nothing where there is only this one.
 
-    coordinator: HOST:PORT of process 0; processes: how many; process: which one this is, from 0. All three, or none:
-    then SLURM, Open MPI or the TPU tell. From here on this process ends with `preemption.START_AGAIN`, within seconds,
-    when another one has ended and this one does not.
+    From here on this process ends with `preemption.START_AGAIN`, within seconds, when another one has ended and this
+    one does not. All three arguments, or none: then SLURM, Open MPI or the TPU tell.
 
-    Raises ValueError for numbers that cannot be, peers.AbsentError where the others do not arrive, OSError where the
-    port is taken.
+    Args:
+        coordinator: HOST:PORT of process 0.
+        processes: How many there are.
+        process: Which one this is, from 0.
+
+    Raises:
+        ValueError: The numbers cannot be, or not all three are given.
+        AbsentError: The others do not arrive; see `nfjax.distributed.peers`.
+        OSError: The port is taken.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -130,7 +143,15 @@ def barrier(name: str) -> None:
 
 
 def same_everywhere(what: str, value: str) -> None:
-    """Raises ValueError, in every process, unless all of them have the same text."""
+    """Compares a text among all processes.
+
+    Args:
+        what: What it is, the beginning of a sentence.
+        value: The text of this process, of which the first 64 bytes count.
+
+    Raises:
+        ValueError: Not all of them have the same, in every process.
+    """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

@@ -10,12 +10,15 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import random
 
 import pytest
 from chaos import table
 from chaos.comparing import differences, distance
 from chaos.killing import aims, examine
 from chaos.observing import make_images, settings, uninterrupted
+
+from nfjax import distributed
 
 EPOCHS = {"memory": 32, "streamed": 20, "memory2": 10, "streamed2": 10}
 
@@ -43,6 +46,21 @@ def test_killed_runs_end_as_if_they_had_not_been(name, tmp_path, rng, environmen
     assert record["differences"] == record["control_differences"] == []
     assert (len(record["kills"]), record["fell_back"]) == (kills, 0)
     assert (record["leftover_processes"], record["leftover_files"]) == (0, [])
+
+
+def test_when_one_of_two_processes_is_killed_the_other_ends_by_itself(tmp_path, environment):
+    """And both go on."""
+    make_images(tmp_path / "images", 64, 16)
+    setting = settings(tmp_path / "images", {"memory2": 1})["memory2"]
+    record = examine(setting, tmp_path, ["saving"], random.Random(4), environment)
+    assert record["differences"] == []
+    assert record["starts"] == 1 + record["runs"]
+    assert (record["fell_back"], record["leftover_processes"], record["leftover_files"]) == (0, 0, [])
+    (kill,) = record["kills"]
+    assert kill["aim"] == "saving"
+    assert len(kill["killed"]) == 1
+    assert kill["other_code"] == 75
+    assert kill["other_seconds"] < distributed.HEARTBEAT / 2  # before JAX itself notices
 
 
 def compare_with_one_process(setting, folder, environment, record):
