@@ -22,8 +22,8 @@ class Layer(nnx.Module):
 
 
 class Odd(nnx.Module):
-    """Lists in lists, an array that is no variable, counters, a truth value, intermediate values, layers in one array, and what
-    each device sees differently.
+    """Lists in lists, an array that is no variable, counters, a truth value, intermediate values, layers in one array,
+    and what each device sees differently.
     """
 
     def __init__(self, num_classes, rngs, width=8):

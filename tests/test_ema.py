@@ -33,6 +33,28 @@ def test_the_average_by_hand():
     assert float(state.ema["batch_stats"]["seen"]) == pytest.approx(seen, rel=1e-5)
 
 
+def test_the_average_of_bfloat16_does_not_stand_still(tiny_config, tmp_path):
+    tiny_config.model.name, tiny_config.optim.ema_decay = "odd_networks:Bfloat16", 0.9999
+    tiny_config.epochs, tiny_config.optim.learning_rate = 1, 0.1
+    params = {"w": jnp.ones((1, 3), jnp.bfloat16)}
+    before = TrainState.start(params, {}, optax.sgd(0.1), ema=True).replace(step=jnp.int32(10**6))
+    moved = step._averaged(before, before.replace(params={"w": jnp.full((1, 3), 2, jnp.bfloat16)}), 0.9999)
+    np.testing.assert_allclose(moved["params"]["w"], 1.0001, rtol=1e-6)
+    summary = loop.train(tiny_config, str(tmp_path))
+    assert evaluate.evaluate(str(tmp_path))["ema_accuracy"] == summary["test_ema_accuracy"]
+    assert evaluate.load_model(str(tmp_path), ema=True).classifier.kernel.dtype == jnp.bfloat16
+
+
+def test_an_average_that_is_not_finite_is_told_of_like_the_weights(tiny_config, tmp_path):
+    def spoil(run):
+        run.state = run.state.replace(ema=jax.tree.map(lambda x: x * jnp.nan, run.state.ema))
+
+    tiny_config.optim.ema_decay, tiny_config.checkpoint.every_steps = 0.9, 1
+    with pytest.raises(loop.TrainingDivergedError, match=r"after epoch 1 the test loss of the average .* not finite"):
+        loop.train(tiny_config, str(tmp_path), more=[spoil])
+    assert all(record["kind"] == "train" for record in metrics.read(tmp_path))
+
+
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_it_is_scored_beside_the_weights_and_changes_nothing(tiny_config, tmp_path, norm, capsys):
     tiny_config.model.norm, tiny_config.model.residual = norm, "identity"

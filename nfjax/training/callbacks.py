@@ -96,13 +96,11 @@ def evaluate(run: Run) -> None:
     run.tested = None
     if (number := run.progress.epochs_ended()) is None:
         return
-    run.tested = tested = _score(run, run.state.params, run.state.batch_stats)
+    run.tested = tested = _score(run, number, run.state.params, run.state.batch_stats)
     values = {"epoch": number, **_prefixed("train", run.progress.take("epoch")), **_prefixed("test", tested)}
     if run.state.ema is not None:
-        averaged = _score(run, run.state.ema["params"], run.state.ema["batch_stats"])
+        averaged = _score(run, number, *run.state.average(), " of the average of the weights")
         values |= {"test_ema_loss": averaged["loss"], "test_ema_accuracy": averaged["accuracy"]}
-    if not np.isfinite(tested["loss"]):
-        raise failures.not_finite(f"after epoch {number} the test loss is not finite", run.checkpoints)
     run.trackers.write("epoch", run.progress.step, values)
     run.bar.line(values)
 
@@ -133,8 +131,11 @@ def write_checkpoint(run: Run, accuracy: float | None = None) -> None:
     run.saved = run.progress.step
 
 
-def _score(run: Run, params: object, batch_stats: object) -> dict[str, float]:
-    return evaluation.score(run.network, run.normalize, run.test_loader, params, batch_stats)
+def _score(run: Run, epoch: int, params: object, batch_stats: object, of: str = "") -> dict[str, float]:
+    scores = evaluation.score(run.network, run.normalize, run.test_loader, params, batch_stats)
+    if not np.isfinite(scores["loss"]):
+        raise failures.not_finite(f"after epoch {epoch} the test loss{of} is not finite", run.checkpoints)
+    return scores
 
 
 def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

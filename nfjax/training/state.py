@@ -49,7 +49,8 @@ class TrainState:
         params: Parameters, a pytree of plain dicts.
         batch_stats: Whatever else the network keeps between steps, such as the running statistics of batch norm.
         opt: The optimizer's state.
-        ema: {"params", "batch_stats"} averaged over the steps, None where the config asks for none.
+        ema: {"params", "batch_stats"} averaged over the steps, at least in float32, None where the config asks for
+            none.
         step: int32 [], how many steps were taken.
         diverged: bool [], whether a step was not finite; no step changes anything from then on. Never saved.
     """
@@ -69,7 +70,7 @@ class TrainState:
         # Copies: every array is donated to the first step, and none can be twice. Some optimizers begin with the
         # parameters themselves, as Prodigy does.
         opt = jax.tree.map(jnp.array, optimizer.init(params))
-        average = jax.tree.map(jnp.array, {"params": params, "batch_stats": batch_stats}) if ema else None
+        average = jax.tree.map(_precise, {"params": params, "batch_stats": batch_stats}) if ema else None
         return cls(params, batch_stats, opt, average, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
     def to_saved(self) -> dict[str, Any]:
@@ -80,3 +81,17 @@ class TrainState:
     def from_saved(self, saved: dict[str, Any]) -> TrainState:
         """The state of a checkpoint."""
         return self.replace(**saved)
+
+    def average(self) -> tuple[Any, Any]:
+        """The averaged parameters and batch statistics, in the types of the network."""
+        return jax.tree.map(
+            lambda average, own: average.astype(own.dtype),
+            (self.ema["params"], self.ema["batch_stats"]),
+            (self.params, self.batch_stats),
+        )
+
+
+def _precise(x: jax.Array) -> jax.Array:
+    """A copy, float32 of bfloat16: an average moves by less than a bit of that per step."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+    return jnp.array(x, jnp.float32 if narrow else x.dtype)
