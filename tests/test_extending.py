@@ -299,18 +299,27 @@ def test_arguments_as_text():
         keywords.parse("f", "a=1, a=2")
 
 
-@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "optax:lion", "toys:sign_descent"])
-def test_every_optimizer_trains_and_resumes_exactly(config, tmp_path, monkeypatch, name):
+def trained(config, folder, name):
     config.epochs, config.optim.name, config.optim.learning_rate = 1, name, 0.01
     config.optim.weight_decay, config.optim.ema_decay = 1e-3, 0.9
-    loop.train(config, str(tmp_path / "whole"))
-    logged = [record for record in records(tmp_path / "whole") if record["kind"] == "train"]
+    loop.train(config, str(folder))
+
+
+@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "optax:lion", "toys:sign_descent"])
+def test_every_optimizer_trains(config, tmp_path, name):
+    trained(config, tmp_path, name)
+    logged = [record for record in records(tmp_path) if record["kind"] == "train"]
     assert logged[-1]["loss"] < logged[0]["loss"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_their_state_and_the_average_of_the_weights_resume_exactly(config, tmp_path, monkeypatch, name):
+    trained(config, tmp_path / "whole", name)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 10)
         with pytest.raises(preemption.TrainingInterruptedError):
-            loop.train(config, str(tmp_path / "stopped"))
-    loop.train(config, str(tmp_path / "stopped"))
+            trained(config, tmp_path / "stopped", name)
+    trained(config, tmp_path / "stopped", name)
     assert records(tmp_path / "stopped") == records(tmp_path / "whole")
     assert_equal(final_state(config, tmp_path / "stopped"), final_state(config, tmp_path / "whole"))
 

@@ -121,7 +121,7 @@ def _find(argv: Sequence[str]) -> tuple[Command, list[str], str]:
 
 def _help(table: Table, above: str) -> str:
     lines = [f"usage: nfjax {above}COMMAND [ARGUMENT ...]", ""]
-    lines += [] if above else [nfjax.__doc__.partition("\n")[0].removesuffix("::"), ""]
+    lines += [] if above else [nfjax.__doc__.partition("\n")[0], ""]
     for name, command in table.items():
         about = command.help if isinstance(command, Command) else ", ".join(command)
         lines.append(f"  {name:<10} {about}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -32,16 +33,18 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for settings that cannot work: one message, which names the field and the way out."""
     ranges.check(config, RANGES)
     sharding.check(config)
-    _check_memory(config)
+    _check_batch(config)
     for module in (loader, preprocessing, schedules, callbacks, trackers):
         module.check(config)
     model = networks.shapes(config)
-    optimizers.check(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    _check_state(config, params)
+    optimizers.check(config, params)
     propagation.check(config, model)
 
 
-def _check_memory(config: ConfigDict) -> None:
-    """ValueError for sizes that are beyond any doubt too large for a device, from shapes alone."""
+def _check_batch(config: ConfigDict) -> None:
+    """ValueError for a batch that is beyond any doubt too large for a device."""
     there = footprint.available(jax.local_devices()[0])
     if there is None:
         return
@@ -49,10 +52,14 @@ def _check_memory(config: ConfigDict) -> None:
     _check_fits("a device's part of a batch, in float32", images, there, config, ("batch_size", "data.image_size"))
     encoded = (config.data.ahead or 1) * config.batch_size // jax.process_count() * config.data.image_size**2 * 3
     _check_fits("the batches decoded ahead", encoded, there * jax.local_device_count(), config, ("data.ahead",))
-    # Zeros: random numbers are drawn in blocks, of which large kernels have too many for a check.
-    instead = {"init": jax.nn.initializers.zeros} if networks.is_ours(config) else {}
-    model = networks.shapes(config, **instead)
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _check_state(config: ConfigDict, params: Any) -> None:
+    """ValueError for parameters that are beyond any doubt too many for a device, from shapes alone."""
+    there = footprint.available(jax.local_devices()[0])
+    if there is None:
+        return
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = 4 * numbers + 8 * numbers // config.train.state_shards  # the gradient; parameters and momentum
     _check_fits(f"{numbers:,} parameters with their gradient", state, there, config, ("model.width", "model.depth"))
 

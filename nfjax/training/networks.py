@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import _cpu, _names, models, resnet
+from nfjax import _cpu, _names, initializers, models, resnet
 from nfjax._names import lookup
 from nfjax.training import keywords, ranges
 from nfjax.training.ranges import Range
@@ -61,6 +61,9 @@ def shapes(config: ConfigDict, num_classes: int = 2, **instead: Any) -> nnx.Modu
         ValueError: It cannot be: found here, at no cost, and not after the images are decoded.
     """
     graphs = []
+    if is_ours(config):
+        initializers.get(_settings(config)["init"])  # its name; tracing its random numbers takes seconds
+        instead = {"init": jax.nn.initializers.zeros} | instead
 
     def state() -> nnx.State:
         model = build(config, num_classes, jax.random.key(0), **instead)
