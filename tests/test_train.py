@@ -436,7 +436,7 @@ def test_how_often_it_reports_may_change(whole):
         ({"data.source": "cifar"}, "unknown data source 'cifar': expected one of digits, synthetic, folder"),
         (
             {"optim.schedule": "never"},
-            "unknown optim.schedule 'never': expected .* one of cosine, cosine_by_",
+            "unknown optim.schedule 'never': expected one of cosine, cosine_by_",
         ),
         ({"batch_size": 0}, "batch_size=0 must be positive"),
         ({"batch_size": 2000}, "batch_size=2000 is more than the 1024 training images"),
