@@ -163,7 +163,10 @@ def test_arguments_and_classes(run, arguments, blocks):
         (["--module=my_models:model", "--depth=18"], "--depth describes one of the paper's networks"),
         (["--module=my_models"], "expected package.module:function"),
         (["--module=my_model:model"], "there is no module 'my_model'"),
-        (["--module=my_models:modell"], "has no function 'modell'; it has model, model_and_input, linen_model"),
+        (
+            ["--module=my_models:modell"],
+            "has no function 'modell'; it has Block, LinenBlock, model, model_and_input, linen_model",
+        ),
         (["--module=my_models:CONSTANT"], "has no function 'CONSTANT'"),
         (["--module=my_models:needs_more"], "the function needs width"),
         (["--module=my_models:model"], "returns no input"),
