@@ -56,7 +56,7 @@ def test_a_function_by_its_name_or_itself():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("own_source:gone", "own_source has no function 'gone'; has .*load, wrong.*; the sources .* digits, synthetic"),
+        ("own_source:gone", "has no function 'gone'; it has .*load, wrong; the sources .* digits, synthetic"),
         ("no_such_module:load", "there is no module 'no_such_module' .*; the sources that come along are digits"),
         ("own_source:", "unknown data source 'own_source:': expected one of digits, .*, package.module:function"),
         (
