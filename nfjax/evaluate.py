@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
 from nfjax.runs import checkpoint, checksums, files, mirror, workdirs
 from nfjax.training import evaluation, loader, networks, preprocessing, rng, sharding
@@ -36,34 +37,42 @@ def load_model(workdir: str, step: int | None = None, ema: bool = False) -> nnx.
     folder = mirror.pull(workdir, "evaluation")
     config = files.read_config(folder)
     step = _known_step(folder, step)
-    try:
-        model = networks.shapes(config, len(files.read_data(folder).class_names))
-    except ValueError as error:
-        raise ValueError(f"{folder / files.CONFIG} describes no network that can be built: {error}") from error
+    return _model(folder, config, step, _restored(folder, step), ema)
+
+
+def _restored(folder: pathlib.Path, step: int) -> dict[str, Any]:
+    """The state in a checkpoint. Raises ValueError where it cannot be read."""
     checkpoints = checkpoint.Checkpoints(mirror.location(folder), read_only=True)
     try:
-        stored = checkpoints.restore_untyped(step)
+        return checkpoints.restore_untyped(step).get("state", {})
     except checkpoint.DamagedError as error:
         others = [known for known in checkpoints.steps() if known != step]
         raise ValueError(f"{error}; choose another of {others} by step") from error
     finally:
         checkpoints.close()
-    weights = stored.get("state", {})
-    if ema and "ema" not in weights:
+
+
+def _model(folder: pathlib.Path, config: ConfigDict, step: int, state: dict[str, Any], ema: bool) -> nnx.Module:
+    """The network of a run with the weights of a checkpoint's state; arguments and errors as of `load_model`."""
+    try:
+        model = networks.shapes(config, len(files.read_data(folder).class_names))
+    except ValueError as error:
+        raise ValueError(f"{folder / files.CONFIG} describes no network that can be built: {error}") from error
+    if ema and "ema" not in state:
         raise ValueError(f"{folder} has no average of the weights: it was trained without --config.optim.ema_decay")
-    weights = weights["ema"] if ema else weights
+    weights, where = state["ema"] if ema else state, mirror.location(folder).absolute() / checkpoint.FOLDER
     for kind, name in ((nnx.Param, "params"), (networks.STATE, "batch_stats")):
-        state, found = nnx.state(model, kind), weights.get(name, {})
-        expected, there = checksums.described(nnx.to_pure_dict(state)), checksums.described(found)
+        part, found = nnx.state(model, kind), weights.get(name, {})
+        expected, there = checksums.described(nnx.to_pure_dict(part)), checksums.described(found)
         if ema:  # which is kept in float32
             expected, there = ([(name, shape) for name, _, shape in leaves] for leaves in (expected, there))
         if list(expected) != list(there):
             raise ValueError(
-                f"checkpoint {step} in {checkpoints.directory} is of another network than {folder / files.CONFIG} "
-                "describes: were files of several runs mixed?"
+                f"checkpoint {step} in {where} is of another network than {folder / files.CONFIG} describes: were "
+                "files of several runs mixed?"
             )
-        leaves, structure = jax.tree.flatten(state)
-        found = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(state), found))
+        leaves, structure = jax.tree.flatten(part)
+        found = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(part), found))
         cast = [jnp.asarray(there, leaf.dtype) for there, leaf in zip(found, leaves, strict=True)]
         nnx.update(model, jax.tree.unflatten(structure, cast))
     streams = nnx.state(model, nnx.RngState)
@@ -96,8 +105,14 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     """{"step", "images", "loss", "accuracy"} of the checkpoint at `step`, by default the best one; "ema_loss" and
     "ema_accuracy", too, where the run has an average of the weights.
 
-    data_dir replaces the data directory of the run, where the images have moved.
-    Raises FileNotFoundError if there is no run or no checkpoint, ValueError for images of other classes.
+    Args:
+        workdir: Of the run.
+        step: Of the checkpoint.
+        data_dir: In place of the data directory of the run, where the images have moved.
+
+    Raises:
+        FileNotFoundError: There is no run or no checkpoint.
+        ValueError: The images are of other classes, or the checkpoint cannot be read.
     """
     folder = mirror.pull(workdir, "evaluation")
     config = files.read_config(folder)
@@ -107,8 +122,10 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     mesh, normalize = sharding.make(), preprocessing.make_normalize(config)
     test_loader = loader.build(config, dataset, "test", mesh, folder)
 
+    state = _restored(folder, step)
+
     def score(ema: bool) -> dict[str, float]:
-        network, *weights = networks.as_functions(load_model(workdir, step, ema))
+        network, *weights = networks.as_functions(_model(folder, config, step, state, ema))
         weights = sharding.place(weights, sharding.replicated(mesh))
         return evaluation.score(network, normalize, test_loader, *weights)
 

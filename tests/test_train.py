@@ -64,6 +64,19 @@ def interrupt_at(monkeypatch, step):
     monkeypatch.setattr(Progress, "add", pressing)
 
 
+def assert_resumes_exactly(config, tmp_path, monkeypatch, step):
+    """A run that is stopped at `step` and goes on ends as the one in `tmp_path / "whole"`, bit for bit."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(preemption.TrainingInterruptedError, match="the same command goes on from there"):
+            train.train(config, str(stopped))
+    assert len(records(stopped)) < len(records(whole))
+    train.train(config, str(stopped))
+    assert records(stopped) == records(whole)
+    assert_equal(final_state(config, stopped), final_state(config, whole))
+
+
 @pytest.fixture
 def whole(tiny_config, tmp_path):
     """A run that is never stopped: its config, folder, records."""
@@ -106,16 +119,8 @@ def test_a_run_learns_and_leaves_everything_in_its_workdir(tiny_config, tmp_path
 
 @pytest.mark.parametrize("step", [3, 16, 21], ids=["in epoch 1", "at the boundary", "in epoch 2"])
 def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, monkeypatch, step):
-    config, folder, _ = whole
-    config.steps_per_dispatch = None
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
-        with pytest.raises(preemption.TrainingInterruptedError, match="the same command goes on from there"):
-            train.train(config, str(tmp_path / "stopped"))
-    assert len(records(tmp_path / "stopped")) < len(records(folder))
-    train.train(config, str(tmp_path / "stopped"))
-    assert records(tmp_path / "stopped") == records(folder)
-    assert_equal(final_state(config, tmp_path / "stopped"), final_state(config, folder))
+    config, _, _ = whole
+    assert_resumes_exactly(config, tmp_path, monkeypatch, step)
     assert len(json.loads((tmp_path / "stopped" / "versions.json").read_text())) == 2
 
 
@@ -164,13 +169,7 @@ def test_other_ways_of_dispatch_give_the_same_run(whole, tmp_path, settings):
 def test_resume_with_the_loop_is_exact_too(tiny_config, tmp_path, monkeypatch):
     tiny_config.steps_per_dispatch = 3
     train.train(tiny_config, str(tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 12)
-        with pytest.raises(preemption.TrainingInterruptedError):
-            train.train(tiny_config, str(tmp_path / "stopped"))
-    train.train(tiny_config, str(tmp_path / "stopped"))
-    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
-    assert_equal(final_state(tiny_config, tmp_path / "stopped"), final_state(tiny_config, tmp_path / "whole"))
+    assert_resumes_exactly(tiny_config, tmp_path, monkeypatch, step=12)
 
 
 def test_signal_propagation_is_watched_and_changes_nothing(whole, tmp_path):

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nfjax.initializers._checks import Shape, check_dtype, check_groups, check_kernel, per_group, size_at
 from nfjax.initializers._gains import Gain, gain
 from nfjax.initializers._stream import sample
 from nfjax.initializers._taps import Padding, effective_taps
 
-Shape = Sequence[int]
 Initializer = Callable[..., jax.Array]
 Mode = Literal["fan_in", "fan_out"]
 
@@ -33,8 +33,8 @@ class Normal:
     variance: Callable[[Shape], float]
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
-        _check_kernel(shape)
-        _check_dtype(dtype)
+        check_kernel(shape)
+        check_dtype(dtype)
         return _finish(sample(key, shape) * np.float32(math.sqrt(self.variance(shape))), dtype, out_sharding)
 
 
@@ -49,9 +49,9 @@ class HeVariance:
     out_axis: int = -1
 
     def __call__(self, shape: Shape) -> float:
-        _check_kernel(shape)
-        c_in, c_out = (_at(shape, axis) for axis in (self.in_axis, self.out_axis))
-        taps, fed = math.prod(shape) // (c_in * c_out), _per_group(shape, c_out, self.groups)
+        check_kernel(shape)
+        c_in, c_out = (size_at(shape, axis) for axis in (self.in_axis, self.out_axis))
+        taps, fed = math.prod(shape) // (c_in * c_out), per_group(shape, c_out, self.groups)
         return self.gain.forward / (taps * c_in) if self.mode == "fan_in" else self.gain.backward / (taps * fed)
 
 
@@ -62,7 +62,7 @@ class BrockVariance:
     gain: Gain
 
     def __call__(self, shape: Shape) -> float:
-        c_in, _ = _check_kernel(shape)
+        c_in, _ = check_kernel(shape)
         return self.gain.channel / (math.prod(shape[:-2]) * c_in)
 
 
@@ -77,8 +77,8 @@ class EffectiveFanOutVariance:
     groups: int = 1
 
     def __call__(self, shape: Shape) -> float:
-        _, c_out = _check_kernel(shape)
-        fed = _per_group(shape, c_out, self.groups)
+        _, c_out = check_kernel(shape)
+        fed = per_group(shape, c_out, self.groups)
         return self.gain.backward / (fed * effective_taps(shape[:-2], self.stride, self.padding, self.spatial_size))
 
 
@@ -109,7 +109,7 @@ def he_normal(
     Raises:
         ValueError: The mode is unknown or, when a kernel is drawn, the groups do not divide c_out.
     """
-    groups = _check_groups(feature_group_count)
+    groups = check_groups(feature_group_count)
     if not isinstance(in_axis, int) or not isinstance(out_axis, int) or in_axis == out_axis:
         raise ValueError(f"in_axis={in_axis!r}, out_axis={out_axis!r}: expected two different axes, such as -2 and -1")
     if mode not in ("fan_in", "fan_out"):
@@ -126,7 +126,7 @@ class Standardized:
     per: Literal["kernel", "channel"] = "kernel"
 
     def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
-        _, c_out = _check_kernel(shape)
+        _, c_out = check_kernel(shape)
         size = math.prod(shape)
         if size // (c_out if self.per == "channel" else 1) < 2:
             whole = (
@@ -138,7 +138,7 @@ class Standardized:
                 f"cannot standardize a {whole}: it has one element, whose variance is 0 whatever it is; "
                 "use an initializer without standardize for this layer"
             )
-        _check_dtype(dtype)
+        check_dtype(dtype)
         variance = self.variance(shape)
         if not (math.isfinite(variance) and variance > 0):
             raise ValueError(f"variance {variance} of a kernel of shape {tuple(shape)} must be finite and positive")
@@ -246,7 +246,7 @@ def he_effective_fan_out(
     """
     stride = stride if isinstance(stride, int) else tuple(stride)
     spatial_size = spatial_size if spatial_size is None or isinstance(spatial_size, int) else tuple(spatial_size)
-    groups = _check_groups(feature_group_count)
+    groups = check_groups(feature_group_count)
     variance = EffectiveFanOutVariance(gain(activation), stride, padding, spatial_size, groups)
     return EffectiveFanOut(Normal(variance), variance)
 
@@ -347,44 +347,6 @@ def check_initializer(init: Any, what: str = "init") -> None:
         jax.eval_shape(draw, jax.random.key(0))
     if found and found[0]:
         raise ValueError(f"{what}={name} returns a {found[0]}: {advice}")
-
-
-def _check_groups(groups: Any) -> int:
-    if not isinstance(groups, int | np.integer) or isinstance(groups, bool) or groups < 1:
-        raise ValueError(f"feature_group_count={groups!r} must be a positive integer")
-    return int(groups)
-
-
-def _per_group(shape: Shape, c_out: int, groups: int) -> int:
-    """The output channels of one group."""
-    if c_out % groups:
-        raise ValueError(
-            f"feature_group_count={groups} does not divide the {c_out} output channels of a kernel of shape "
-            f"{tuple(shape)}"
-        )
-    return c_out // groups
-
-
-def _at(shape: Shape, axis: int) -> int:
-    if not -len(shape) <= axis < len(shape):
-        raise ValueError(f"axis {axis} does not exist in a kernel of shape {tuple(shape)}")
-    return shape[axis]
-
-
-def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"dtype {jnp.dtype(dtype).name} cannot hold a kernel, whose weights are fractions: expected a "
-            "floating-point dtype, such as float32 or bfloat16"
-        )
-
-
-def _check_kernel(shape: Shape) -> tuple[int, int]:
-    if len(shape) < 2 or min(shape) < 1:
-        raise ValueError(
-            f"shape {tuple(shape)} is no kernel: expected [*window, c_in, c_out], rank 2 or more, no empty axis"
-        )
-    return shape[-2], shape[-1]
 
 
 def _standardize_values(kernel: Any, variance: float, per: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 
 import numpy as np
@@ -41,12 +42,12 @@ class Progress:
         `log_every`, or the end of an epoch.
         """
         step = self.step if step is None else step
-        epoch_end = self.epoch_ends[np.searchsorted(self.epoch_ends, step, side="right")]
+        epoch_end = self.epoch_ends[bisect.bisect_right(self.epoch_ends, step)]
         return min(epoch_end, (step // self.log_every + 1) * self.log_every)
 
     def epochs_ended(self) -> int | None:
         """The number of the epoch that ends with this step, counted from 1; None within an epoch."""
-        number = int(np.searchsorted(self.epoch_ends, self.step, side="right"))
+        number = bisect.bisect_right(self.epoch_ends, self.step)
         return number if number and self.epoch_ends[number - 1] == self.step else None
 
     def add(self, sums: Mapping[str, np.ndarray]) -> None:

@@ -89,6 +89,7 @@ class Run:
     tested: dict[str, float] | None = None
     stopped: bool = False
     _parts: list[tuple[int, Sums]] = dataclasses.field(default_factory=list)  # of the dispatches since the last report
+    _dispatched: int = 0  # steps in them
     _vote: Any = None  # of the dispatch that runs
 
     def work(self) -> Iterator[Batch | Steps]:
@@ -109,11 +110,12 @@ class Run:
         self.state, sums = self.train_step(self.state, work, self.key)
         count = int(work.count) if isinstance(work, Steps) else 1
         self._parts.append((count, sums))
+        self._dispatched += count
         # One dispatch runs while the next is prepared, and no more: the bar and signals stay close to the device.
         jax.block_until_ready(before)
         self.bar.advance(count)
         self.interrupts.heed()  # until the first step is compiled and on its way there is nothing to save
-        at_report = self.progress.step + sum(n for n, _ in self._parts) == self.progress.next_stop()
+        at_report = self.progress.step + self._dispatched == self.progress.next_stop()
         # At a report everything is waited for: the last dispatch's votes are known as well.
         self.stopped = self.votes.stop(self._vote if at_report else voted)
         return at_report or self.stopped
@@ -124,7 +126,7 @@ class Run:
         Raises:
             TrainingDivergedError: A step was not finite.
         """
-        sums, self._parts = step.fetch(self._parts), []
+        sums, self._parts, self._dispatched = step.fetch(self._parts), [], 0
         self.bar.settle()
         first, stop = self.progress.step, self.progress.next_stop()
         self.progress.step += len(sums["count"])

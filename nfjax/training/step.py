@@ -78,8 +78,8 @@ def train_step(state: TrainState, batch: Batch, key: jax.Array, *, task: Task) -
     Returns:
         The state after the step and the batch's sums, {"loss", "correct", "count", "grad_norm"}, each [].
     """
-    examples = _examples(batch, rng.of_step(key, state.step), task)
-    grads, loss, sums, batch_stats = _gradient(state, examples, rng.of_step(key, state.step), task)
+    key = rng.of_step(key, state.step)
+    grads, loss, sums, batch_stats = _gradient(state, _examples(batch, key, task), key, task)
     grad_norm = optax.tree.norm(grads)
     updates, opt = task.optimizer.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
