@@ -36,8 +36,16 @@ def load_model(workdir: str, step: int | None = None, ema: bool = False) -> nnx.
     """
     folder = mirror.pull(workdir, "evaluation")
     config = files.read_config(folder)
-    step = _known_step(folder, step)
-    return _model(folder, config, step, _restored(folder, step), ema)
+    step, model = _known_step(folder, step), _network(folder, config)
+    return _trained(model, folder, config, step, _restored(folder, step), ema)
+
+
+def _network(folder: pathlib.Path, config: ConfigDict) -> nnx.Module:
+    """The network of a run, its shapes alone. Raises ValueError where the config describes none."""
+    try:
+        return networks.shapes(config, len(files.read_data(folder).class_names))
+    except ValueError as error:
+        raise ValueError(f"{folder / files.CONFIG} describes no network that can be built: {error}") from error
 
 
 def _restored(folder: pathlib.Path, step: int) -> dict[str, Any]:
@@ -52,12 +60,10 @@ def _restored(folder: pathlib.Path, step: int) -> dict[str, Any]:
         checkpoints.close()
 
 
-def _model(folder: pathlib.Path, config: ConfigDict, step: int, state: dict[str, Any], ema: bool) -> nnx.Module:
-    """The network of a run with the weights of a checkpoint's state; arguments and errors as of `load_model`."""
-    try:
-        model = networks.shapes(config, len(files.read_data(folder).class_names))
-    except ValueError as error:
-        raise ValueError(f"{folder / files.CONFIG} describes no network that can be built: {error}") from error
+def _trained(
+    model: nnx.Module, folder: pathlib.Path, config: ConfigDict, step: int, state: dict[str, Any], ema: bool
+) -> nnx.Module:
+    """`model` with the weights of a checkpoint's state; other arguments and errors as of `load_model`."""
     if ema and "ema" not in state:
         raise ValueError(f"{folder} has no average of the weights: it was trained without --config.optim.ema_decay")
     weights, where = state["ema"] if ema else state, mirror.location(folder).absolute() / checkpoint.FOLDER
@@ -125,7 +131,7 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     state = _restored(folder, step)
 
     def score(ema: bool) -> dict[str, float]:
-        network, *weights = networks.as_functions(_model(folder, config, step, state, ema))
+        network, *weights = networks.as_functions(_trained(_network(folder, config), folder, config, step, state, ema))
         weights = sharding.place(weights, sharding.replicated(mesh))
         return evaluation.score(network, normalize, test_loader, *weights)
 
