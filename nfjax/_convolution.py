@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-# From this jaxlib on, XLA's convolutions on a CPU can be oneDNN's (see `_cpu.compiler_options`), and the gradient of a
-# kernel is best one of them. Before, it is best a product.
-ONEDNN = tuple(map(int, jax.lib.__version__.split(".")[:2])) >= (0, 11)
+from nfjax import _cpu
+
 # A gradient of a kernel is added up over groups of images, small enough for the caches: of so many images where it is a
 # convolution, which has them for channels (as many as AVX-512 has lanes); of patches of so many bytes where a product.
 GROUP_IMAGES = 16
@@ -51,12 +50,13 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, [B, H, W, C], [k, k, C, D] -> [B, H', W', D], for `nnx.Conv` and `nn.Conv`.
 
-    What is not two-dimensional in NHWC and HWIO, has groups or a dilated input is JAX's own in everything.
+    What is not two-dimensional in NHWC and HWIO, not real, has groups or a dilated input is JAX's own in everything.
     """
     settings = {"dimension_numbers": dimension_numbers, "precision": precision} | others
     layout = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     asks_more = any(value not in (None, 1, (1, 1), [1, 1], x.dtype) for value in others.values())
-    if x.ndim != 4 or asks_more or layout != jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT):
+    plain = x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating) and not asks_more
+    if not plain or layout != jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=rhs_dilation, **settings)
     dilation = tuple(rhs_dilation or (1, 1))
     if isinstance(padding, str):
@@ -147,7 +147,7 @@ def _input_gradient(
 
 def _kernel_gradient(dy: jax.Array, x: jax.Array, shape: tuple[int, ...], window: _Window, precision: Any) -> jax.Array:
     """The gradient of the kernel, which has this shape, added up over groups of images."""
-    convolves = ONEDNN and window.strides == window.dilation == (1, 1)
+    convolves = _cpu.has_onednn() and window.strides == window.dilation == (1, 1)
     of_group = functools.partial(_by_convolution if convolves else _by_product, shape, window, precision)
     # Whoever differentiates this keeps x itself, not what a group makes of it.
     of_group = jax.checkpoint(of_group, prevent_cse=False)
@@ -155,10 +155,12 @@ def _kernel_gradient(dy: jax.Array, x: jax.Array, shape: tuple[int, ...], window
     patches = math.prod(dy.shape[1:3]) * math.prod(shape[:3]) * x.dtype.itemsize  # bytes of an image's
     size = min(images, GROUP_IMAGES if convolves else max(1, GROUP_BYTES // patches))
     first = images % size or size  # the others are full groups
-    total = of_group(x[:first], dy[:first])
+    # The sum is not rounded to two bytes at every group.
+    exact = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+    total = of_group(x[:first], dy[:first]).astype(exact)
     if first < images:
-        groups = (a[first:].reshape(-1, size, *a.shape[1:]) for a in (x, dy))
-        total, _ = jax.lax.scan(lambda total, group: (total + of_group(*group), None), total, tuple(groups))
+        groups = tuple(a[first:].reshape(-1, size, *a.shape[1:]) for a in (x, dy))
+        total, _ = jax.lax.scan(lambda total, group: (total + of_group(*group).astype(exact), None), total, groups)
     return total.astype(x.dtype)
 
 
@@ -174,7 +176,6 @@ def _by_convolution(shape: tuple[int, ...], window: _Window, precision: Any, x: 
         (*window.padding, (0, 0)),
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         precision=precision,
-        preferred_element_type=_sums(x.dtype),
     )[0]
 
 
@@ -195,11 +196,5 @@ def _by_product(shape: tuple[int, ...], window: _Window, precision: Any, x: jax.
         dy.reshape(-1, shape[3]),
         (((0,), (0,)), ((), ())),
         precision=precision,
-        preferred_element_type=_sums(x.dtype),
     )
     return product.reshape(shape)
-
-
-def _sums(dtype: jnp.dtype) -> jnp.dtype:
-    """What is added up over groups is not rounded to two bytes in between."""
-    return jnp.promote_types(dtype, jnp.float32)

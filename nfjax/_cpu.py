@@ -7,7 +7,10 @@ holds no trace of it.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
+from platform import libc_ver
 from typing import Any
 
 import jax
@@ -15,31 +18,47 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-# Bytes of an activation of the first stage for which a CPU's caches suffice, and parts of a batch that still pay, as
-# measured for docs/results/speed.md.
-CACHED = 4 * 2**20
-PARTS = (1, 2, 4)
+# Parameters of glibc's mallopt (malloc.h): M_ARENA_MAX, one heap for all threads, as those of a thread are of 64 MB at
+# most; M_MMAP_MAX, no block outside of it; M_TRIM_THRESHOLD, nothing is given back below 2 GB; M_TOP_PAD, it grows by
+# 1 GB at a time.
+GLIBC = {-8: 1, -4: 0, -1: 2 * 10**9, -2: 10**9}
+
+# Options of a compilation with which XLA takes oneDNN's convolutions and products, which jaxlib 0.11 brought: half the
+# time or less. YNNPACK's would go before them, and are left the sums alone, with which batch norm is 1.6 times as fast.
+# Before 0.11 the first option makes convolutions slower.
+ONEDNN: dict[str, Any] = {
+    "xla_cpu_experimental_onednn_custom_call": True,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+}
 
 
-def pointwise_convolution(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Any, **settings: Any
-) -> jax.Array:
-    """A 1x1 convolution without padding, called as `jax.lax.conv_general_dilated` is: [B, H, W, C], [1, 1, C, D] -> [B,
-    H', W', D].
+def has_onednn() -> bool:
+    """Whether XLA's programs for a CPU can call oneDNN."""
+    return jax.__version_info__ >= (0, 11)
 
-    XLA takes up to four times as long for it on a CPU as for the matrix product that it is.
+
+def compiler_options(platform: str, onednn: bool = True) -> dict[str, Any]:
+    """How a program for this platform is compiled.
+
+    Args:
+        platform: On all but a CPU as XLA does by itself.
+        onednn: Whether oneDNN is wanted.
     """
+    return ONEDNN if platform == "cpu" and onednn and has_onednn() else {}
 
-    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        x = x[:, :: strides[0], :: strides[1]]
-        precision = {name: settings.get(name) for name in ("precision", "preferred_element_type")}
-        product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0], **precision)
-        return product.reshape(*x.shape[:-1], -1)
 
-    def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+def keep_memory() -> None:
+    """Has memory that was freed stay with this process, on Linux with glibc; a process on an accelerator needs it less.
 
-    return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
+    XLA takes its buffers anew for every step, hundreds of megabytes that the system has to find and to clear again page
+    by page: a tenth of a ResNet's step. Only threads that begin later are affected by all of it, so call this before
+    JAX begins its own.
+    """
+    if sys.platform != "linux" or libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in GLIBC.items():
+        mallopt(option, value)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -65,34 +84,3 @@ def max_pool(x: jax.Array) -> jax.Array:
 def platform_of(mesh: Mesh) -> str:
     """The platform that a program over these devices is lowered for."""
     return mesh.devices.flat[0].platform
-
-
-def parts(platform: str, batch: int, side: int, features: int, dtype: jnp.dtype) -> int:
-    """In how many parts a device computes its part of a batch, so that the activations of a part stay in the caches.
-
-    Args:
-        platform: On all but a CPU it is one part.
-        batch: Images of one device.
-        side: Height and width of the activations of the first stage, in pixels.
-        features: Their channels.
-        dtype: Theirs.
-    """
-    if platform != "cpu":
-        return 1
-    activation = batch * side**2 * features * jnp.dtype(dtype).itemsize
-    dividing = [n for n in PARTS if batch % n == 0]
-    return next((n for n in dividing if activation / n <= CACHED), dividing[-1])
-
-
-def unroll(platform: str, length: int) -> int:
-    """How many turns of a loop over convolutions stand in the program: XLA runs those inside a loop many times slower
-    than outside on a CPU, because only the entry computation gets the layouts that its kernels take.
-    """
-    return length if platform == "cpu" else 1
-
-
-def steps_per_dispatch(platform: str, on_device: bool, most: int) -> int:
-    """Steps taken in one dispatch where the config does not say: `most` of them where the images lie on the device of
-    an accelerator; 1 on a CPU, where they would be a loop (see `unroll`).
-    """
-    return most if on_device and platform != "cpu" else 1

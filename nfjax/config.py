@@ -109,16 +109,18 @@ def base() -> ConfigDict:
     # Paper: none.
     config.optim.ema_decay = config_dict.placeholder(float)
 
-    # Training steps per dispatch, where the images are on the device. None: all up to the next log step on an
-    # accelerator, and 1 on CPU, where XLA runs convolutions inside a loop many times slower than outside. Ours.
+    # Training steps per dispatch, where the images are on the device. None: all up to the next log step. Ours.
     config.steps_per_dispatch = config_dict.placeholder(int)
 
     config.train = ConfigDict()
-    # Parts of a batch that are computed one after the other: the gradient of the whole, in the memory of one. On CPU,
-    # without batch norm, 1 becomes up to 4 where a part then stays in the caches. Ours.
+    # Parts of a batch that are computed one after the other: the gradient of the whole, in the memory of one. Ours.
     config.train.accumulate_steps = 1
     # Devices over which parameters and optimizer state are divided, 1 for a copy on each of them; ours.
     config.train.state_shards = 1
+    # On a CPU, whether convolutions and products are oneDNN's, where jaxlib has it (0.11 or newer); ours.
+    config.train.onednn = True
+    # On a CPU, whether the memory of a step is kept for the next one, where the system is Linux with glibc; ours.
+    config.train.keep_memory = True
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # training steps between two lines of metrics.jsonl; ours

@@ -133,7 +133,7 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
     def score(ema: bool) -> dict[str, float]:
         network, *weights = networks.as_functions(_trained(_network(folder, config), folder, config, step, state, ema))
         weights = sharding.place(weights, sharding.replicated(mesh))
-        return evaluation.score(network, normalize, test_loader, *weights)
+        return evaluation.score(network, normalize, test_loader, *weights, config.train.onednn)
 
     scores = {"step": step, **score(ema=False)}
     if config.optim.ema_decay is not None:

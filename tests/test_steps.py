@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 from tensorboardX.proto import event_pb2
 
 from nfjax import augment, data, resnet
-from nfjax import config as configs
 from nfjax.runs import checkpoint, metrics
 from nfjax.training import checks, loader, networks, optimizers, preprocessing, schedules
 from nfjax.training import loop as train
@@ -223,26 +222,6 @@ def test_parts_of_a_batch_add_up_to_it(norm, tiny_config):
             assert float(others["loss"]) != float(sums["loss"])
             for after, before in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(batch_stats), strict=True):
                 assert (np.asarray(after) != np.asarray(before)).any()
-
-
-def test_on_cpu_a_batch_is_computed_in_parts_that_fit_its_caches():
-    def parts(config, **changes):
-        config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-        return networks.count_parts(config, "cpu")
-
-    assert parts(configs.cifar(), batch_size=16) == 1  # 16 x 32 x 32 x 64 numbers of 4 bytes are 4 MiB
-    assert parts(configs.cifar(), batch_size=32) == 2
-    assert parts(configs.cifar(), batch_size=128) == 4
-    assert parts(configs.cifar(), batch_size=128, model__width=8) == 1
-    assert parts(configs.cifar(), batch_size=32, model__depth=50) == 4  # four times the features
-    assert parts(configs.cifar(), batch_size=90) == 2  # which 4 does not divide
-    assert parts(configs.imagenet(), batch_size=100) == 4
-    assert parts(configs.cifar(), batch_size=128, model__norm="batch") == 1
-    assert parts(configs.cifar(), batch_size=128, train__accumulate_steps=2) == 2
-    assert networks.count_parts(configs.cifar(), "gpu") == 1
-    own = configs.cifar()
-    own.model.name = "my_package:make"  # which may have a batch norm
-    assert parts(own, batch_size=128) == 1
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["device", "host"])

@@ -30,6 +30,7 @@ class Steps:
     """A training step of a config, with one batch that stays on the device, and neither augmentation nor a schedule."""
 
     def __init__(self) -> None:
+        _cpu.keep_memory()  # as `nfjax train` does
         self.losses: list[jax.Array] = []
 
     def prepare(self, classes: int, warm: int = 1, parameters: str | None = None, **case: Any) -> dict[str, Any]:
@@ -56,10 +57,11 @@ class Steps:
         self.state = sharding.place(state, sharding.of_state(state, mesh))
         batch = examples(settings.batch_size, settings.data.image_size, classes)
         self.batch, self.key = sharding.place(batch, sharding.by_batch(mesh)), jax.random.key(0)
-        parts = networks.count_parts(settings, _cpu.platform_of(mesh))
-        task = step.Task(functions, optimizer, preprocessing.make_preprocess(settings), parts=parts, mesh=mesh)
+        task = step.Task(functions, optimizer, preprocessing.make_preprocess(settings), mesh=mesh)
         built = time.perf_counter()
-        self.step = step.train_step.lower(self.state, self.batch, self.key, task=task).compile()
+        self.step = step.train_step.lower(self.state, self.batch, self.key, task=task).compile(
+            _cpu.compiler_options(_cpu.platform_of(mesh))
+        )
         compiled = time.perf_counter()
         first = self.take(1)
         self.take(warm - 1)

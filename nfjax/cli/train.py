@@ -43,11 +43,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _train(config: ConfigDict, arguments: argparse.Namespace) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the libraries below tell much; --verbosity=0 shows it
-    from nfjax import compilation, distributed  # here: --help and wrong flags are answered quickly
+    from nfjax import _cpu, compilation, distributed  # here: --help and wrong flags are answered quickly
     from nfjax.distributed import peers
     from nfjax.training import loop
 
     compilation.keep()
+    if config.train.keep_memory:
+        _cpu.keep_memory()
     try:
         distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
         loop.train(config, arguments.workdir)

@@ -108,7 +108,8 @@ def write_checkpoint(run: Run, accuracy: float | None = None) -> None:
 
 
 def _score(run: Run, epoch: int, params: object, batch_stats: object, of: str = "") -> dict[str, float]:
-    scores = evaluation.score(run.network, run.normalize, run.test_loader, params, batch_stats)
+    onednn = run.config.train.onednn
+    scores = evaluation.score(run.network, run.normalize, run.test_loader, params, batch_stats, onednn)
     if not np.isfinite(scores["loss"]):
         raise failures.not_finite(f"after epoch {epoch} the test loss{of} is not finite", run.checkpoints)
     return scores

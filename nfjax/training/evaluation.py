@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from nfjax import _cpu
 from nfjax.training import losses, step
 from nfjax.training.loader import Loader
 from nfjax.training.networks import Network
 
 
 def score(
-    network: Network, normalize: Callable[[jax.Array], jax.Array], loader: Loader, params: Any, batch_stats: Any
+    network: Network,
+    normalize: Callable[[jax.Array], jax.Array],
+    loader: Loader,
+    params: Any,
+    batch_stats: Any,
+    onednn: bool = True,
 ) -> dict[str, float]:
     """Loss and accuracy on all examples of a loader, but for those that cannot be read.
 
@@ -24,6 +31,7 @@ def score(
         loader: Of the split.
         params: Of the network.
         batch_stats: Likewise.
+        onednn: As `train.onednn`.
 
     Returns:
         {"loss", "accuracy", "images"}: mean cross-entropy in nats, a fraction in [0, 1], how many images were scored.
@@ -31,11 +39,17 @@ def score(
     Raises:
         ValueError: None of the images can be read.
     """
+    eval_step = _eval_step(_cpu.platform_of(loader.mesh), onednn)
     parts = [
-        (1, step.eval_step(params, batch_stats, batch, network=network, normalize=normalize))
-        for batch in loader.evaluate()
+        (1, eval_step(params, batch_stats, batch, network=network, normalize=normalize)) for batch in loader.evaluate()
     ]
     totals = {name: values.sum(dtype=np.float64) for name, values in step.fetch(parts).items()}
     if not totals["count"]:
         raise ValueError(f"none of the {loader.size} test images can be read; skipped.jsonl in the workdir says why")
     return losses.means(totals) | {"images": int(totals["count"])}
+
+
+@functools.cache  # so that what it has compiled is found again
+def _eval_step(platform: str, onednn: bool) -> Callable[..., step.Sums]:
+    options = _cpu.compiler_options(platform, onednn)
+    return jax.jit(step.eval_step.__wrapped__, static_argnames=("network", "normalize"), compiler_options=options)

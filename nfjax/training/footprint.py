@@ -51,15 +51,16 @@ class Compiled:
     Args:
         jitted: The function.
         say: Gets the line.
+        options: Of the compiler.
         **static: Its static arguments.
     """
 
-    def __init__(self, jitted: Any, say: Callable[[str], None], **static: Any):
-        self._jitted, self._say, self._static = jitted, say, static
+    def __init__(self, jitted: Any, say: Callable[[str], None], options: dict[str, Any], **static: Any):
+        self._jitted, self._say, self._options, self._static = jitted, say, options, static
         self._compiled: jax.stages.Compiled | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         if self._compiled is None:
-            self._compiled = self._jitted.lower(*arguments, **self._static).compile()
+            self._compiled = self._jitted.lower(*arguments, **self._static).compile(self._options)
             self._say(described(of(self._compiled), available(jax.local_devices()[0])))
         return self._compiled(*arguments)

@@ -213,7 +213,7 @@ class Loader:
 
     def __init__(self, size: int, batch_size: int, seed: int, mesh: Mesh):
         self.size, self.batch_size, self.seed, self.waited = size, batch_size, seed, 0.0
-        self._mesh, self._by_batch = mesh, sharding.by_batch(mesh)
+        self.mesh, self._by_batch = mesh, sharding.by_batch(mesh)
 
     def train(self, first: int, last: int, idle: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """The batches of training steps `first` to `last - 1`.
@@ -224,7 +224,7 @@ class Loader:
 
     def evaluate(self) -> Iterator[Batch]:
         """Batches in which every example stands once; the last one is filled up with masked ones."""
-        devices = self._mesh.size
+        devices = self.mesh.size
         batch_size = -(-self.batch_size // devices) * devices
         return self._batches(data.eval_orders(self.size, batch_size), lambda: False)
 
@@ -253,7 +253,7 @@ class DeviceLoader(Loader):
     def _batches(self, orders: Iterator[Order], idle: Callable[[], bool]) -> Iterator[Batch]:
         del idle  # there is nothing to wait for
         for order in orders:
-            yield step.gather(self._examples, order.indices, order.mask, mesh=self._mesh)
+            yield step.gather(self._examples, order.indices, order.mask, mesh=self.mesh)
 
 
 class HostLoader(Loader):

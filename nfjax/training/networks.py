@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nfjax import _cpu, _names, initializers, models, resnet
+from nfjax import _names, initializers, models
 from nfjax._names import lookup
 from nfjax.training import keywords, ranges
 from nfjax.training.ranges import Range
@@ -155,24 +155,6 @@ def describe(config: ConfigDict) -> str:
     norm = _settings(config)["norm"]
     norm = " without normalization" if norm is None else f" with {getattr(norm, '__name__', norm)} norm"
     return f"{title(config)}{norm}, {model.init}, width {model.width}{more}"
-
-
-def count_parts(config: ConfigDict, platform: str) -> int:
-    """In how many parts a step computes its batch: as many as the config says, but on a CPU more than one where that
-    lets a part stay in the caches. Not with batch norm, whose statistics are those of a part, nor for a network that is
-    not ours and may have some.
-    """
-    given = config.train.accumulate_steps
-    if given > 1 or config.model.name != "preact_resnet":
-        return given
-    settings = _settings(config)
-    if settings["norm"] is not None:
-        return given
-    block, _ = resnet.stages(settings["depth"], settings["stage_sizes"], settings["block"])
-    side = config.data.image_size // (4 if settings["stem"] == "imagenet" else 1)
-    features = settings["width"] * block.expansion
-    batch = config.batch_size // jax.device_count()
-    return _cpu.parts(platform, batch, side, features, DTYPES[config.model.dtype])
 
 
 # ---------------------------------------------------------------- a model as functions

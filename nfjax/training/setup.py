@@ -209,7 +209,6 @@ def _train_step(
     config: ConfigDict, network: networks.Network, optimizer: optax.GradientTransformation, mesh: Mesh, size: int
 ) -> tuple[Callable[..., tuple[TrainState, Sums]], int]:
     """The compiled step of a config, and how many steps one call of it takes."""
-    platform = _cpu.platform_of(mesh)
     task = Task(
         network,
         optimizer,
@@ -217,14 +216,15 @@ def _train_step(
         preprocessing.make_mix(config),
         config.optim.label_smoothing,
         config.optim.ema_decay,
-        networks.count_parts(config, platform),
+        config.train.accumulate_steps,
         mesh,
     )
-    given, on_device = config.steps_per_dispatch, config.data.keep == "device"
-    length = given or _cpu.steps_per_dispatch(platform, on_device, config.log.every_steps)
     # A report or the end of an epoch ends a dispatch: more room would be taken for nothing.
-    length = min(length, config.log.every_steps, -(-size // config.batch_size))
-    return footprint.Compiled(step.train_step if length == 1 else step.train_steps, say, task=task), length
+    longest = min(config.log.every_steps, -(-size // config.batch_size))
+    length = min(config.steps_per_dispatch or (longest if config.data.keep == "device" else 1), longest)
+    function = step.train_step if length == 1 else step.train_steps
+    options = _cpu.compiler_options(_cpu.platform_of(mesh), config.train.onednn)
+    return footprint.Compiled(function, say, options, task=task), length
 
 
 def _monitor(

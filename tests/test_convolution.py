@@ -1,0 +1,183 @@
+"""The convolution of our layers: JAX's own value, and gradients in another form on a CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from nfjax import _convolution, _cpu
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+JAX = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=LAYOUT)
+OURS = functools.partial(_convolution.conv_general_dilated, dimension_numbers=LAYOUT)
+
+# Images, height and width, kernel, strides, padding, dilation: of full groups of images, with a rest, of a single one.
+WINDOWS = {
+    "3x3": (32, (8, 8), (3, 3), (1, 1), "SAME", (1, 1)),
+    "rest": (37, (5, 7), (3, 3), (1, 1), "SAME", (1, 1)),
+    "few": (3, (6, 6), (3, 3), (1, 1), "VALID", (1, 1)),
+    "strided": (20, (9, 8), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1)),
+    "stem": (5, (16, 16), (7, 7), (2, 2), ((3, 3), (3, 3)), (1, 1)),
+    "uneven": (18, (7, 6), (2, 3), (3, 1), ((1, 0), (2, 1)), (1, 1)),
+    "dilated": (19, (9, 9), (3, 3), (1, 2), ((2, 2), (2, 2)), (2, 2)),
+    "1x1": (6, (5, 5), (1, 1), (2, 2), "VALID", (1, 1)),
+}
+TRANSFORMATIONS = {
+    "reverse": lambda f, x, w: jax.vjp(f, x, w)[1](jnp.sin(f(x, w))),
+    "forward": lambda f, x, w: jax.jvp(f, (x, w), (x + 1, w * w)),
+    "forward over reverse": lambda f, x, w: jax.jvp(jax.grad(lambda w: (f(x, w) ** 2).sum()), (w,), (w + 1,))[1],
+    "reverse over reverse": lambda f, x, w: jax.grad(
+        lambda x: (jax.grad(lambda w: jnp.sin(f(x, w)).sum())(w) ** 2).sum()
+    )(x),
+    "vmap of kernels": lambda f, x, w: jax.vmap(jax.grad(lambda w: (f(x, w) ** 2).sum()))(jnp.stack([w, -w, w * w])),
+    "vmap of images": lambda f, x, w: jax.vmap(jax.grad(lambda x: (f(x[None], w) ** 2).sum()))(x),
+}  # fmt: skip
+
+
+def arguments(name, dtype=jnp.float32):
+    images, size, kernel, strides, padding, dilation = WINDOWS[name]
+    keys = jax.random.split(jax.random.key(0))
+    x, w = jax.random.normal(keys[0], (images, *size, 4)), jax.random.normal(keys[1], (*kernel, 4, 6))
+    return x.astype(dtype), w.astype(dtype), {"window_strides": strides, "padding": padding, "rhs_dilation": dilation}
+
+
+def calls(settings):
+    """(JAX's own, ours) as functions of images and kernel."""
+    strides, padding, dilation = settings.values()
+    return tuple(lambda x, w, f=f: f(x, w, strides, padding, rhs_dilation=dilation) for f in (JAX, OURS))
+
+
+def difference(ours, expected):
+    """The largest, relative to the largest value expected."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True)
+    scaled = ((np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs)
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in scaled)
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "products"])
+def form(request, monkeypatch):
+    """Both forms of the kernel's gradient, and groups small enough that there are several."""
+    monkeypatch.setattr(_cpu, "has_onednn", lambda: request.param)
+    monkeypatch.setattr(_convolution, "GROUP_BYTES", 2**15)
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_every_derivative_is_that_of_jax(form, name, transformation):
+    x, w, settings = arguments(name)
+    results = [jax.jit(functools.partial(TRANSFORMATIONS[transformation], f))(x, w) for f in calls(settings)]
+    assert difference(results[1], results[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["rest", "strided"])
+def test_sums_over_groups_are_not_rounded_to_bfloat16(form, monkeypatch, name):
+    monkeypatch.setattr(_convolution, "GROUP_IMAGES", 1)
+    monkeypatch.setattr(_convolution, "GROUP_BYTES", 1)
+    x, w, settings = arguments(name, jnp.bfloat16)
+    plain, ours = (jax.jit(functools.partial(TRANSFORMATIONS["reverse"], f))(x, w) for f in calls(settings))
+    assert {leaf.dtype for leaf in ours} == {jnp.dtype(jnp.bfloat16)}
+    assert difference(ours, plain) < 0.005
+
+
+def test_the_form_is_that_of_the_platform_it_is_lowered_for(form):
+    x, w, settings = arguments("3x3")
+
+    def convolutions(f, platform):
+        """The shapes of their operands and results."""
+        gradient = jax.jit(jax.grad(lambda w: (f(x, w) ** 2).sum()))
+        lines = gradient.trace(w).lower(lowering_platforms=(platform,)).as_text().splitlines()
+        return sorted(line.split(" : ")[-1] for line in lines if "stablehlo.convolution" in line)
+
+    plain, ours = calls(settings)
+    for platform in ("cuda", "tpu"):
+        assert convolutions(ours, platform) == convolutions(plain, platform)
+    assert convolutions(ours, "cpu") != convolutions(plain, "cpu")
+
+
+def test_a_gradient_can_be_exported_for_all_platforms_at_once(form):
+    x, w, settings = arguments("rest")
+    gradients = [jax.jit(jax.grad(lambda w, x, f=f: (f(x, w) ** 2).sum())) for f in calls(settings)]
+    program = jax.export.export(gradients[1], platforms=("cpu", "cuda", "tpu"))(w, x)
+    assert difference(program.call(w, x), gradients[0](w, x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["rest", "strided"])
+def test_in_a_loop_under_shard_map_with_its_checks(form, name):
+    x, w, settings = arguments(name)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("data")
+
+    def gradient(f):
+        of_device = jax.grad(lambda w, x: (f(x, w) ** 2).sum())
+        of_all = jax.shard_map(
+            lambda w, x: jax.lax.psum(of_device(jax.lax.pcast(w, "data", to="varying"), x), "data"),
+            mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec(),
+        )  # fmt: skip
+        return jax.jit(lambda w, x: jax.lax.scan(lambda w, _: (w - 1e-6 * of_all(w, x), None), w, None, length=3)[0])(
+            w, x
+        )
+
+    expected, ours = map(gradient, calls(settings))
+    assert difference(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shapes", "settings"),
+    [
+        (((4, 6, 6, 4), (3, 3, 2, 6)), {"feature_group_count": 2}),
+        (((4, 6, 6, 4), (3, 3, 4, 6)), {"batch_group_count": 2}),
+        (((4, 6, 6, 4), (3, 3, 4, 6)), {"lhs_dilation": (2, 2)}),
+        (((4, 4, 6, 6), (6, 4, 3, 3)), {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}),
+    ],
+    ids=["groups", "batch groups", "dilated input", "NCHW"],
+)
+def test_what_is_not_plain_is_jaxs_own(shapes, settings):
+    x, w = map(jnp.ones, shapes)
+    settings = {"dimension_numbers": LAYOUT} | settings
+    plain, ours = (
+        str(jax.make_jaxpr(lambda x, w, f=f: f(x, w, (1, 1), ((1, 1), (1, 1)), **settings))(x, w))
+        for f in (jax.lax.conv_general_dilated, _convolution.conv_general_dilated)
+    )
+    assert plain == ours
+
+
+def test_one_dimension_is_jaxs_own():
+    x, w = jnp.ones((2, 8, 3)), jnp.ones((3, 3, 4))
+    numbers = ("NWC", "WIO", "NWC")
+    ours = _convolution.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=numbers)
+    np.testing.assert_array_equal(ours, jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=numbers))
+
+
+def test_layers_of_flax_take_it():
+    x = jax.random.normal(jax.random.key(0), (3, 6, 6, 4))
+    ours = nnx.Conv(4, 5, (3, 3), strides=2, conv_general_dilated=_convolution.conv_general_dilated, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(ours(x), nnx.Conv(4, 5, (3, 3), strides=2, rngs=nnx.Rngs(0))(x), rtol=1e-6)
+    linen = nn.Conv(5, (3, 3), conv_general_dilated=_convolution.conv_general_dilated)
+    variables = linen.init(jax.random.key(0), x)
+    np.testing.assert_allclose(linen.apply(variables, x), nn.Conv(5, (3, 3)).apply(variables, x), rtol=1e-6)
+
+
+def test_images_without_a_gradient_cost_none(form):
+    x, w, settings = arguments("3x3")
+    _, ours = calls(settings)
+
+    def convolutions(arguments):
+        program = jax.jit(jax.grad(lambda x, w: (ours(x, w) ** 2).sum(), arguments)).lower(x, w).as_text()
+        return program.count("stablehlo.convolution")
+
+    assert convolutions((0, 1)) == convolutions(1) + 1
+
+
+def test_a_cpus_programs_have_onednn_where_they_may():
+    options = _cpu.compiler_options("cpu")
+    assert bool(options) is (jax.__version_info__ >= (0, 11))
+    assert not _cpu.compiler_options("gpu")
+    assert not _cpu.compiler_options("cpu", onednn=False)
+    x, w, settings = arguments("3x3")
+    program = jax.jit(calls(settings)[1]).lower(x, w).compile(options)
+    assert ("__onednn$" in program.as_text()) is bool(options)
