@@ -73,7 +73,7 @@ def run(monkeypatch, *arguments):
 
 
 def test_every_figure_names_curves_and_labels_them_once():
-    for grid in [*_grids.GRIDS.values(), _grids.ablations(30)]:
+    for grid in [*_grids.GRIDS.values(), _grids.DEPTH, _grids.ablations(30)]:
         assert grid.dataset in _runs.BASES
         assert all(cell.curve in CURVES for cell in grid.cells)
         assert len({cell.label for cell in grid.cells}) == len(grid.cells)
@@ -557,11 +557,11 @@ def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch
     flags = ["figure7", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *TINY_FLAGS]
     started, real = [], train.train
 
-    def one(config, workdir):
+    def one(config, workdir, more):
         started.append(workdir)
         if len(started) == 2:
             raise preemption.TrainingInterruptedError("interrupted: saved")
-        return real(config, workdir)
+        return real(config, workdir, more)
 
     monkeypatch.setattr(train, "train", one)
     with pytest.raises(SystemExit) as stopped:
@@ -605,7 +605,7 @@ def test_a_grid_is_trained_once_resumed_and_compiled_once(tiny_grid, monkeypatch
 def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsys):
     flags = ["figure7", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *TINY_FLAGS]
 
-    def diverging(config, workdir):
+    def diverging(config, workdir, more):
         pathlib.Path(workdir).mkdir(parents=True)
         (pathlib.Path(workdir) / "versions.json").write_text(json.dumps([START]))
         raise train.TrainingDivergedError("at step 3 the loss is nan; no checkpoint was saved yet. Try a smaller one")

@@ -89,8 +89,9 @@ class Grid:
 
 GRIDS = {
     "cpu": Grid(((32, 32),), (18, 50, 101), ("float32",), ("nfjax", "eager", "compile"), turns=5, steps=1, warm=2),
+    # First batches near the best of which all sides fit into 80 GB together, then each side's own best.
     "gpu": Grid(
-        shapes=((224, 64), (224, "max"), (32, 128), (32, 1024)),
+        shapes=((224, 128), (32, 512), (224, "max"), (32, "max"), (32, 128)),
         depths=(50, 18, 101),
         dtypes=("bfloat16", "float32"),
         sides=tuple(SIDES),
