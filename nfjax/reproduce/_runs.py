@@ -211,6 +211,13 @@ def train_missing(grid: Grid, request: Request) -> None:
         print(f"\n{forecast.summary()}", flush=True)
 
 
+def check_first(grid: Grid, request: Request) -> None:
+    """Raises ValueError where the first run of a grid could not be started, for its settings or its images."""
+    run = planned(grid, request)[0]
+    checks.check(run.config)
+    open_data(grid.dataset, run.config)
+
+
 def open_data(dataset: str, config: ConfigDict) -> data.Dataset:
     """The images of a config, where they may be those of a data set.
 
