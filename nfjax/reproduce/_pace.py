@@ -125,8 +125,10 @@ class Forecast:
 
     def summary(self) -> str:
         """What was left out, and the way out."""
-        more = f" --minutes={math.ceil(self._least)} are enough for the shortest, and" if self._least < math.inf else ""
-        return f"{self.left_out} runs do not end in the time that is left:{more} fewer --epochs make them shorter"
+        enough = (
+            f"--minutes={math.ceil(self._least)} is enough for the shortest, and " if self._least < math.inf else ""
+        )
+        return f"{self.left_out} runs do not end in the time that is left: {enough}fewer --epochs make them shorter"
 
     def _pace(self, config: ConfigDict) -> Pace | None:
         """None, which is told, where there is no use in measuring it."""
@@ -139,6 +141,7 @@ class Forecast:
             if self.left <= self._longest:
                 print(f"not started: measuring a step would take the {shown(self.left)} that are left")
                 return None
+            print("measuring a step", flush=True)
             begin = time.monotonic()
             self._paces[key] = measure(config)
             self._longest = max(self._longest, time.monotonic() - begin)
