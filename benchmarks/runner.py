@@ -200,7 +200,10 @@ def run(name: str, case: Case, arguments: argparse.Namespace, begin: float) -> N
             try:
                 record = next(measured, None)
             except turns.TimeOverError:
-                print(f"{name}: what was being measured did not end in time, and is given up", flush=True)
+                print(
+                    f"{name}: what was begun last did not end in time and is given up: it takes more --minutes",
+                    flush=True,
+                )
                 break
             if record is None:
                 break

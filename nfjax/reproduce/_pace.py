@@ -82,7 +82,7 @@ def measure(config: ConfigDict) -> Pace:
 
 
 class Forecast:
-    """Tells before each run how long it will take, and which does not end in time.
+    """How long each run will take, and which does not end in time.
 
     Args:
         until: By `time.monotonic`, when all has to be over; infinity for no end, where nothing is measured or told.
@@ -103,25 +103,22 @@ class Forecast:
         """Seconds."""
         return self._until - time.monotonic()
 
-    def fits(self, config: ConfigDict, workdir: pathlib.Path) -> bool:
-        """Whether a run ends in time, in a line with its time where that is known."""
+    def of(self, config: ConfigDict, workdir: pathlib.Path) -> tuple[bool, str]:
+        """Whether a run is to be started, and its time or why not, for a person."""
         if math.isinf(self._until):
-            return True
-        pace = self._pace(config)
-        if pace is None:
+            return True, ""
+        if isinstance(pace := self._pace(config), str):
             self.left_out += 1
-            return False
+            return False, f": not started, {pace}"
         done = sum(line["kind"] == "epoch" for line in metrics.read(workdir))
         needed = pace.seconds(config, self._images, min(done, config.epochs))
-        told = f"about {shown(needed)}, at {1000 * pace.step:.3g} ms a step as measured; {shown(self.left)} are left"
+        told = f"about {shown(needed)} at {1000 * pace.step:.3g} ms a step, {shown(self.left)} are left"
         if RESERVE * needed <= self.left:
-            print(told, flush=True)
-            return True
-        print(f"not started: {told}", flush=True)
+            return True, f": {told}"
         self.left_out += 1
         self._too_deep = min(self._too_deep, config.model.depth)
         self._least = min(self._least, RESERVE * needed / 60)
-        return False
+        return False, f": not started, {told}"
 
     def summary(self) -> str:
         """What was left out, and the way out."""
@@ -130,18 +127,16 @@ class Forecast:
         )
         return f"{self.left_out} runs do not end in the time that is left: {enough}fewer --epochs make them shorter"
 
-    def _pace(self, config: ConfigDict) -> Pace | None:
-        """None, which is told, where there is no use in measuring it."""
+    def _pace(self, config: ConfigDict) -> Pace | str:
+        """Why not, where there is no use in measuring it."""
         key = _key(config)
         if key not in self._paces:
             # A deeper network takes no less time than one that was measured, and whatever is compiled takes time.
             if config.model.depth > self._too_deep:
-                print(f"not started: deeper than one that does not end in the {shown(self.left)} that are left")
-                return None
+                return "deeper than one that does not end in time"
             if self.left <= self._longest:
-                print(f"not started: measuring a step would take the {shown(self.left)} that are left")
-                return None
-            print("measuring a step", flush=True)
+                return f"measuring a step takes the {shown(self.left)} that are left"
+            print(f"\nmeasuring a step of {networks.title(config)}", flush=True)
             begin = time.monotonic()
             self._paces[key] = measure(config)
             self._longest = max(self._longest, time.monotonic() - begin)

@@ -189,9 +189,10 @@ def train_missing(grid: Grid, request: Request) -> None:
     _check_name(grid.dataset, runs, request, fingerprint)
     print(f"{grid.title}: {len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
     for number, run in enumerate(missing, 1):
-        print(f"\n{number}/{len(missing)}    {run}", flush=True)
         workdir = request.runs / _folder(run, request.data_name, fingerprint)
-        if not forecast.fits(run.config, workdir):
+        starts, told = forecast.of(run.config, workdir)
+        print(f"\n{number}/{len(missing)}    {run}{told}", flush=True)
+        if not starts:
             continue
         diverged = None
         try:

@@ -159,8 +159,10 @@ class TrainingFigure:
         curves = list(dict.fromkeys(cell.curve for cell in self.grid.cells if self.found[cell.label]))
         looks = styles(curves)
         for axes, split in zip(figure.subplots(1, 2), ("train", "test"), strict=True):
-            for curve in curves:
-                groups = [(cell.depth, self.found[cell.label]) for cell in self.grid.cells if cell.curve == curve]
+            for number, curve in enumerate(curves):
+                aside = 1.02 ** (number - len(curves) // 2)  # so that bars do not cover each other
+                cells = [cell for cell in self.grid.cells if cell.curve == curve]
+                groups = [(aside * cell.depth, self.found[cell.label]) for cell in cells]
                 _draw_by_depth(axes, groups, f"{split}_accuracy", looks[curve], curve)
             axes.set(xlabel="layers", ylabel=f"{'training' if split == 'train' else split} accuracy at the end (%)")
             axes.set_xscale("log")
@@ -311,7 +313,7 @@ def _draw(axes: Axes, group: Sequence[Record], name: str, look: spp.Style, label
 
 
 def _draw_by_depth(
-    axes: Axes, groups: Sequence[tuple[int, Sequence[Record]]], name: str, look: spp.Style, label: str
+    axes: Axes, groups: Sequence[tuple[float, Sequence[Record]]], name: str, look: spp.Style, label: str
 ) -> None:
     """The mean over seeds by depth, with a bar of one standard deviation; a cross where runs diverged."""
     drawn = {"color": look.color, "linestyle": look.linestyle}
