@@ -87,7 +87,7 @@ def jobs(request: Request, device: Device, torch_python: str | None = None, imag
         """sides: those beside nfjax."""
         there = torch_python is not None and sides
         chosen = [f"--sides=nfjax,{sides}", f"--torch-python={torch_python}"] if there else ["--sides=nfjax"]
-        alone = "" if there or not sides else " (nfjax alone: PyTorch is another interpreter, --torch-python=PYTHON)"
+        alone = " (nfjax alone: PyTorch is another interpreter, --torch-python=PYTHON)" if sides and not there else ""
         command = ["-m", "benchmarks", case, f"--out={request.out.resolve()}", *chosen, *flags, "--missing"]
         return Job(about + alone, command, share, packed or obstacle)
 

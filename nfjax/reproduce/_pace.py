@@ -29,6 +29,7 @@ FILE = "paces.json"
 TIMED = 2.0  # seconds of steps that are timed, at least two dispatches of them
 EVALUATION = 1 / 3  # of the time of a training step for as many images: it goes forward, and back, which is twice that
 RESERVE = 1.1  # so many times what is expected has to be left
+DRAWING = 5.0  # seconds after the last run, for figures and tables
 # What changes nothing in the time of a step.
 ELSEWHERE = ("seed", "epochs", "model.init", "optim.learning_rate", "optim.weight_decay", "data.share")
 
@@ -101,7 +102,7 @@ class Forecast:
     @property
     def left(self) -> float:
         """Seconds."""
-        return self._until - time.monotonic()
+        return self._until - DRAWING - time.monotonic()
 
     def of(self, config: ConfigDict, workdir: pathlib.Path) -> tuple[bool, str]:
         """Whether a run is to be started, and its time or why not, for a person."""
@@ -125,7 +126,8 @@ class Forecast:
         enough = (
             f"--minutes={math.ceil(self._least)} is enough for the shortest, and " if self._least < math.inf else ""
         )
-        return f"{self.left_out} runs do not end in the time that is left: {enough}fewer --epochs make them shorter"
+        runs = "1 run does" if self.left_out == 1 else f"{self.left_out} runs do"
+        return f"{runs} not end in the time that is left: {enough}with fewer --epochs a run is shorter"
 
     def _pace(self, config: ConfigDict) -> Pace | str:
         """Why not, where there is no use in measuring it."""
