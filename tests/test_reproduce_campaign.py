@@ -56,7 +56,7 @@ def of(forecast, *arguments, **changes):
 
 
 def test_what_does_not_end_is_not_started_and_nothing_deeper_is_measured(measured, tmp_path):
-    forecast = _pace.Forecast(time.monotonic() + 25, tmp_path, IMAGES)
+    forecast = _pace.Forecast(time.monotonic() + 20, tmp_path, IMAGES)
     starts, told = of(forecast)
     assert starts
     assert told == ": about 8 s at 180 ms a step, 20 s are left"
@@ -74,7 +74,7 @@ def test_what_does_not_end_is_not_started_and_nothing_deeper_is_measured(measure
 
 def test_paces_are_kept_for_each_device_and_measured_again_where_they_are_damaged(measured, tmp_path, monkeypatch):
     def again():
-        assert of(_pace.Forecast(time.monotonic() + 25, tmp_path, IMAGES))[0]
+        assert of(_pace.Forecast(time.monotonic() + 20, tmp_path, IMAGES))[0]
 
     again()
     again()
@@ -93,7 +93,7 @@ def test_no_end_measures_and_tells_nothing(measured, tmp_path):
 
 
 def test_a_network_is_not_measured_where_that_takes_the_time_that_is_left(measured, tmp_path):
-    forecast = _pace.Forecast(time.monotonic() + 25, tmp_path, IMAGES)
+    forecast = _pace.Forecast(time.monotonic() + 20, tmp_path, IMAGES)
     forecast._longest = 30.0
     assert of(forecast) == (False, ": not started, measuring a step takes the 20 s that are left")
 

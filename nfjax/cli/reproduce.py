@@ -40,6 +40,7 @@ from nfjax.reproduce._runs import check_first, parse_changes, train_missing
 from nfjax.reproduce._training import training_figures
 
 CAMPAIGN = "campaign"
+DRAWING = 5.0  # seconds of the minutes that are left for figures and tables
 
 
 def add_arguments(parser: Parser) -> None:
@@ -135,7 +136,7 @@ def _request(arguments: argparse.Namespace, out: pathlib.Path) -> Request:
     if "runs" in given:
         given["runs"] = _made(pathlib.Path(given["runs"]), "--runs")
     there = {name: given[name] for name in ("data", "seeds", "data_name", "runs") if name in given}
-    until = time.monotonic() + 60 * minutes
+    until = time.monotonic() + 60 * minutes - DRAWING
     return Request(out=out, changes=changes, **there, networks=given.get("network", ()), until=until)
 
 

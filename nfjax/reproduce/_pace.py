@@ -29,7 +29,6 @@ FILE = "paces.json"
 TIMED = 2.0  # seconds of steps that are timed, at least two dispatches of them
 EVALUATION = 1 / 3  # of the time of a training step for as many images: it goes forward, and back, which is twice that
 RESERVE = 1.1  # so many times what is expected has to be left
-DRAWING = 5.0  # seconds after the last run, for figures and tables
 # What changes nothing in the time of a step.
 ELSEWHERE = ("seed", "epochs", "model.init", "optim.learning_rate", "optim.weight_decay", "data.share")
 
@@ -102,7 +101,7 @@ class Forecast:
     @property
     def left(self) -> float:
         """Seconds."""
-        return self._until - DRAWING - time.monotonic()
+        return self._until - time.monotonic()
 
     def of(self, config: ConfigDict, workdir: pathlib.Path) -> tuple[bool, str]:
         """Whether a run is to be started, and its time or why not, for a person."""
