@@ -63,7 +63,8 @@ def test_what_does_not_end_is_not_started_and_nothing_deeper_is_measured(measure
     assert of(forecast, seed=1, model__init="brock")[0]  # the same step
     starts, told = of(forecast, 50)
     assert not starts
-    assert told == ": not started, about 22 s at 500 ms a step, 20 s are left"
+    assert told == ": not started, about 22 s at 500 ms a step, 20 s are left, room for --epochs=3"
+    assert of(forecast, 50, epochs=3)[0]
     assert of(forecast, 101) == (False, ": not started, deeper than one that does not end in time")
     assert of(forecast, 50, BASELINE)[0] is False  # no deeper: it may be faster
     assert measured == [(18, None), (50, None), (50, "batch")]

@@ -649,6 +649,7 @@ def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsy
         ),
         (["figure7", "--config.model.width=wide"], "wide"),
         (["figure7", "--config.model.depth=50"], "model.depth is not for you to choose here"),
+        (["figure7", "--config.log.evaluate_every_epochs=5"], "the figures show every epoch"),
         (["figure7", "--width=8"], "unknown argument '--width=8': settings are flags such as --config.model.width=8"),
         (["figure4", "--data=x", "--config.data.source=synthetic"], "10 classes, expected the 100 of CIFAR-100"),
         (["figure7"], "no run of Figure 7"),

@@ -111,10 +111,12 @@ class Forecast:
             self.left_out += 1
             return False, f": not started, {pace}"
         done = sum(line["kind"] == "epoch" for line in metrics.read(workdir))
-        needed = pace.seconds(config, self._images, min(done, config.epochs))
-        told = f"about {shown(needed)} at {1000 * pace.step:.3g} ms a step, {shown(self.left)} are left"
-        if RESERVE * needed <= self.left:
+        needed, left = pace.seconds(config, self._images, min(done, config.epochs)), self.left
+        told = f"about {shown(needed)} at {1000 * pace.step:.3g} ms a step, {shown(left)} are left"
+        if RESERVE * needed <= left:
             return True, f": {told}"
+        room = int((left / RESERVE - pace.start) / (needed - pace.start) * config.epochs)
+        told += f", room for --epochs={room}" if room > 0 and not done else ""
         self.left_out += 1
         self._too_deep = min(self._too_deep, config.model.depth)
         self._least = min(self._least, RESERVE * needed / 60)
@@ -126,7 +128,7 @@ class Forecast:
             f"--minutes={math.ceil(self._least)} is enough for the shortest, and " if self._least < math.inf else ""
         )
         runs = "1 run does" if self.left_out == 1 else f"{self.left_out} runs do"
-        return f"{runs} not end in the time that is left: {enough}with fewer --epochs a run is shorter"
+        return f"{runs} not end in the time that is left: {enough}fewer --epochs make all of them shorter"
 
     def _pace(self, config: ConfigDict) -> Pace | str:
         """Why not, where there is no use in measuring it."""

@@ -96,6 +96,8 @@ def parse_changes(given: Sequence[settings.Setting]) -> dict[str, Any]:
         ValueError: There is no such field, it is one that the figures themselves set, or it cannot have such a value.
     """
     for setting in given:
+        if setting.field == "log.evaluate_every_epochs":
+            raise ValueError(f"{setting}: the figures show every epoch; to evaluate less often, use nfjax.main")
         if setting.field in (*_records.COMPARED, "data.dir"):
             raise ValueError(
                 f"{setting}: {setting.field} is not for you to choose here; --seeds and --data are, or use nfjax.main"
