@@ -50,6 +50,7 @@ def test_only_the_loop_and_what_surrounds_it_know_the_config():
     assert {name for name in readers if not name.startswith(rooms)} <= {
         "nfjax.config",
         "nfjax.evaluate",
+        "nfjax.reproduce._pace",
         "nfjax.reproduce._runs",
     }
     # A step knows no settings, nor do the state, the losses and the random streams.
