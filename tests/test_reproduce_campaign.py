@@ -74,8 +74,10 @@ def test_what_does_not_end_is_not_started_and_nothing_deeper_is_measured(measure
 
 
 def test_paces_are_kept_for_each_device_and_measured_again_where_they_are_damaged(measured, tmp_path, monkeypatch):
+    folder = tmp_path / "runs"  # which nobody has made
+
     def again():
-        assert of(_pace.Forecast(time.monotonic() + 20, tmp_path, IMAGES))[0]
+        assert of(_pace.Forecast(time.monotonic() + 20, folder, IMAGES))[0]
 
     again()
     again()
@@ -83,9 +85,23 @@ def test_paces_are_kept_for_each_device_and_measured_again_where_they_are_damage
     monkeypatch.setattr(os, "cpu_count", lambda: 999)
     again()
     assert len(measured) == 2
-    (tmp_path / _pace.FILE).write_text('{"x": {"start": -1, "step": 1}}')
+    (folder / _pace.FILE).write_text('{"x": {"start": -1, "step": 1}}')
     again()
     assert len(measured) == 3
+
+
+def test_a_run_that_was_stopped_takes_the_epochs_that_are_missing(measured, tmp_path):
+    def told(*epochs):
+        scores = {name: 0.5 for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy")}
+        lines = [json.dumps({"kind": "epoch", "step": 10 * epoch, "epoch": epoch} | scores) for epoch in epochs]
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return _pace.Forecast(time.monotonic() + 20, tmp_path, IMAGES).of(config(50), tmp_path)
+
+    assert told()[1] == ": not started, about 22 s at 500 ms a step, 20 s are left, room for --epochs=3"
+    assert told(1, 2) == (True, ": about 11 s at 500 ms a step, 20 s are left")
+    assert told(1, 2, 3, 4) == (True, ": about 1 s at 500 ms a step, 20 s are left")
+    (tmp_path / "metrics.jsonl").write_text("{}\n{}\n")
+    assert _pace.Forecast(time.monotonic() + 20, tmp_path, IMAGES).of(config(50), tmp_path)[0] is False
 
 
 def test_no_end_measures_and_tells_nothing(measured, tmp_path):

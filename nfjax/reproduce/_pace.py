@@ -110,13 +110,13 @@ class Forecast:
         if isinstance(pace := self._pace(config), str):
             self.left_out += 1
             return False, f": not started, {pace}"
-        done = sum(line["kind"] == "epoch" for line in metrics.read(workdir))
-        needed, left = pace.seconds(config, self._images, min(done, config.epochs)), self.left
+        done = _epochs_done(workdir, config.epochs)
+        needed, left = pace.seconds(config, self._images, done), self.left
         told = f"about {shown(needed)} at {1000 * pace.step:.3g} ms a step, {shown(left)} are left"
         if RESERVE * needed <= left:
             return True, f": {told}"
-        room = int((left / RESERVE - pace.start) / (needed - pace.start) * config.epochs)
-        told += f", room for --epochs={room}" if room > 0 and not done else ""
+        if not done and (room := int((left / RESERVE - pace.start) / (needed - pace.start) * config.epochs)) > 0:
+            told += f", room for --epochs={room}"
         self.left_out += 1
         self._too_deep = min(self._too_deep, config.model.depth)
         self._least = min(self._least, RESERVE * needed / 60)
@@ -143,6 +143,7 @@ class Forecast:
             begin = time.monotonic()
             self._paces[key] = measure(config)
             self._longest = max(self._longest, time.monotonic() - begin)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             storage.write_json(self._path, {name: dataclasses.asdict(pace) for name, pace in self._paces.items()})
         return self._paces[key]
 
@@ -151,6 +152,14 @@ def shown(seconds: float) -> str:
     """ "45 s", "12 min"."""
     seconds = max(seconds, 0.0)
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _epochs_done(workdir: pathlib.Path, epochs: int) -> int:
+    """How many of a run's epochs are there; a log that is damaged is the training's to mend, and counts for none."""
+    try:
+        return min(sum(line["kind"] == "epoch" for line in metrics.read(workdir)), epochs)
+    except storage.DamagedFileError:
+        return 0
 
 
 def _key(config: ConfigDict) -> str:
