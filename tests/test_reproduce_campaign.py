@@ -92,7 +92,7 @@ def test_paces_are_kept_for_each_device_and_measured_again_where_they_are_damage
 
 def test_a_run_that_was_stopped_takes_the_epochs_that_are_missing(measured, tmp_path):
     def told(*epochs):
-        scores = {name: 0.5 for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy")}
+        scores = dict.fromkeys(("train_loss", "train_accuracy", "test_loss", "test_accuracy"), 0.5)
         lines = [json.dumps({"kind": "epoch", "step": 10 * epoch, "epoch": epoch} | scores) for epoch in epochs]
         (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
         return _pace.Forecast(time.monotonic() + 20, tmp_path, IMAGES).of(config(50), tmp_path)
