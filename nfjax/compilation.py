@@ -7,26 +7,42 @@ program, so `import nfjax` leaves it alone; call `keep` for the same.
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import jax
 from absl import logging
-from jax import config as jax_config
 
 from nfjax import _cache
 
+PLACE = "JAX_COMPILATION_CACHE_DIR"
 SHORTEST = 0.2  # seconds of compilation from which on a program is kept; JAX's own 1.0 leaves out half of a start
 
 
 def keep() -> None:
     """Keeps what is compiled from here on under `_cache.cache_directory()`, or where $JAX_COMPILATION_CACHE_DIR says.
     $JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+
+    The folder may be moved, and copied to another machine; a program is used there where all that it was compiled for
+    is the same, and compiled anew where not.
     """
-    if jax_config.jax_compilation_cache_dir is not None:
-        return
-    try:
-        folder = _cache.cache_folder("compiled")
-    except OSError as error:
-        logging.warning("what is compiled cannot be kept, and is compiled at every start: %s", error.strerror or error)
-        return
-    jax_config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax_config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
+    if jax.config.jax_compilation_cache_dir is None:
+        try:
+            folder = _cache.cache_folder("compiled")
+        except OSError as error:
+            reason = error.strerror or error
+            logging.warning("what is compiled cannot be kept, and is compiled at every start: %s", reason)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    elif PLACE not in os.environ:
+        return  # the program that calls has chosen for itself
+    _prefer("jax_persistent_cache_min_compile_time_secs", SHORTEST)
+    if jax.__version_info__ < (0, 11):
+        # XLA's notes on the kernels that it measured on a GPU would lie in the folder, and its path would be part of
+        # what a program is found by: after a move, none would be.
+        _prefer("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def _prefer(option: str, value: Any) -> None:
+    """Sets an option of JAX, unless the environment does."""
+    if option.upper() not in os.environ:
+        jax.config.update(option, value)

@@ -122,6 +122,8 @@ def base() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # training steps between two lines of metrics.jsonl; ours
+    # Epochs from one scoring of the test images to the next; the last epoch is always scored. Ours.
+    config.log.evaluate_every_epochs = 1
     # Where the numbers go, besides metrics.jsonl: names in nfjax.runs.trackers.TRACKERS, or package.module:class,
     # separated by commas. Ours.
     config.log.trackers = "tensorboard"
@@ -133,7 +135,7 @@ def base() -> ConfigDict:
     config.log.signal_where = config_dict.placeholder(str)
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every_epochs = 1  # the test images are scored after every epoch, whether it is saved or not; ours
+    config.checkpoint.every_epochs = 1  # epochs from one checkpoint to the next, scored or not; ours
     # Training steps after which a checkpoint is due, at the next log step, also within an epoch; ours.
     config.checkpoint.every_steps = 1000
     config.checkpoint.keep = 2  # of the newest, besides the one with the best test accuracy; ours

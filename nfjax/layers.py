@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from nfjax import _cpu, initializers
+from nfjax import _convolution, initializers
 
 Norm = Callable[..., nnx.Module]
 Elementwise = Callable[[jax.Array], jax.Array]
@@ -53,7 +53,7 @@ def convolution(
         use_bias=False,
         dtype=dtype,
         kernel_init=initializers.at_layer(init, stride, padding, spatial_size),
-        conv_general_dilated=_cpu.pointwise_convolution if kernel_size == 1 else jax.lax.conv_general_dilated,
+        conv_general_dilated=_convolution.conv_general_dilated,
         rngs=rngs,
     )
 

@@ -28,9 +28,11 @@ def _compile_once(tmp_path_factory):
     folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # as `nfjax.compilation` may: it is in the keys
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+        patch.setenv("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
         patch.setenv("NFJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from nfjax import compilation
 
 CODE = """
 import jax
@@ -13,13 +16,15 @@ compilation.keep()
 jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((8, 8))).block_until_ready()
 """
 
+SET_BY_THE_TESTS = ("NFJAX_CACHE", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES")
+
 
 @pytest.fixture
 def run(tmp_path):
     """Runs CODE with the user's cache directory in `tmp_path`; returns what it wrote to its standard error."""
 
     def run(**changes):
-        environment = {k: v for k, v in os.environ.items() if k not in ("NFJAX_CACHE", "JAX_COMPILATION_CACHE_DIR")}
+        environment = {k: v for k, v in os.environ.items() if k not in SET_BY_THE_TESTS}
         environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | changes
         return subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True).stderr
 
@@ -44,6 +49,25 @@ def test_the_user_may_choose_another_place_or_none(run, tmp_path):
     assert not (tmp_path / "nfjax").exists()
     run(JAX_ENABLE_COMPILATION_CACHE="false")
     assert not kept(tmp_path / "nfjax" / "compiled")
+
+
+def test_a_cache_that_was_moved_is_used(run, tmp_path):
+    run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "here"))
+    first = kept(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "there"))
+    assert kept(tmp_path / "there") == first
+
+
+def test_short_programs_are_kept_in_a_chosen_place_too(monkeypatch):
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    monkeypatch.delenv(name.upper())
+    try:
+        compilation.keep()  # the tests have chosen a place
+        assert getattr(jax.config, name) == compilation.SHORTEST
+    finally:
+        jax.config.update(name, before)
 
 
 def test_a_cache_that_cannot_be_made_is_only_a_warning(run, tmp_path):

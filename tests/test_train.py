@@ -144,6 +144,23 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path, monkeypa
     assert_equal(final_state(config, tmp_path / "killed"), final_state(config, folder))
 
 
+def test_scoring_some_epochs_leaves_out_the_others_and_nothing_else(tiny_config, tmp_path, monkeypatch, capsys):
+    tiny_config.epochs = 3
+    train.train(tiny_config, str(tmp_path / "each"))
+    capsys.readouterr()
+    tiny_config.log.evaluate_every_epochs = 2
+    summary = train.train(tiny_config, str(tmp_path / "whole"))
+    each = records(tmp_path / "each")
+    assert records(tmp_path / "whole") == [line for line in each if line["kind"] != "epoch" or line["epoch"] in (2, 3)]
+    scores = {line["epoch"]: line["test_accuracy"] for line in each if line["kind"] == "epoch" and line["epoch"] > 1}
+    assert summary["best_epoch"] == max(scores, key=scores.get)
+    assert evaluate.evaluate(str(tmp_path / "whole"))["accuracy"] == max(scores.values())
+    printed = capsys.readouterr().out
+    assert "epoch 1/3" not in printed
+    assert "epoch 3/3" in printed
+    assert_resumes_exactly(tiny_config, tmp_path, monkeypatch, step=8)  # in the epoch that is not scored
+
+
 def test_a_finished_run_is_not_trained_again(whole, capsys):
     config, folder, summary = whole
     before = (folder / "metrics.jsonl").read_text()
@@ -441,6 +458,7 @@ def test_how_often_it_reports_may_change(whole):
         ({"batch_size": 2000}, "batch_size=2000 is more than the 1024 training images"),
         ({"epochs": 0}, "epochs=0 must be positive"),
         ({"checkpoint.keep": 0}, "checkpoint.keep=0 must be positive"),
+        ({"log.evaluate_every_epochs": 0}, "log.evaluate_every_epochs=0 must be positive"),
         ({"steps_per_dispatch": -1}, "steps_per_dispatch=-1 must be positive"),
     ],
 )

@@ -150,7 +150,7 @@ class Bar:
         self._since = time.perf_counter()
 
     def line(self, values: Mapping[str, float]) -> None:
-        """One line for an epoch that ended."""
+        """One line for an epoch that was scored."""
         if self.silent:
             return
         width = len(str(self.epochs))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RANGES: dict[str, Range] = {
     "log.every_steps": ranges.INTERVAL,
+    "log.evaluate_every_epochs": ranges.INTERVAL,
     "log.signal_every_steps": ranges.INTERVAL,
     "checkpoint.every_epochs": ranges.INTERVAL,
     "checkpoint.every_steps": ranges.INTERVAL,
@@ -62,12 +63,17 @@ def log(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """At the end of an epoch: the test images, scored by the weights and, where there is one, by their average."""
-    run.tested = None
-    if (number := run.progress.epochs_ended()) is None:
+    """After some epochs and at the end: the test images, scored by the weights and, where there is one, by their
+    average.
+    """
+    run.tested, progress = None, run.progress
+    if (number := progress.epochs_ended()) is None:
+        return
+    trained = progress.take("epoch")  # of this epoch alone, whether the one before was scored or not
+    if number % run.config.log.evaluate_every_epochs and progress.step < progress.total:
         return
     run.tested = tested = _score(run, number, run.state.params, run.state.batch_stats)
-    values = {"epoch": number, **_prefixed("train", run.progress.take("epoch")), **_prefixed("test", tested)}
+    values = {"epoch": number, **_prefixed("train", trained), **_prefixed("test", tested)}
     if run.state.ema is not None:
         averaged = _score(run, number, *run.state.average(), " of the average of the weights")
         values |= {"test_ema_loss": averaged["loss"], "test_ema_accuracy": averaged["accuracy"]}

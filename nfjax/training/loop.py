@@ -37,8 +37,8 @@ def train(config: ConfigDict, workdir: str, more: Sequence[Callable[[Run], None]
         more: Further callbacks, `(run) -> None`, called at every report, after the log and before the run is saved.
 
     Returns:
-        "steps", "test_accuracy" at the end, "best_test_accuracy" and "best_epoch" of all epochs; "test_ema_accuracy"
-        at the end where there is an average of the weights.
+        "steps", "test_accuracy" at the end, "best_test_accuracy" and "best_epoch" of all epochs that were scored;
+        "test_ema_accuracy" at the end where there is an average of the weights.
 
     Raises:
         ValueError: The settings, the images or the workdir cannot be used.

@@ -38,7 +38,9 @@ def cosine_by_epoch(peak: float, epoch_ends: Sequence[int]) -> optax.Schedule:
     ends = np.asarray(epoch_ends, np.int32)
 
     def schedule(step: Any) -> jax.Array:
-        epoch = jnp.searchsorted(jnp.asarray(ends), jnp.asarray(step, jnp.int32), side="right")
+        # All ends at once: a search would be a loop in every step, whose turns a device starts one by one.
+        method = "compare_all"
+        epoch = jnp.searchsorted(jnp.asarray(ends), jnp.asarray(step, jnp.int32), side="right", method=method)
         return jnp.float32(peak / 2) * (1 + jnp.cos(jnp.float32(np.pi) * epoch.astype(jnp.float32) / len(ends)))
 
     return schedule

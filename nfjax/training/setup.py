@@ -62,7 +62,7 @@ class Run:
         interrupts: Hear Ctrl-C and SIGTERM.
         votes: Whether any process wants to stop.
         saved: Step of the newest checkpoint.
-        tested: Scores of the epoch that ends at this step, None within an epoch.
+        tested: Scores of the epoch that ends at this step, None within an epoch and where it is not scored.
         stopped: Whether a process of the run was told to stop; no more steps are taken then.
     """
 

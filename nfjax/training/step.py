@@ -106,7 +106,8 @@ def train_steps(state: TrainState, steps: Steps, key: jax.Array, *, task: Task) 
 
     def body(number: jax.Array, carry: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
         state, sums = take(carry[0], number)
-        return state, jax.tree.map(lambda all, one: all.at[number].set(one), carry[1], sums)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return state, jax.tree.map(put, carry[1], sums)
 
     _, shapes = jax.eval_shape(take, state, 0)
     stacked = jax.tree.map(lambda x: jnp.zeros((len(steps.indices), *x.shape), x.dtype), shapes)

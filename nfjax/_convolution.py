@@ -1,0 +1,205 @@
+"""Two-dimensional convolution whose gradients are fast on a CPU, called as `jax.lax.conv_general_dilated` is.
+
+XLA takes the gradient of a kernel for a convolution whose window is as large as an image, and both gradients with axes
+in an order that its kernels do not take, so that a CPU needs up to five times as long for them as for the value. Here
+they are written as what it computes fast. All of JAX's transformations apply, of any order, and everywhere but on a CPU
+the program is JAX's own: which one is chosen when it is lowered, by the platform that it is lowered for.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+# From this jaxlib on, XLA's convolutions on a CPU can be oneDNN's (see `_cpu.compiler_options`), and the gradient of a
+# kernel is best one of them. Before, it is best a product.
+ONEDNN = tuple(map(int, jax.lib.__version__.split(".")[:2])) >= (0, 11)
+# A gradient of a kernel is added up over groups of images, small enough for the caches: of so many images where it is a
+# convolution, which has them for channels (as many as AVX-512 has lanes); of patches of so many bytes where a product.
+GROUP_IMAGES = 16
+GROUP_BYTES = 8 * 2**20
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+Pair = tuple[int, int]
+
+
+class _Window(NamedTuple):
+    """How a kernel goes over an image."""
+
+    strides: Pair
+    padding: tuple[Pair, Pair]  # zeros before and behind, of height and width
+    dilation: Pair
+
+
+def conv_general_dilated(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Any,
+    padding: Any,
+    *,
+    rhs_dilation: Any = None,
+    dimension_numbers: Any = None,
+    precision: Any = None,
+    **others: Any,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, [B, H, W, C], [k, k, C, D] -> [B, H', W', D], for `nnx.Conv` and `nn.Conv`.
+
+    What is not two-dimensional in NHWC and HWIO, has groups or a dilated input is JAX's own in everything.
+    """
+    settings = {"dimension_numbers": dimension_numbers, "precision": precision} | others
+    layout = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    asks_more = any(value not in (None, 1, (1, 1), [1, 1], x.dtype) for value in others.values())
+    if x.ndim != 4 or asks_more or layout != jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=rhs_dilation, **settings)
+    dilation = tuple(rhs_dilation or (1, 1))
+    if isinstance(padding, str):
+        extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], extent, strides, padding)
+    window = _Window(tuple(strides), tuple(map(tuple, padding)), dilation)
+    if kernel.shape[:2] == (1, 1) and window.padding == ((0, 0), (0, 0)):
+        return jax.lax.platform_dependent(
+            x,
+            kernel,
+            cpu=functools.partial(_product, window=window, precision=precision),
+            default=functools.partial(_value, window=window, precision=precision),
+        )
+    return _convolution(x, kernel, window, precision)
+
+
+def _value(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
+    strides, padding, dilation = window
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=_LAYOUT, precision=precision
+    )
+
+
+def _product(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
+    """A 1x1 convolution as the matrix product that it is, which takes a quarter of the time."""
+    x = x[:, :: window.strides[0], :: window.strides[1]]
+    product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=precision)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+# ---------------------------------------------------------------- derivatives
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolution(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
+    return _value(x, kernel, window, precision)
+
+
+def _convolution_jvp(window: _Window, precision: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """On a CPU each tangent is the transpose of the gradient that is meant, whose transpose is then that gradient."""
+    (x, kernel), (dx, dkernel) = primals, tangents
+    out = _convolution(x, kernel, window, precision)
+
+    def transposed(gradient: Callable[..., jax.Array], like: jax.Array) -> Callable[..., jax.Array]:
+        gradient = functools.partial(gradient, shape=like.shape, window=window, precision=precision)
+        return lambda other, tangent: jax.linear_transpose(lambda dy: gradient(dy, other), out)(tangent)[0]
+
+    total = []
+    if not isinstance(dx, SymbolicZero):
+        of_input = transposed(_input_gradient, x)
+        plain = functools.partial(_value, window=window, precision=precision)
+        total.append(jax.lax.platform_dependent(kernel, dx, cpu=of_input, default=lambda k, dx: plain(dx, k)))
+    if not isinstance(dkernel, SymbolicZero):
+        of_kernel = transposed(_kernel_gradient, kernel)
+        plain = functools.partial(_value, window=window, precision=precision)
+        total.append(jax.lax.platform_dependent(x, dkernel, cpu=of_kernel, default=plain))
+    return out, functools.reduce(jnp.add, total) if total else jnp.zeros_like(out)
+
+
+_convolution.defjvp(_convolution_jvp, symbolic_zeros=True)
+
+
+def _input_gradient(
+    dy: jax.Array, kernel: jax.Array, shape: tuple[int, ...], window: _Window, precision: Any
+) -> jax.Array:
+    """The gradient of the input, which has this shape: dy, spread by the strides, convolved with the kernel turned.
+
+    The kernel is turned in two steps, as XLA goes through it value by value where it is one.
+    """
+    strides, padding, dilation = window
+    turned = jax.lax.optimization_barrier(kernel[::-1, ::-1]).swapaxes(2, 3)
+    ends = []
+    for axis, (before, _) in enumerate(padding):
+        reach = (kernel.shape[axis] - 1) * dilation[axis]
+        spread = (dy.shape[axis + 1] - 1) * strides[axis] + 1
+        ends.append((reach - before, shape[axis + 1] + before - spread))
+    return jax.lax.conv_general_dilated(
+        dy,
+        turned,
+        (1, 1),
+        ends,
+        lhs_dilation=strides,
+        rhs_dilation=dilation,
+        dimension_numbers=_LAYOUT,
+        precision=precision,
+    )
+
+
+def _kernel_gradient(dy: jax.Array, x: jax.Array, shape: tuple[int, ...], window: _Window, precision: Any) -> jax.Array:
+    """The gradient of the kernel, which has this shape, added up over groups of images."""
+    convolves = ONEDNN and window.strides == window.dilation == (1, 1)
+    of_group = functools.partial(_by_convolution if convolves else _by_product, shape, window, precision)
+    # Whoever differentiates this keeps x itself, not what a group makes of it.
+    of_group = jax.checkpoint(of_group, prevent_cse=False)
+    images = x.shape[0]
+    patches = math.prod(dy.shape[1:3]) * math.prod(shape[:3]) * x.dtype.itemsize  # bytes of an image's
+    size = min(images, GROUP_IMAGES if convolves else max(1, GROUP_BYTES // patches))
+    first = images % size or size  # the others are full groups
+    total = of_group(x[:first], dy[:first])
+    if first < images:
+        groups = (a[first:].reshape(-1, size, *a.shape[1:]) for a in (x, dy))
+        total, _ = jax.lax.scan(lambda total, group: (total + of_group(*group), None), total, tuple(groups))
+    return total.astype(x.dtype)
+
+
+def _by_convolution(shape: tuple[int, ...], window: _Window, precision: Any, x: jax.Array, dy: jax.Array) -> jax.Array:
+    """A group's gradient as a convolution in which the images are the channels and the channels of x a third axis along
+    which nothing is convolved: [1, H, W, C, B] with [H', W', 1, B, D] is [1, k, k, C, D].
+    """
+    del shape
+    return jax.lax.conv_general_dilated(
+        x.transpose(1, 2, 3, 0)[None],
+        dy.transpose(1, 2, 0, 3)[:, :, None],
+        (1, 1, 1),
+        (*window.padding, (0, 0)),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        precision=precision,
+        preferred_element_type=_sums(x.dtype),
+    )[0]
+
+
+def _by_product(shape: tuple[int, ...], window: _Window, precision: Any, x: jax.Array, dy: jax.Array) -> jax.Array:
+    """A group's gradient as one product, of the patches of its images [B H' W', k k C] and dy [B H' W', D]."""
+    x = jnp.pad(x, ((0, 0), *window.padding, (0, 0)))
+    taps = []
+    for offset in itertools.product(*map(range, shape[:2])):
+        starts = [i * d for i, d in zip(offset, window.dilation, strict=True)]
+        rows, columns = (
+            slice(start, start + (n - 1) * stride + 1, stride)
+            for start, n, stride in zip(starts, dy.shape[1:3], window.strides, strict=True)
+        )
+        taps.append(x[:, rows, columns])
+    patches = jnp.concatenate(taps, -1).reshape(-1, math.prod(shape[:3]))
+    product = jax.lax.dot_general(
+        patches,
+        dy.reshape(-1, shape[3]),
+        (((0,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=_sums(x.dtype),
+    )
+    return product.reshape(shape)
+
+
+def _sums(dtype: jnp.dtype) -> jnp.dtype:
+    """What is added up over groups is not rounded to two bytes in between."""
+    return jnp.promote_types(dtype, jnp.float32)
