@@ -163,8 +163,7 @@ def _environment(runs: pathlib.Path | None = None) -> dict[str, str]:
     if runs is not None:
         folder = runs.resolve() / "compiled"
         kept = {
-            "JAX_COMPILATION_CACHE_DIR": folder,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": compilation.SHORTEST,
+            compilation.PLACE: folder,
             "TORCHINDUCTOR_CACHE_DIR": folder / "torch",
         }
     return {name: str(value) for name, value in kept.items()} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
