@@ -326,7 +326,7 @@ def _draw_by_depth(
         (depth, record) for depth, group in groups for record in group if record.diverged is not None
     ):
         reached = 100 * (record.final(name) or 1 / record.classes)
-        named = None if means or number else f"{label} (diverged)"
+        named = None if number else f"{label} (diverged)"
         axes.plot([depth], [reached], marker="x", color=look.color, markersize=8, linestyle="", label=named)
 
 
