@@ -143,7 +143,7 @@ def _request(arguments: argparse.Namespace, out: pathlib.Path) -> Request:
 def _check_campaign(arguments: argparse.Namespace) -> None:
     """UsageError for what a campaign lacks, or has too much."""
     if len(arguments.names) > 1 or arguments.network:
-        beside = "--network" if arguments.network else next(name for name in arguments.names if name != CAMPAIGN)
+        beside = ", ".join(name for name in arguments.names if name != CAMPAIGN) or "--network, and name it once"
         raise UsageError(f"{CAMPAIGN} chooses what is measured: leave out {beside}")
     if arguments.data is None or arguments.minutes is None:
         raise UsageError(f"{CAMPAIGN} needs --data=DIR, the images to train on, and --minutes=25, what it may take")
