@@ -5,9 +5,10 @@
     python -m benchmarks tables
 
 Every record is added to OUT/CASE.jsonl as soon as it is measured, with the machine and its load, and OUT/CASE.md is the
-table of all records that are there; one that measures the same as an older one takes its place. With --minutes, nothing
-is started that would not end in time if it took as long as the longest so far. `tables` writes the tables of results/
-and what the README shows of them anew, and measures nothing.
+table of all records that are there; one that measures the same as an older one takes its place, unless --missing asks
+only for what this machine has not measured with these versions. With --minutes, nothing is started that would not end
+in time if it took as long as the longest so far, and what has not ended in time after all is given up. `tables` writes
+the tables of results/ and what the README shows of them anew, and measures nothing.
 
 The libraries that nfjax is compared with are no dependencies of it: --torch-python and --tf-python are interpreters
 that have them.
@@ -16,6 +17,7 @@ that have them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -31,6 +33,7 @@ from typing import Any, Protocol
 
 from benchmarks import tables, turns
 from benchmarks.tables import Record
+from nfjax import preemption, storage
 
 CASES = (
     "speed", "epoch", "startup", "building", "checkpoints", "signal_propagation", "input_pipeline", "augmentation",
@@ -81,10 +84,22 @@ class Bench:
     Attributes:
         arguments: its command line, with `sides` and `rounds` filled in.
         done: the records that are there already, by what they measure.
+        deadline: by `time.monotonic`, until which the sides may answer; None for no end.
     """
 
     arguments: argparse.Namespace
     done: dict[str, Record] = dataclasses.field(default_factory=dict)
+    deadline: float | None = None
+
+    def has(self, key: list[Any]) -> bool:
+        """Whether only what is missing is asked for, and this is not: there is a record of it, from this machine with
+        these versions, and with all sides that are asked for now.
+        """
+        record = self.done.get(json.dumps(key))
+        if record is None or not self.arguments.missing:
+            return False
+        wanted = set(self.arguments.sides)
+        return record["machine"] == machine() and wanted <= set(record.get("sides", wanted))
 
     def start(
         self, side: Side, measure: str, environment: dict[str, str | None] | None = None, pause: float | None = None
@@ -93,7 +108,7 @@ class Bench:
         flag = INTERPRETERS.get(side.module)
         python = sys.executable if flag is None else getattr(self.arguments, flag[2:].replace("-", "_"))
         command = [python, "-m", "benchmarks.turns", side.module, measure, *side.options]
-        return turns.Worker(command, turns.ONE_DEVICE | (environment or {}), pause)
+        return turns.Worker(command, turns.ONE_DEVICE | (environment or {}), pause, self.deadline)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -113,6 +128,9 @@ def main(words: Sequence[str] | None = None) -> None:
             run(name, case, parse(name, case, [*common, *own]), begin)
         except turns.LostError as error:
             sys.exit(f"{name}: {error}")
+        except KeyboardInterrupt:
+            print(f"\n{name}: interrupted; the same command goes on", file=sys.stderr)
+            sys.exit(preemption.INTERRUPTED)
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -135,6 +153,7 @@ def parser(program: str, text: str) -> argparse.ArgumentParser:
     made.add_argument("--sides", help="those that are measured, separated by commas; by default all")
     made.add_argument("--rounds", type=int, help="how often each side has its turn")
     made.add_argument("--minutes", type=float, help="in which all cases of the command have to end")
+    made.add_argument("--missing", action="store_true", help="measure only what is not there yet")
     made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
     return made
 
@@ -173,23 +192,31 @@ def run(name: str, case: Case, arguments: argparse.Namespace, begin: float) -> N
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{name}.jsonl"
     records = {json.dumps(case.key(record)): record for record in read(path)}
-    measured, longest = case.measure(Bench(arguments, records)), 0.0
-    while arguments.minutes is None or time.monotonic() - begin + longest < 60 * arguments.minutes:
-        load, start = cores_in_use(), time.monotonic()
-        record = next(measured, None)
-        if record is None:
-            break
-        longest = max(longest, time.monotonic() - start)
-        record |= {"date": f"{datetime.date.today()}", "machine": machine(), "load": [load, cores_in_use()]}
-        records[json.dumps(case.key(record))] = record
-        path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
-        path.with_suffix(".md").write_text(case.table([*records.values()]))
-        sides = record.get("sides", {})
-        failed = [f"; {side} failed: {found['error']}" for side, found in sides.items() if "error" in found]
-        print(f"{name}: measured {', '.join(map(str, case.key(record)))}{''.join(failed)}", flush=True)
-    else:
-        print(f"{name}: the time is over; the same command goes on", flush=True)
-    measured.close()
+    deadline = None if arguments.minutes is None else begin + 60 * arguments.minutes
+    with contextlib.closing(case.measure(Bench(arguments, records, deadline))) as measured:
+        longest = 0.0
+        while deadline is None or time.monotonic() + longest < deadline:
+            load, start = cores_in_use(), time.monotonic()
+            try:
+                record = next(measured, None)
+            except turns.TimeOverError:
+                print(
+                    f"{name}: what was begun last did not end in time and is given up: it takes more --minutes",
+                    flush=True,
+                )
+                break
+            if record is None:
+                break
+            longest = max(longest, time.monotonic() - start)
+            record |= {"date": f"{datetime.date.today()}", "machine": machine(), "load": [load, cores_in_use()]}
+            records[json.dumps(case.key(record))] = record
+            storage.write_text(path, "".join(json.dumps(record) + "\n" for record in records.values()))
+            storage.write_text(path.with_suffix(".md"), case.table([*records.values()]))
+            sides = record.get("sides", {})
+            failed = [f"; {side} failed: {found['error']}" for side, found in sides.items() if "error" in found]
+            print(f"{name}: measured {', '.join(map(str, case.key(record)))}{''.join(failed)}", flush=True)
+        else:
+            print(f"{name}: the time is over; the same command goes on", flush=True)
     if records:
         print(case.table([*records.values()]))
 

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import pathlib
+import select
 import signal
 import subprocess
 import sys
@@ -28,6 +29,10 @@ PATIENCE = 60  # seconds in which a process has to end that is told to
 
 class LostError(RuntimeError):
     """The process has ended or gives no answer: it ran out of memory, or was not what it was taken for."""
+
+
+class TimeOverError(RuntimeError):
+    """The time of the command has ended before the answer came."""
 
 
 # Both libraries see one accelerator: the other side uses one as well.
@@ -55,12 +60,17 @@ class Worker:
         command: what to start.
         environment: variables beside those of this process, None for one that is to be left out.
         pause: seconds of silence after each answer.
+        deadline: by `time.monotonic`, until which it may answer.
     """
 
     def __init__(
-        self, command: list[str], environment: dict[str, str | None] | None = None, pause: float | None = None
+        self,
+        command: list[str],
+        environment: dict[str, str | None] | None = None,
+        pause: float | None = None,
+        deadline: float | None = None,
     ):
-        self._pause = PAUSE if pause is None else pause
+        self._pause, self._deadline = PAUSE if pause is None else pause, deadline
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
         variables = os.environ | paths | (environment or {})
         try:
@@ -81,10 +91,12 @@ class Worker:
 
         Raises:
             LostError: says why there is none.
+            TimeOverError: the deadline has come; the process is ended.
         """
         try:
             self._process.stdin.write(json.dumps({"do": do} | request) + "\n")
             self._process.stdin.flush()
+            self._await_answer()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -99,11 +111,20 @@ class Worker:
         time.sleep(self._pause)
         return answer["answer"]
 
+    def _await_answer(self) -> None:
+        if self._deadline is None:
+            return
+        left = max(0.0, self._deadline - time.monotonic())
+        if not select.select([self._process.stdout], [], [], left)[0]:
+            self._process.kill()  # it would not hear that it is to end before its answer is there
+            raise TimeOverError
+
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # Where the time is over or a person has lost patience, nobody waits for an answer.
+        self.close(0 if kind in (TimeOverError, KeyboardInterrupt) else PATIENCE)
 
     def close(self, patience: float = PATIENCE) -> None:
         """Lets the process end, for `patience` seconds, and ends what is left of it and of what it has started."""

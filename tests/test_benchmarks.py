@@ -140,6 +140,39 @@ def test_nothing_is_started_that_would_not_end_in_time(tmp_path, monkeypatch, ca
     assert "the time is over" in capsys.readouterr().out
 
 
+def test_what_does_not_end_in_time_is_given_up(tmp_path, capsys):
+    case, sides = fake_case([])[0], []
+
+    def measure(bench):
+        yield {"value": 1}
+        code = "import time; from benchmarks import turns; turns.serve({'f': lambda s: time.sleep(s)})"
+        with turns.Worker([sys.executable, "-c", code], deadline=bench.deadline) as side:
+            sides.append(side)
+            yield {"value": side.ask("f", s=60)}
+
+    case.measure = measure
+    start = time.monotonic()
+    runner.run("fake", case, argparse.Namespace(out=tmp_path, minutes=1 / 60), start)
+    assert 0.9 < time.monotonic() - start < 10
+    assert not is_alive(sides[0]._process.pid)
+    assert [record["value"] for record in runner.read(tmp_path / "fake.jsonl")] == [1]
+    assert "is given up" in capsys.readouterr().out
+
+
+def test_what_is_there_from_this_machine_and_these_versions_is_not_missing():
+    record = {"machine": runner.machine(), "sides": {"ours": {}, "theirs": {}}}
+
+    def has(key=1, missing=True, sides=("ours",), **machine):
+        done = {"[1]": record | {"machine": record["machine"] | machine}}
+        return runner.Bench(argparse.Namespace(missing=missing, sides=sides), done).has([key])
+
+    assert has()
+    assert not has(key=2)
+    assert not has(missing=False)
+    assert not has(sides=("ours", "another"))
+    assert not has(jax="0")
+
+
 def test_many_cases_in_one_command():
     words = ["--torch-python=P", "speed", "--depths=18", "startup", "tables"]
     assert runner.split(words) == (["--torch-python=P"], [("speed", ["--depths=18"]), ("startup", []), ("tables", [])])
@@ -167,7 +200,7 @@ def test_the_largest_batch_is_looked_for_from_the_batches_of_the_same_pixels():
     starts = {
         (case.image, case.batch) for case, doubling in speed.cases(speed.GRIDS["gpu"], ["IdShort"], 64) if doubling
     }
-    assert starts == {(224, 128)}
+    assert starts == {(224, 256), (32, 1024)}
     flags = dict.fromkeys(("depths", "dtypes", "rounds", "steps")) | {"images": (32,), "batches": ["max"]}
     arguments = argparse.Namespace(**flags, sides=list(speed.SIDES))
     chosen = speed.chosen(speed.GRIDS["gpu"], arguments)

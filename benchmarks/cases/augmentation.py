@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
 import tempfile
@@ -61,6 +62,9 @@ def measure(bench: Bench) -> Iterator[Record]:
         ours = workers["nfjax"]
         told = {"device": machines["nfjax"]["device"], "cores": os.cpu_count(), "count": arguments.count}
         told["versions"] = [machine["version"] for machine in machines.values()]
+        last = {"kind": "cost", "form": STEP, "side": BATCHES[0][1]} | told
+        if bench.has(key(last)) and bench.done[json.dumps(key(last))]["versions"] == told["versions"]:
+            return
         if "torchvision" in workers:
             for size in SIZES:
                 load(workers, folder, resized(images[: arguments.count], *size))

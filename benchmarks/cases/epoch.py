@@ -66,6 +66,10 @@ def measure(bench: Bench) -> Iterator[Record]:
         np.savez(path, **images(arguments.data, arguments.examples))
         memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         workers = {name: stack.enter_context(bench.start(SIDES[name], "epochs", memory)) for name in sides}
+        chosen = {name: getattr(arguments, name) for name in ("network", "examples", "torch_mode")}
+        machines = {name: worker.ask("machine") for name, worker in workers.items()}
+        if bench.has(key(settings | chosen | {"sides": machines})):
+            return
         for name, worker in workers.items():
             mode = {} if name == "nfjax" else {"mode": arguments.torch_mode}
             sides[name] |= worker.ask("prepare", images=path, residual=residual, norm=norm, **settings, **mode)
@@ -76,7 +80,6 @@ def measure(bench: Bench) -> Iterator[Record]:
                 print(SIDES[name].title, sides[name]["epochs"][-1], flush=True)
         if "nfjax" in workers:
             workers["nfjax"].ask("end")
-    chosen = {name: getattr(arguments, name) for name in ("network", "examples", "torch_mode")}
     yield settings | chosen | {"data": bool(arguments.data), "cores": os.cpu_count(), "sides": sides}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nfjax.reproduce._claims import claims_table
-from nfjax.reproduce._grids import GRIDS, Grid
+from nfjax.reproduce._grids import DEPTH, GRIDS, Grid
 from nfjax.reproduce._runs import Request
 from nfjax.reproduce._signal import propagation_figure
 from nfjax.reproduce._tables import TABLE_1, TABLE_2, as_printed, cost_table
@@ -36,6 +36,7 @@ REPRODUCTIONS: dict[str, Callable[[], Result]] = {
 }
 TRAINED: dict[str, Callable[[Request], Grid]] = {
     **{name: lambda request, grid=grid: grid for name, grid in GRIDS.items()},
+    "depth": lambda request: DEPTH,
     "ablations": ablation_grid,
 }
 # What the runs in a folder say about each claim of the paper.

@@ -35,13 +35,15 @@ class Cell:
 class Grid:
     """What is compared, in order of value.
 
-    dataset: a name in `runs.BASES`. line: an accuracy to draw, with its name.
+    dataset: a name in `runs.BASES`. line: an accuracy to draw, with its name. by_depth: whether it is drawn over the
+    number of layers, and not by epoch.
     """
 
     title: str
     dataset: str
     cells: tuple[Cell, ...]
     line: tuple[str, float] | None = None
+    by_depth: bool = False
 
     @property
     def depths(self) -> list[int]:
@@ -69,6 +71,19 @@ GRIDS = {
     ),
     "figure7": Grid("Figure 7: ResNet-18", "CIFAR-10", _networks(18, BASELINE, *SCHEMES, *BROCK, BEYOND)),
 }
+
+
+# Not in the paper: what depth itself does to each scheme. Runs of 18, 50 and 101 layers are those of its figures.
+DEPTH = Grid(
+    "Depth: ResNet-18 to ResNet-152",
+    "CIFAR-10",
+    tuple(
+        cell
+        for depth in (18, 34, 50, 101, 152)
+        for cell in _networks(depth, BASELINE, CONVSHORT, SCHEMES[1], BROCK[0], BEYOND)
+    ),
+    by_depth=True,
+)
 
 
 def ablations(epochs: int) -> Grid:

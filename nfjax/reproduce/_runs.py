@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +17,10 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from nfjax import config as configs
-from nfjax import storage
+from nfjax import data, preemption, storage
 from nfjax.cli import settings
 from nfjax.data.contents import contents
-from nfjax.reproduce import _records
+from nfjax.reproduce import _pace, _records
 from nfjax.reproduce._curves import CURVES
 from nfjax.reproduce._grids import Cell, Grid
 from nfjax.reproduce._records import Record, Start
@@ -54,6 +56,8 @@ class Request:
         data: Directory of the images; empty to train nothing.
         data_name: What they are called in results.
         runs: Where the workdirs are.
+        networks: Beginnings of the labels of those that are trained; all if empty.
+        until: When all has to be over, by `time.monotonic`.
     """
 
     out: pathlib.Path
@@ -62,6 +66,8 @@ class Request:
     data: str = ""
     data_name: str = ""
     runs: pathlib.Path = pathlib.Path("runs/reproduce")
+    networks: Sequence[str] = ()
+    until: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +96,8 @@ def parse_changes(given: Sequence[settings.Setting]) -> dict[str, Any]:
         ValueError: There is no such field, it is one that the figures themselves set, or it cannot have such a value.
     """
     for setting in given:
+        if setting.field == "log.evaluate_every_epochs":
+            raise ValueError(f"{setting}: the figures show every epoch; to evaluate less often, use nfjax.main")
         if setting.field in (*_records.COMPARED, "data.dir"):
             raise ValueError(
                 f"{setting}: {setting.field} is not for you to choose here; --seeds and --data are, or use nfjax.main"
@@ -160,42 +168,91 @@ def train_missing(grid: Grid, request: Request) -> None:
     """Trains every run of the grid that has no record in `request.out`, and writes one for each as soon as it is over.
 
     Stopped at any point, the same call goes on from there. Runs whose programs agree (another seed, another
-    initialization) compile once; the programs are kept for the next time.
+    initialization) compile once; the programs are kept for the next time. Where there is an end to the time, what would
+    not end before it is not started, and the others go on in its place.
 
     Args:
         grid: What is compared.
         request: What is asked for.
 
     Raises:
-        ValueError: The images are not of this data set, or are called like others that were trained on. What
-            `loop.train` raises passes through, but for runs that diverge: this is a result.
+        ValueError: The images are not of this data set, or are called like others that were trained on, or there is no
+            such network. What `loop.train` raises passes through, but for runs that diverge: this is a result.
     """
-    runs = planned(grid, request)
+    runs = _chosen(grid, request)
     for run in runs:
         checks.check(run.config)
-    dataset = loader.open_data(runs[0].config, request.data)
+    dataset = open_data(grid.dataset, runs[0].config)
     fingerprint, images = contents(dataset), (len(dataset.train), len(dataset.test))
-    classes, expected = len(dataset.class_names), BASES[grid.dataset].classes
-    if classes != expected:
-        raise ValueError(
-            f"{request.data} has {classes} classes, expected the {expected} of {grid.dataset}: choose another --data"
-        )
+    classes = len(dataset.class_names)
     del dataset
+    forecast = _pace.Forecast(request.until, request.runs, images)
     missing = [run for run in runs if not matching(_records.read(request.out), grid.dataset, run.settings, fingerprint)]
     _check_name(grid.dataset, runs, request, fingerprint)
     print(f"{grid.title}: {len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
     for number, run in enumerate(missing, 1):
-        print(f"\n{number}/{len(missing)}    {run}", flush=True)
         workdir = request.runs / _folder(run, request.data_name, fingerprint)
+        starts, told = forecast.of(run.config, workdir)
+        print(f"\n{number}/{len(missing)}    {run}{told}", flush=True)
+        if not starts:
+            continue
         diverged = None
         try:
-            train.train(run.config, str(workdir))
+            train.train(run.config, str(workdir), [_until(request.until)])
+        except preemption.TrainingPreemptedError:
+            if time.monotonic() < request.until:
+                raise
+            print("the time is over: saved, and the same command goes on from there", flush=True)
+            return
         except train.TrainingDivergedError as error:
             diverged = str(error).partition(";")[0]
             print(f"diverged: {error}", flush=True)
         measured = _measured(workdir, run, diverged)
         about = {"dataset": grid.dataset, "data": request.data_name, "fingerprint": fingerprint}
         _records.append(request.out, Record(**about, images=images, classes=classes, **measured))
+    if forecast.left_out:
+        print(f"\n{forecast.summary()}", flush=True)
+
+
+def check_first(grid: Grid, request: Request) -> None:
+    """Raises ValueError where the first run of a grid could not be started, for its settings or its images."""
+    run = planned(grid, request)[0]
+    checks.check(run.config)
+    open_data(grid.dataset, run.config)
+
+
+def open_data(dataset: str, config: ConfigDict) -> data.Dataset:
+    """The images of a config, where they may be those of a data set.
+
+    Raises:
+        ValueError: They cannot be read, or have another number of classes.
+    """
+    found, expected = loader.open_data(config, config.data.dir), BASES[dataset].classes
+    if (classes := len(found.class_names)) != expected:
+        raise ValueError(
+            f"{config.data.dir} has {classes} classes, expected the {expected} of {dataset}: choose another --data"
+        )
+    return found
+
+
+def _chosen(grid: Grid, request: Request) -> list[Run]:
+    """Those of the networks that are asked for."""
+    labels = [cell.label for cell in grid.cells]
+    for beginning in request.networks:
+        if not any(label.startswith(beginning) for label in labels):
+            raise ValueError(f"--network={beginning}: expected the beginning of one of\n  " + "\n  ".join(labels))
+    beginnings = tuple(request.networks) or ("",)
+    return [run for run in planned(grid, request) if run.cell.label.startswith(beginnings)]
+
+
+def _until(end: float) -> Callable[[train.Run], None]:
+    """A callback that ends a run after that time, for one that takes longer than was measured."""
+
+    def stop(run: train.Run) -> None:
+        if time.monotonic() >= end and run.progress.step < run.progress.total:
+            run.stopped = True
+
+    return stop
 
 
 def matching(known: Sequence[Record], dataset: str, settings: Mapping[str, Any], fingerprint: str) -> list[Record]:

@@ -128,6 +128,8 @@ class TrainingFigure:
 
     def plot(self) -> Figure:
         """Training accuracy on the left, test accuracy on the right, one row for each depth."""
+        if self.grid.by_depth:
+            return self._plot_by_depth()
         depths = [depth for depth in self.grid.depths if self._of(depth)]
         figure = figures.new(figsize=(13, 4.2 * len(depths) + 0.4), layout="constrained")
         from matplotlib.ticker import MaxNLocator
@@ -148,6 +150,27 @@ class TrainingFigure:
                 axes.grid(alpha=0.3)
                 axes.spines[["top", "right"]].set_visible(False)
             row[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.suptitle(f"{self.title()}, {self._devices()}\n{self.setting()}", fontsize=10)
+        return figure
+
+    def _plot_by_depth(self) -> Figure:
+        """Training accuracy on the left, test accuracy on the right, at the end of the runs of each depth."""
+        figure = figures.new(figsize=(13, 4.6), layout="constrained")
+        curves = list(dict.fromkeys(cell.curve for cell in self.grid.cells if self.found[cell.label]))
+        looks = styles(curves)
+        for axes, split in zip(figure.subplots(1, 2), ("train", "test"), strict=True):
+            for number, curve in enumerate(curves):
+                aside = 1.02 ** (number - len(curves) // 2)  # so that bars do not cover each other
+                cells = [cell for cell in self.grid.cells if cell.curve == curve]
+                groups = [(aside * cell.depth, self.found[cell.label]) for cell in cells]
+                _draw_by_depth(axes, groups, f"{split}_accuracy", looks[curve], curve)
+            axes.set(xlabel="layers", ylabel=f"{'training' if split == 'train' else split} accuracy at the end (%)")
+            axes.set_xscale("log")
+            axes.set_xticks(self.grid.depths, [str(depth) for depth in self.grid.depths])
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(f"{self.title()}, {self._devices()}\n{self.setting()}", fontsize=10)
         return figure
 
@@ -287,6 +310,24 @@ def _draw(axes: Axes, group: Sequence[Record], name: str, look: spp.Style, label
         named = None if whole or number else f"{label} (diverged)"
         axes.plot(epochs, values, **drawn, linewidth=0.8, label=named)
         axes.plot(epochs[-1:], values[-1:], marker="x", color=look.color, markersize=8, linestyle="")
+
+
+def _draw_by_depth(
+    axes: Axes, groups: Sequence[tuple[float, Sequence[Record]]], name: str, look: spp.Style, label: str
+) -> None:
+    """The mean over seeds by depth, with a bar of one standard deviation; a cross where runs diverged."""
+    drawn = {"color": look.color, "linestyle": look.linestyle}
+    means = [(depth, mean) for depth, group in groups if (mean := _records.over_seeds(group, name))]
+    if means:
+        depths, values = zip(*means, strict=True)
+        middle, spread = [100 * mean.mean for mean in values], [100 * mean.std for mean in values]
+        axes.errorbar(depths, middle, spread, **drawn, marker=look.marker, markersize=4, capsize=3, label=label)
+    for number, (depth, record) in enumerate(
+        (depth, record) for depth, group in groups for record in group if record.diverged is not None
+    ):
+        reached = 100 * (record.final(name) or 1 / record.classes)
+        named = None if number else f"{label} (diverged)"
+        axes.plot([depth], [reached], marker="x", color=look.color, markersize=8, linestyle="", label=named)
 
 
 def ablation_grid(request: _runs.Request) -> Grid:
