@@ -1,7 +1,9 @@
 # make train: set up .venv and train on real images.   make test: set up .venv, lint, run the tests.
 # make docs: set up .venv and build the pages, docs/_build/html/index.html.
 # Another workdir or other settings: make train WORKDIR=runs/mine ARGS="--config.epochs=10".
-PYTHON ?= python3
+# The newest Python that runs here; each has its pinned versions in constraints.txt. Another one: make PYTHON=python3.11.
+FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell $(name) -c '$(FITS)' 2>/dev/null && echo $(name))) python3)
 WORKDIR ?= runs/digits_convshort
 ARGS ?=
 BIN := .venv/bin

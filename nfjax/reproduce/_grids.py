@@ -12,6 +12,7 @@ SCHEMES = (CONVSHORT, "IdShort, He fan-out", "LearnScalar, He fan-out")
 # The same schemes in the same order, so that each has its control.
 BROCK = ("ConvShort, Brock", "IdShort, Brock", "LearnScalar, Brock")
 BEYOND = "ConvShort, effective fan-out"  # not in the paper
+CONTROL = "classical, He fan-out"  # without norm and without any of the schemes; not in the paper's figure
 
 # torchvision's ResNet-50 with batch normalization, the dashed line of figure 5 and the paper's only printed accuracy.
 TORCHVISION = 0.7613
@@ -69,7 +70,7 @@ GRIDS = {
         _networks(50, CONVSHORT),
         ("torchvision's ResNet-50, 76.13 %", TORCHVISION),
     ),
-    "figure7": Grid("Figure 7: ResNet-18", "CIFAR-10", _networks(18, BASELINE, *SCHEMES, *BROCK, BEYOND)),
+    "figure7": Grid("Figure 7: ResNet-18", "CIFAR-10", _networks(18, BASELINE, *SCHEMES, *BROCK, BEYOND, CONTROL)),
 }
 
 

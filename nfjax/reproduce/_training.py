@@ -43,6 +43,7 @@ NOTE = (
 ABOUT = {
     _grids.BASELINE: "BatchNorm has identity shortcuts.",
     _grids.BEYOND: "The effective fan-out is not in the paper.",
+    _grids.CONTROL: "The control, identity shortcuts without batch norm, is not in the paper's figure.",
 }
 
 
