@@ -6,7 +6,10 @@ program, so `import nfjax` leaves it alone; call `keep` for the same.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,6 +43,17 @@ def keep() -> None:
         # XLA's notes on the kernels that it measured on a GPU would lie in the folder, and its path would be part of
         # what a program is found by: after a move, none would be.
         _prefer("jax_persistent_cache_enable_xla_caches", "none")
+
+
+@contextlib.contextmanager
+def not_kept(options: dict[str, Any]) -> Iterator[None]:
+    """No warning that a program is not kept, where it is compiled with options of which that is known: those with
+    oneDNN's convolutions cannot be written (jaxlib 0.12).
+    """
+    with warnings.catch_warnings():
+        if options:
+            warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+        yield
 
 
 def _prefer(option: str, value: Any) -> None:

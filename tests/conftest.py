@@ -50,4 +50,5 @@ def tiny_config(monkeypatch):
     config.augment.crop_padding = 1
     config.augment.rand_operations = 0  # it compiles longer than all the rest
     config.log.every_steps = 5
+    config.train.onednn = False  # whose programs are not kept: each test would compile them anew
     return config

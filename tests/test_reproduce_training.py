@@ -381,7 +381,8 @@ def test_nothing_to_draw_tells_what_to_do_and_what_is_there(tmp_path):
 
 def test_names_that_would_share_a_file_are_refused(tiny_grid, monkeypatch, tmp_path):
     known = made(CONVSHORT, [0.5], depth=TINY, model__width=2, data__image_size=8, data__share=0.25, batch_size=64,
-                 data__source="synthetic", augment__crop_padding=1, augment__rand_operations=0)  # fmt: skip
+                 data__source="synthetic", augment__crop_padding=1, augment__rand_operations=0,
+                 train__onednn=False)  # fmt: skip
     write(tmp_path, dataclasses.replace(known, data="Made up!"))
     with pytest.raises(SystemExit, match=r"whose images are others .*: give these another name with --data-name"):
         run(monkeypatch, "figure7", f"--out={tmp_path}", *TINY_FLAGS)
@@ -550,7 +551,7 @@ def tiny_grid(monkeypatch):
 TINY_FLAGS = [
     "--epochs=1", "--config.batch_size=64", "--config.model.width=2", "--config.data.image_size=8",
     "--config.data.source=synthetic", "--config.augment.crop_padding=1", "--config.augment.rand_operations=0",
-    "--config.data.share=0.25", "--data=made-up",
+    "--config.data.share=0.25", "--config.train.onednn=False", "--data=made-up",
 ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ import time
 import jax
 from absl import logging
 
-from nfjax import compilation, preemption
+from nfjax import _cpu, compilation, preemption
 from nfjax.cli._outcome import FailedError, UsageError
 from nfjax.cli._parser import Parser, path
 from nfjax.reproduce import REPRODUCTIONS, SUMMARIES, TRAINED, Request, Result, _campaign
@@ -78,6 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
     if CAMPAIGN in arguments.names:
         _run_campaign(arguments, request)
         return
+    if request.data is not None and request.changes.get("train.keep_memory", True):
+        _cpu.keep_memory()
     try:
         for name in arguments.names:
             if name in TRAINED:

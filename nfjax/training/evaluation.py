@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nfjax import _cpu
+from nfjax import _cpu, compilation
 from nfjax.training import losses, step
 from nfjax.training.loader import Loader
 from nfjax.training.networks import Network
@@ -39,10 +39,13 @@ def score(
     Raises:
         ValueError: None of the images can be read.
     """
-    eval_step = _eval_step(_cpu.platform_of(loader.mesh), onednn)
-    parts = [
-        (1, eval_step(params, batch_stats, batch, network=network, normalize=normalize)) for batch in loader.evaluate()
-    ]
+    options = _cpu.compiler_options(_cpu.platform_of(loader.mesh), onednn)
+    eval_step = _compiled_with(tuple(options.items()))
+    with compilation.not_kept(options):
+        parts = [
+            (1, eval_step(params, batch_stats, batch, network=network, normalize=normalize))
+            for batch in loader.evaluate()
+        ]
     totals = {name: values.sum(dtype=np.float64) for name, values in step.fetch(parts).items()}
     if not totals["count"]:
         raise ValueError(f"none of the {loader.size} test images can be read; skipped.jsonl in the workdir says why")
@@ -50,6 +53,6 @@ def score(
 
 
 @functools.cache  # so that what it has compiled is found again
-def _eval_step(platform: str, onednn: bool) -> Callable[..., step.Sums]:
-    options = _cpu.compiler_options(platform, onednn)
-    return jax.jit(step.eval_step.__wrapped__, static_argnames=("network", "normalize"), compiler_options=options)
+def _compiled_with(options: tuple[tuple[str, Any], ...]) -> Callable[..., step.Sums]:
+    statics = ("network", "normalize")
+    return jax.jit(step.eval_step.__wrapped__, static_argnames=statics, compiler_options=dict(options))

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from nfjax import compilation
+
 
 def of(compiled: jax.stages.Compiled) -> int | None:
     """Bytes on each device while the program runs: arguments, results and temporaries; None where the compiler does not
@@ -61,6 +63,7 @@ class Compiled:
 
     def __call__(self, *arguments: Any) -> Any:
         if self._compiled is None:
-            self._compiled = self._jitted.lower(*arguments, **self._static).compile(self._options)
+            with compilation.not_kept(self._options):
+                self._compiled = self._jitted.lower(*arguments, **self._static).compile(self._options)
             self._say(described(of(self._compiled), available(jax.local_devices()[0])))
         return self._compiled(*arguments)
