@@ -33,7 +33,7 @@ class _Window(NamedTuple):
     """How a kernel goes over an image."""
 
     strides: Pair
-    padding: tuple[Pair, Pair]  # zeros before and behind, of height and width
+    padding: tuple[Pair, Pair]  # zeros before and behind, of height and of width
     dilation: Pair
 
 
@@ -42,27 +42,40 @@ def conv_general_dilated(
     kernel: jax.Array,
     strides: Any,
     padding: Any,
-    *,
+    lhs_dilation: Any = None,
     rhs_dilation: Any = None,
     dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
     precision: Any = None,
-    **others: Any,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, [B, H, W, C], [k, k, C, D] -> [B, H', W', D], for `nnx.Conv` and `nn.Conv`.
 
-    What is not two-dimensional in NHWC and HWIO, not real, has groups or a dilated input is JAX's own in everything.
+    What is not two-dimensional in NHWC and HWIO, not real, empty, has groups, a dilated input or axes that are divided
+    over an explicit mesh is JAX's own in everything.
     """
-    settings = {"dimension_numbers": dimension_numbers, "precision": precision} | others
-    layout = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
-    asks_more = any(value not in (None, 1, (1, 1), [1, 1], x.dtype) for value in others.values())
-    plain = x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating) and not asks_more
-    if not plain or layout != jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=rhs_dilation, **settings)
-    dilation = tuple(rhs_dilation or (1, 1))
-    if isinstance(padding, str):
-        extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], extent, strides, padding)
-    window = _Window(tuple(strides), tuple(map(tuple, padding)), dilation)
+    usual = out_sharding is None and (lhs_dilation is None or tuple(lhs_dilation) == (1, 1))
+    usual = usual and feature_group_count == batch_group_count == 1
+    usual = usual and (preferred_element_type is None or preferred_element_type == x.dtype)
+    window = _window(x, kernel, strides, padding, rhs_dilation, dimension_numbers) if usual else None
+    if window is None:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            batch_group_count,
+            precision,
+            preferred_element_type,
+            out_sharding,
+        )
+    x, kernel = _as_varying(x, kernel), _as_varying(kernel, x)
     if kernel.shape[:2] == (1, 1) and window.padding == ((0, 0), (0, 0)):
         return jax.lax.platform_dependent(
             x,
@@ -71,6 +84,36 @@ def conv_general_dilated(
             default=functools.partial(_value, window=window, precision=precision),
         )
     return _convolution(x, kernel, window, precision)
+
+
+def _window(
+    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, dilation: Any, dimension_numbers: Any
+) -> _Window | None:
+    """None for what is left to JAX, its messages included."""
+    dilation = (1, 1) if dilation is None else tuple(map(int, dilation))
+    if x.ndim != 4 or kernel.ndim != 4 or len(strides) != 2 or len(dilation) != 2 or not hasattr(padding, "__len__"):
+        return None
+    layout = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    plain = layout == jax.lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT)
+    plain = plain and x.dtype == kernel.dtype and jnp.issubdtype(x.dtype, jnp.floating)
+    plain = plain and x.shape[3] == kernel.shape[2]
+    plain = plain and all(isinstance(n, int) and n > 0 for n in (*x.shape, *kernel.shape))
+    plain = plain and not any(axis for array in (x, kernel) for axis in jax.typeof(array).sharding.spec)
+    if not plain:
+        return None
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
+    padding = tuple((int(before), int(behind)) for before, behind in padding)
+    if any(n + sum(pads) < r or min(pads) < 0 for n, r, pads in zip(x.shape[1:3], reach, padding, strict=True)):
+        return None
+    return _Window(tuple(map(int, strides)), padding, dilation)
+
+
+def _as_varying(array: jax.Array, other: jax.Array) -> jax.Array:
+    """`array` taken to vary wherever `other` does among the axes of a `jax.shard_map`, which its gradients have to."""
+    here, there = (jax.typeof(value).manual_axis_type.varying for value in (array, other))
+    return jax.lax.pcast(array, tuple(there - here), to="varying") if there - here else array
 
 
 def _value(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
@@ -102,7 +145,9 @@ def _convolution_jvp(window: _Window, precision: Any, primals: Any, tangents: An
 
     def transposed(gradient: Callable[..., jax.Array], like: jax.Array) -> Callable[..., jax.Array]:
         gradient = functools.partial(gradient, shape=like.shape, window=window, precision=precision)
-        return lambda other, tangent: jax.linear_transpose(lambda dy: gradient(dy, other), out)(tangent)[0]
+        tangent_by = lambda other, tangent: jax.linear_transpose(lambda dy: gradient(dy, other), out)(tangent)[0]  # noqa: E731
+        # Between forward and backward the other operand itself is kept, not what is made of it.
+        return jax.checkpoint(tangent_by, prevent_cse=False)
 
     total = []
     if not isinstance(dx, SymbolicZero):
@@ -149,8 +194,7 @@ def _kernel_gradient(dy: jax.Array, x: jax.Array, shape: tuple[int, ...], window
     """The gradient of the kernel, which has this shape, added up over groups of images."""
     convolves = _cpu.has_onednn() and window.strides == window.dilation == (1, 1)
     of_group = functools.partial(_by_convolution if convolves else _by_product, shape, window, precision)
-    # Whoever differentiates this keeps x itself, not what a group makes of it.
-    of_group = jax.checkpoint(of_group, prevent_cse=False)
+    of_group = jax.checkpoint(of_group, prevent_cse=False)  # or patches of all groups would be made before the loop
     images = x.shape[0]
     patches = math.prod(dy.shape[1:3]) * math.prod(shape[:3]) * x.dtype.itemsize  # bytes of an image's
     size = min(images, GROUP_IMAGES if convolves else max(1, GROUP_BYTES // patches))

@@ -1,16 +1,17 @@
-"""What is done differently on a CPU, each with its reason.
+"""What is done differently on a CPU, each with its reason; convolutions are in `_convolution`.
 
-What is part of a network is chosen when it is lowered, by the platform that it is lowered for; the other functions take
-that platform ("cpu", "gpu", "tpu"). Nothing here depends on the machine that traces a program, so one that is exported
-holds no trace of it.
+What is part of a network is chosen when it is lowered, by the platform that it is lowered for: on others, nothing of it
+is in the program.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import pathlib
 import sys
-from platform import libc_ver
+from platform import libc_ver, machine
 from typing import Any
 
 import jax
@@ -19,9 +20,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 # Parameters of glibc's mallopt (malloc.h): M_ARENA_MAX, one heap for all threads, as those of a thread are of 64 MB at
-# most; M_MMAP_MAX, no block outside of it; M_TRIM_THRESHOLD, nothing is given back below 2 GB; M_TOP_PAD, it grows by
-# 1 GB at a time.
-GLIBC = {-8: 1, -4: 0, -1: 2 * 10**9, -2: 10**9}
+# most; M_MMAP_MAX, no block outside of it; M_TRIM_THRESHOLD, nothing is given back; M_TOP_PAD, it grows by 1 GB at a
+# time.
+GLIBC = {-8: 1, -4: 0, -1: -1, -2: 10**9}
+# Where the drivers of NVIDIA's and AMD's GPUs and of TPUs show their devices.
+ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")
 
 # Options of a compilation with which XLA takes oneDNN's convolutions and products, which jaxlib 0.11 brought: half the
 # time or less. YNNPACK's would go before them, and are left the sums alone, with which batch norm is 1.6 times as fast.
@@ -33,8 +36,8 @@ ONEDNN: dict[str, Any] = {
 
 
 def has_onednn() -> bool:
-    """Whether XLA's programs for a CPU can call oneDNN."""
-    return jax.__version_info__ >= (0, 11)
+    """Whether XLA's programs for this machine's CPU can call oneDNN."""
+    return jax.__version_info__ >= (0, 11) and machine() in ("x86_64", "AMD64")
 
 
 def compiler_options(platform: str, onednn: bool = True) -> dict[str, Any]:
@@ -48,13 +51,16 @@ def compiler_options(platform: str, onednn: bool = True) -> dict[str, Any]:
 
 
 def keep_memory() -> None:
-    """Has memory that was freed stay with this process, on Linux with glibc; a process on an accelerator needs it less.
+    """Has memory that was freed stay with this process, on Linux with glibc, unless JAX may run on an accelerator.
 
     XLA takes its buffers anew for every step, hundreds of megabytes that the system has to find and to clear again page
     by page: a tenth of a ResNet's step. Only threads that begin later are affected by all of it, so call this before
     JAX begins its own.
     """
     if sys.platform != "linux" or libc_ver()[0] != "glibc":
+        return
+    found = any(next(pathlib.Path("/dev").glob(name), None) for name in ACCELERATORS)
+    if found and os.environ.get("JAX_PLATFORMS") != "cpu":
         return
     mallopt = ctypes.CDLL(None).mallopt
     for option, value in GLIBC.items():

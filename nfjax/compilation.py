@@ -52,7 +52,7 @@ def not_kept(options: dict[str, Any]) -> Iterator[None]:
     """
     with warnings.catch_warnings():
         if options:
-            warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+            warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry.*bad_alloc")
         yield
 
 

@@ -109,7 +109,8 @@ def base() -> ConfigDict:
     # Paper: none.
     config.optim.ema_decay = config_dict.placeholder(float)
 
-    # Training steps per dispatch, where the images are on the device. None: all up to the next log step. Ours.
+    # Training steps per dispatch, where the images are on the device. None: all up to the next log step on an
+    # accelerator, and 1 on a CPU, where a signal to stop would be heard too late. Ours.
     config.steps_per_dispatch = config_dict.placeholder(int)
 
     config.train = ConfigDict()
@@ -119,7 +120,7 @@ def base() -> ConfigDict:
     config.train.state_shards = 1
     # On a CPU, whether convolutions and products are oneDNN's, where jaxlib has it (0.11 or newer); ours.
     config.train.onednn = True
-    # On a CPU, whether the memory of a step is kept for the next one, where the system is Linux with glibc; ours.
+    # Whether the memory of a step is kept for the next one, on Linux with glibc where there is no accelerator; ours.
     config.train.keep_memory = True
 
     config.log = ConfigDict()

@@ -1,6 +1,11 @@
-"""The convolution of our layers: JAX's own value, and gradients in another form on a CPU."""
+"""The convolution of our layers: JAX's own value, and gradients in another form on a CPU. What else is done there."""
 
 import functools
+import os
+import subprocess
+import sys
+import warnings
+from platform import libc_ver
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from nfjax import _convolution, _cpu
+from nfjax import _convolution, _cpu, compilation
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 JAX = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=LAYOUT)
@@ -106,23 +111,34 @@ def test_a_gradient_can_be_exported_for_all_platforms_at_once(form):
     assert difference(program.call(w, x), gradients[0](w, x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["rest", "strided"])
-def test_in_a_loop_under_shard_map_with_its_checks(form, name):
+@pytest.mark.parametrize("name", ["rest", "strided", "1x1"])
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_under_shard_map_with_its_checks(form, name, where):
     x, w, settings = arguments(name)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = PartitionSpec("data")
+    everywhere, divided = PartitionSpec(), PartitionSpec("data")
 
     def gradient(f):
-        of_device = jax.grad(lambda w, x: (f(x, w) ** 2).sum())
-        of_all = jax.shard_map(
-            lambda w, x: jax.lax.psum(of_device(jax.lax.pcast(w, "data", to="varying"), x), "data"),
-            mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec(),
-        )  # fmt: skip
-        return jax.jit(lambda w, x: jax.lax.scan(lambda w, _: (w - 1e-6 * of_all(w, x), None), w, None, length=3)[0])(
-            w, x
-        )
+        def loss(w, x):
+            return jax.lax.psum((f(x, w) ** 2).sum(), "data")
 
-    expected, ours = map(gradient, calls(settings))
+        sharded = functools.partial(jax.shard_map, mesh=mesh, in_specs=(everywhere, divided))
+        if where == "inside":
+            return sharded(lambda w, x: jax.grad(loss, (0, 1))(w, x), out_specs=(everywhere, divided))
+        return jax.grad(sharded(loss, out_specs=everywhere), (0, 1))
+
+    expected, ours = (jax.jit(gradient(f))(w, x) for f in calls(settings))
+    assert difference(ours, expected) < 1e-5
+
+
+def test_in_a_loop(form):
+    x, w, settings = arguments("rest")
+
+    def descent(f):
+        of_kernel = jax.grad(lambda w: (f(x, w) ** 2).sum())
+        return jax.jit(lambda w: jax.lax.scan(lambda w, _: (w - 1e-6 * of_kernel(w), None), w, None, length=3)[0])
+
+    expected, ours = (descent(f)(w) for f in calls(settings))
     assert difference(ours, expected) < 1e-5
 
 
@@ -132,15 +148,18 @@ def test_in_a_loop_under_shard_map_with_its_checks(form, name):
         (((4, 6, 6, 4), (3, 3, 2, 6)), {"feature_group_count": 2}),
         (((4, 6, 6, 4), (3, 3, 4, 6)), {"batch_group_count": 2}),
         (((4, 6, 6, 4), (3, 3, 4, 6)), {"lhs_dilation": (2, 2)}),
+        (((4, 6, 6, 4), (3, 3, 4, 6)), {"padding": ((-1, 1), (1, 1))}),
+        (((0, 6, 6, 4), (3, 3, 4, 6)), {}),
+        (((4, 2, 2, 4), (5, 5, 4, 6)), {"padding": "VALID"}),
         (((4, 4, 6, 6), (6, 4, 3, 3)), {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}),
     ],
-    ids=["groups", "batch groups", "dilated input", "NCHW"],
+    ids=["groups", "batch groups", "dilated input", "negative padding", "no images", "small images", "NCHW"],
 )
 def test_what_is_not_plain_is_jaxs_own(shapes, settings):
     x, w = map(jnp.ones, shapes)
-    settings = {"dimension_numbers": LAYOUT} | settings
+    settings = {"dimension_numbers": LAYOUT, "padding": ((1, 1), (1, 1))} | settings
     plain, ours = (
-        str(jax.make_jaxpr(lambda x, w, f=f: f(x, w, (1, 1), ((1, 1), (1, 1)), **settings))(x, w))
+        str(jax.make_jaxpr(lambda x, w, f=f: f(x, w, (1, 1), **settings))(x, w))
         for f in (jax.lax.conv_general_dilated, _convolution.conv_general_dilated)
     )
     assert plain == ours
@@ -151,6 +170,34 @@ def test_one_dimension_is_jaxs_own():
     numbers = ("NWC", "WIO", "NWC")
     ours = _convolution.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=numbers)
     np.testing.assert_array_equal(ours, jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=numbers))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "settings"),
+    [
+        ((3, 3, 5, 6), {"padding": "SAME"}),
+        ((1, 1, 5, 6), {"padding": "SAME"}),
+        ((3, 3, 4, 6), {"padding": 1}),
+        ((3, 3, 4, 6), {"padding": "SAME", "bogus": 1}),
+        ((1, 1, 4, 6), {"padding": "SAME", "window_strides": (1, 1, 1)}),
+    ],
+)
+def test_what_is_wrong_is_told_as_jax_does(kernel, settings):
+    x, w = jnp.ones((4, 6, 6, 4)), jnp.ones(kernel)
+    strides = settings.pop("window_strides", (1, 1))
+    with pytest.raises((TypeError, ValueError)) as expected:
+        JAX(x, w, strides, **settings)
+    with pytest.raises(expected.type) as ours:
+        OURS(x, w, strides, **settings)
+    assert str(ours.value) == str(expected.value) or "bogus" in settings
+
+
+def test_residuals_are_those_of_jax(form):
+    """Between a forward and a backward program the images are kept once, and no patches."""
+    x, w, settings = arguments("rest")
+    kept = [jax.jit(lambda x, w, f=f: jax.vjp(f, x, w)[1])(x, w) for f in calls(settings)]
+    plain, ours = (sum(leaf.nbytes for leaf in jax.tree.leaves(residuals)) for residuals in kept)
+    assert ours <= plain + w.nbytes
 
 
 def test_layers_of_flax_take_it():
@@ -181,3 +228,49 @@ def test_a_cpus_programs_have_onednn_where_they_may():
     x, w, settings = arguments("3x3")
     program = jax.jit(calls(settings)[1]).lower(x, w).compile(options)
     assert ("__onednn$" in program.as_text()) is bool(options)
+
+
+MEMORY = """
+import resource
+import numpy as np
+from nfjax import _cpu
+{keep}
+def step():
+    np.ones(2**26, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = [step() for _ in range(4)][-1]
+print(step() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or libc_ver()[0] != "glibc", reason="glibc's memory")
+def test_memory_stays_with_the_process():
+    def faults(keep):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
+        command = [sys.executable, "-c", MEMORY.format(keep=keep)]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("_cpu.keep_memory()") == 0 < faults("")
+
+
+def test_a_process_for_an_accelerator_keeps_no_memory(monkeypatch):
+    called = []
+    monkeypatch.setattr(_cpu.ctypes, "CDLL", lambda name: called.append(name))
+    monkeypatch.setattr(_cpu, "ACCELERATORS", ("null",))  # which every /dev has
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    _cpu.keep_memory()
+    assert not called
+
+
+@pytest.mark.parametrize(("options", "told"), [({}, 1), ({"some": True}, 0)])
+def test_only_what_is_known_not_to_be_kept_is_no_warning(options, told):
+    def warn():
+        said = "Error writing persistent compilation cache entry for 'jit_f': MemoryError: std::bad_alloc"
+        warnings.warn(said, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with compilation.not_kept(options):
+            warn()
+        warn()
+    assert len(caught) == 1 + told

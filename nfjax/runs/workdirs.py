@@ -30,10 +30,10 @@ from nfjax.runs import files, mirror
 
 LOCK = ".lock"
 PARAMETERS = "parameters.txt"
-# What may differ when a run goes on: where its data lies and who decodes it, where its state lies, and how often it
-# reports and saves.
+# What may differ when a run goes on: where its data lies and who decodes it, where its state lies, how it is computed,
+# and how often it reports and saves.
 MAY_CHANGE = ("data.dir", "data.workers", "data.ahead", "data.max_skipped", "train.state_shards", "model.remat")
-MAY_CHANGE += ("log.", "checkpoint.")
+MAY_CHANGE += ("train.onednn", "train.keep_memory", "log.", "checkpoint.")
 PACKAGES = ("nfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "clu", "numpy")
 
 

@@ -209,6 +209,7 @@ def _train_step(
     config: ConfigDict, network: networks.Network, optimizer: optax.GradientTransformation, mesh: Mesh, size: int
 ) -> tuple[Callable[..., tuple[TrainState, Sums]], int]:
     """The compiled step of a config, and how many steps one call of it takes."""
+    on_cpu = _cpu.platform_of(mesh) == "cpu"
     task = Task(
         network,
         optimizer,
@@ -217,11 +218,14 @@ def _train_step(
         config.optim.label_smoothing,
         config.optim.ema_decay,
         config.train.accumulate_steps,
-        mesh,
+        unroll=on_cpu and not networks.is_ours(config),  # whose convolutions XLA runs in a loop many times slower there
+        mesh=mesh,
     )
     # A report or the end of an epoch ends a dispatch: more room would be taken for nothing.
     longest = min(config.log.every_steps, -(-size // config.batch_size))
-    length = min(config.steps_per_dispatch or (longest if config.data.keep == "device" else 1), longest)
+    # On a CPU, whose steps take long, a signal to stop is heard after every one, unless the config says otherwise.
+    usual = longest if config.data.keep == "device" and not on_cpu else 1
+    length = min(config.steps_per_dispatch or usual, longest)
     function = step.train_step if length == 1 else step.train_steps
     options = _cpu.compiler_options(_cpu.platform_of(mesh), config.train.onednn)
     return footprint.Compiled(function, say, options, task=task), length

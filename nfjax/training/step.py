@@ -44,6 +44,7 @@ class Task:
         parts: Of the batch, whose gradients are computed one after the other and added, which takes the memory of one.
             They are drawn and augmented together, so without batch norm this is the step of the whole batch; batch
             norm sees the parts.
+        unroll: Whether the parts stand one after the other in the program, and are no loop in it.
         mesh: Of the devices over which a batch is divided, all there are by default.
     """
 
@@ -54,6 +55,7 @@ class Task:
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     parts: int = 1
+    unroll: bool = False
     mesh: Mesh = dataclasses.field(default_factory=sharding.make)
 
 
@@ -221,7 +223,7 @@ def _added_up(
 
     sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
     start = ((jax.tree.map(jnp.zeros_like, params), jnp.float32(0), sums), batch_stats)
-    (own, batch_stats), _ = jax.lax.scan(add, start, jnp.arange(task.parts))
+    (own, batch_stats), _ = jax.lax.scan(add, start, jnp.arange(task.parts), unroll=task.unroll)
     return own, batch_stats
 
 
@@ -247,7 +249,12 @@ def _norm(tree: Any) -> jax.Array:
     """The global L2 norm. As products with themselves, in full precision, leaves are read once and nothing is written:
     XLA's sums of squares take five times as long on a CPU.
     """
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf, precision="highest") for leaf in jax.tree.leaves(tree)))
+
+    def square(leaf: jax.Array) -> jax.Array:
+        axes = tuple(range(leaf.ndim))
+        return jax.lax.dot_general(leaf, leaf, ((axes, axes), ((), ())), precision="highest")
+
+    return jnp.sqrt(sum(map(square, jax.tree.leaves(tree))))
 
 
 def _averaged(before: TrainState, after: TrainState, decay: float) -> dict[str, Any]:
