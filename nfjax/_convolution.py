@@ -143,20 +143,23 @@ def _convolution_jvp(window: _Window, precision: Any, primals: Any, tangents: An
     (x, kernel), (dx, dkernel) = primals, tangents
     out = _convolution(x, kernel, window, precision)
 
+    plain = functools.partial(_value, window=window, precision=precision)
+
     def transposed(gradient: Callable[..., jax.Array], like: jax.Array) -> Callable[..., jax.Array]:
         gradient = functools.partial(gradient, shape=like.shape, window=window, precision=precision)
-        tangent_by = lambda other, tangent: jax.linear_transpose(lambda dy: gradient(dy, other), out)(tangent)[0]  # noqa: E731
+
+        def of_tangent(other: jax.Array, tangent: jax.Array) -> jax.Array:
+            return jax.linear_transpose(lambda dy: gradient(dy, other), out)(tangent)[0]
+
         # Between forward and backward the other operand itself is kept, not what is made of it.
-        return jax.checkpoint(tangent_by, prevent_cse=False)
+        return jax.checkpoint(of_tangent, prevent_cse=False)
 
     total = []
     if not isinstance(dx, SymbolicZero):
         of_input = transposed(_input_gradient, x)
-        plain = functools.partial(_value, window=window, precision=precision)
         total.append(jax.lax.platform_dependent(kernel, dx, cpu=of_input, default=lambda k, dx: plain(dx, k)))
     if not isinstance(dkernel, SymbolicZero):
         of_kernel = transposed(_kernel_gradient, kernel)
-        plain = functools.partial(_value, window=window, precision=precision)
         total.append(jax.lax.platform_dependent(x, dkernel, cpu=of_kernel, default=plain))
     return out, functools.reduce(jnp.add, total) if total else jnp.zeros_like(out)
 
