@@ -1,5 +1,6 @@
 """`nfjax COMMAND`: which command, what it may be given, how it ends. What each of them does is tested elsewhere."""
 
+import argparse
 import importlib
 import pathlib
 import signal
@@ -252,3 +253,15 @@ def test_the_cost_of_a_network(capsys, monkeypatch, tmp_path):
     out = capsys.readouterr().out
     assert f" {4 * 16 + 16 + 16 * 2 + 2:,}\n" in out
     assert f" {4 * 16 + 16 * 2:,}\n" in out
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_training_keeps_its_memory_unless_told_otherwise(kept, tiny_config, monkeypatch):
+    done = []
+    monkeypatch.setattr("nfjax._cpu.keep_memory", lambda: done.append("kept"))
+    monkeypatch.setattr("nfjax.training.loop.train", lambda config, workdir: done.append("trained"))
+    tiny_config.train.keep_memory = kept
+    importlib.import_module("nfjax.cli.train")._train(
+        tiny_config, argparse.Namespace(coordinator=None, processes=None, process=None, workdir="run", traceback=False)
+    )
+    assert done == ["kept"] * kept + ["trained"]

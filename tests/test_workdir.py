@@ -198,7 +198,6 @@ def test_a_start_that_changes_nothing_writes_neither_config_nor_data(begun, monk
 def test_a_run_of_before_goes_on(begun):
     """Without the settings that came later, without the identity of its images."""
     config, folder = begun
-    config.train.onednn = True  # as it is where nothing is said
     settings = json.loads((folder / "config.json").read_bytes())
     del settings["train"], settings["data"]["share"]
     (folder / "config.json").write_text(json.dumps(settings))

@@ -55,4 +55,4 @@ def score(
 @functools.cache  # so that what it has compiled is found again
 def _compiled_with(options: tuple[tuple[str, Any], ...]) -> Callable[..., step.Sums]:
     statics = ("network", "normalize")
-    return jax.jit(step.eval_step.__wrapped__, static_argnames=statics, compiler_options=dict(options))
+    return jax.jit(step.eval_step, static_argnames=statics, compiler_options=dict(options))

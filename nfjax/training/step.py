@@ -1,4 +1,4 @@
-"""One step of training and one of evaluation, each jitted where it is written.
+"""One step of training, jitted, and one of evaluation, which `evaluation` compiles.
 
 A step knows no data set and no settings: what stays the same from step to step is a `Task`.
 """
@@ -127,7 +127,6 @@ def gather(examples: Batch, indices: jax.Array, mask: jax.Array | None = None, *
     )
 
 
-@functools.partial(jax.jit, static_argnames=("network", "normalize"))
 def eval_step(
     params: Any, batch_stats: Any, batch: Batch, *, network: Network, normalize: Callable[[jax.Array], jax.Array]
 ) -> Sums:
