@@ -1,9 +1,11 @@
-"""Two-dimensional convolution whose gradients are fast on a CPU, called as `jax.lax.conv_general_dilated` is.
+"""Two-dimensional convolution that is fast on CPUs and CUDA GPUs, called as `jax.lax.conv_general_dilated` is.
 
-XLA takes the gradient of a kernel for a convolution whose window is as large as an image, and both gradients with axes
-in an order that its kernels do not take, so that a CPU needs up to five times as long for them as for the value. Here
-they are written as what it computes fast. All of JAX's transformations apply, of any order, and everywhere but on a CPU
-the program is JAX's own: which one is chosen when it is lowered, by the platform that it is lowered for.
+On a CPU, XLA takes the gradient of a kernel for a convolution whose window is as large as an image, and both gradients
+with axes in an order that its kernels do not take, so that they need up to five times as long as the value. Here they
+are written as what it computes fast. On a GPU, a 1x1 convolution is the matrix product that it is, into which XLA fuses
+what stands around it, and a network's first convolution reads cells of several pixels; all else is JAX's own there, and
+on other platforms everything is. All of JAX's transformations apply, of any order: the form is chosen when a program is
+lowered, by the platform that it is lowered for.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from nfjax import _cpu
 # convolution, which has them for channels (as many as AVX-512 has lanes); of patches of so many bytes where a product.
 GROUP_IMAGES = 16
 GROUP_BYTES = 8 * 2**20
+CHANNELS = 8  # that cuDNN's kernels read at a time; fewer are filled up with zeros
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 Pair = tuple[int, int]
@@ -81,7 +84,15 @@ def conv_general_dilated(
             x,
             kernel,
             cpu=functools.partial(_product, window=window, precision=precision),
+            cuda=functools.partial(_product, window=window, precision=precision),
             default=functools.partial(_value, window=window, precision=precision),
+        )
+    if kernel.shape[2] < CHANNELS and max(window.strides) > 1 == max(window.dilation):
+        return jax.lax.platform_dependent(
+            x,
+            kernel,
+            cuda=functools.partial(_over_cells, window=window, precision=precision),
+            default=functools.partial(_convolution, window=window, precision=precision),
         )
     return _convolution(x, kernel, window, precision)
 
@@ -124,10 +135,42 @@ def _value(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> 
 
 
 def _product(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
-    """A 1x1 convolution as the matrix product that it is, which takes a quarter of the time."""
+    """A 1x1 convolution as the matrix product that it is: a quarter of the time on a CPU; on an H200 a ResNet-50's step
+    takes 2 % less time and 25 % less memory.
+    """
     x = x[:, :: window.strides[0], :: window.strides[1]]
     product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=precision)
     return product.reshape(*x.shape[:-1], -1)
+
+
+def _over_cells(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
+    """A convolution with strides as one without over cells of as many pixels, whose values are the channels of a cell
+    (MLPerf's space-to-depth): of the 7x7 convolution of images, half of the time on an H200, forward and backward.
+    """
+    # A kernel begins at a pixel of its first cell and ends at one of its last.
+    cells, of_kernel, of_image = [], [], []
+    for axis, (stride, (before, behind)) in enumerate(zip(window.strides, window.padding, strict=True)):
+        size, reach = x.shape[axis + 1], kernel.shape[axis]
+        outputs = (size + before + behind - reach) // stride + 1
+        lead = -(-before // stride)
+        first = lead * stride - before
+        of_kernel.append((first, -(first + reach) % stride))
+        of_image.append((0, -size % stride))
+        cells.append((lead, outputs - 1 + (sum(of_kernel[-1]) + reach - size - of_image[-1][1]) // stride - lead))
+    kernel = jnp.pad(kernel, (*of_kernel, (0, 0), (0, 0)))
+    x = jnp.pad(x, ((0, 0), *of_image, (0, 0)))
+    (rows, columns), (b, *_, c) = window.strides, x.shape
+    x = x.reshape(b, x.shape[1] // rows, rows, -1, columns, c).transpose(0, 1, 3, 2, 4, 5)
+    kernel = kernel.reshape(-1, rows, kernel.shape[1] // columns, columns, c, kernel.shape[3])
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5)
+    return jax.lax.conv_general_dilated(
+        x.reshape(*x.shape[:3], -1),
+        kernel.reshape(*kernel.shape[:2], -1, kernel.shape[-1]),
+        (1, 1),
+        cells,
+        dimension_numbers=_LAYOUT,
+        precision=precision,
+    )
 
 
 # ---------------------------------------------------------------- derivatives

@@ -1,13 +1,11 @@
-"""What is done differently on a CPU, each with its reason; convolutions are in `_convolution`.
+"""How programs are compiled and memory is kept on a CPU, each with its reason.
 
-What is part of a network is chosen when it is lowered, by the platform that it is lowered for: on others, nothing of it
-is in the program.
+What is part of a network is in `_convolution` and `layers`, and chosen by the platform that it is lowered for.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import pathlib
 import sys
@@ -15,8 +13,6 @@ from platform import libc_ver, machine
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 # Parameters of glibc's mallopt (malloc.h): M_ARENA_MAX, one heap for all threads, as those of a thread are of 64 MB at
@@ -65,26 +61,6 @@ def keep_memory() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     for option, value in GLIBC.items():
         mallopt(option, value)
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max-pooling with stride 2 and a border of 1, [B, H, W, C] -> [B, H', W', C], H' = ceil(H / 2).
-
-    XLA takes eight times as long for the gradient of a window on a CPU as for that of nine shifted images. Where values
-    are equal, these share the gradient that the first one would get.
-    """
-    height, width = ((n - 1) // 2 + 1 for n in x.shape[1:3])
-
-    def shifted(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-        shifts = [(i, j) for i in range(3) for j in range(3)]
-        images = [padded[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i, j in shifts]
-        return functools.reduce(jnp.maximum, images)
-
-    def window(x: jax.Array) -> jax.Array:
-        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-
-    return jax.lax.platform_dependent(x, cpu=shifted, default=window)
 
 
 def platform_of(mesh: Mesh) -> str:

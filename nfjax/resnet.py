@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfjax import _cpu, _names, initializers, layers
+from nfjax import _names, initializers, layers
 from nfjax import residual as residual_rules
 from nfjax.layers import NORMS, Activation
 from nfjax.residual import ConvFactory, Position, Residual, Rule, RuleFunction
@@ -137,7 +137,7 @@ class ImageNetStem(nnx.Module):
         self.spatial_size = layers.strided(layers.strided(spatial_size, 2), 2)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _cpu.max_pool(self.conv(x))
+        return layers.max_pool(self.conv(x))
 
 
 STEMS: dict[str, type[nnx.Module]] = {"cifar": CifarStem, "imagenet": ImageNetStem}

@@ -1,4 +1,6 @@
-"""The convolution of our layers: JAX's own value, and gradients in another form on a CPU. What else is done there."""
+"""The convolution of our layers: JAX's own value and gradients, in other forms on CPUs and CUDA GPUs. What else is done
+on a CPU.
+"""
 
 import functools
 import os
@@ -79,6 +81,17 @@ def test_every_derivative_is_that_of_jax(form, name, transformation):
     assert difference(results[1], results[0]) < 1e-5
 
 
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", ["strided", "stem", "uneven", "1x1"])
+def test_every_derivative_of_the_forms_for_a_gpu_is_that_of_jax(monkeypatch, name, transformation):
+    x, w, settings = arguments(name)
+    transformed = [jax.jit(functools.partial(TRANSFORMATIONS[transformation], f)) for f in calls(settings)]
+    expected = transformed[0](x, w)
+    # Here a GPU's programs can be lowered, but do not run: they are run as a CPU's.
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cuda, **others: cuda(*operands))
+    assert difference(transformed[1](x, w), expected) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["rest", "strided"])
 def test_sums_over_groups_are_not_rounded_to_bfloat16(form, monkeypatch, name):
     monkeypatch.setattr(_convolution, "GROUP_IMAGES", 1)
@@ -102,6 +115,20 @@ def test_the_form_is_that_of_the_platform_it_is_lowered_for(form):
     for platform in ("cuda", "tpu"):
         assert convolutions(ours, platform) == convolutions(plain, platform)
     assert convolutions(ours, "cpu") != convolutions(plain, "cpu")
+
+
+@pytest.mark.parametrize(("name", "platforms"), [("1x1", ("cpu", "cuda")), ("stem", ("cuda",))])
+def test_what_is_another_form_on_a_gpu(name, platforms):
+    """Products, and the channels of whole cells."""
+    x, w, settings = arguments(name)
+
+    def operations(f, platform):
+        lines = jax.jit(f).trace(x, w).lower(lowering_platforms=(platform,)).as_text().splitlines()
+        return sorted(line.split("stablehlo.")[1] for line in lines if "stablehlo.convolution" in line)
+
+    plain, ours = calls(settings)
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        assert (operations(ours, platform) != operations(plain, platform)) is (platform in platforms)
 
 
 def test_a_gradient_can_be_exported_for_all_platforms_at_once(form):

@@ -60,6 +60,7 @@ class Case:
         self.task = steps.Task(network, optimizer, preprocess, None, smoothing, decay)
         self.kernels = ["x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
         self.stem = "x".join(map(str, params["stem"]["conv"]["kernel"].shape))
+        self.imagenet = config.model.stem == "imagenet"
         self.features = params["classifier"]["kernel"].shape[0]
         self.norms = len(jax.tree.leaves(batch_stats)) // 2  # each has a mean and a variance
 
@@ -67,6 +68,10 @@ class Case:
         size = self.config.data.image_size
         image = jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)
         return Batch(image, jax.ShapeDtypeStruct((count,), jnp.int32), jax.ShapeDtypeStruct((count,), jnp.float32))
+
+    def convolved(self, platform):
+        """The kernels of convolutions: on CUDA, 1x1 are products."""
+        return [kernel for kernel in self.kernels if platform != "cuda" or not kernel.startswith("1x1x")]
 
     @functools.cached_property
     def traced(self):
@@ -114,14 +119,53 @@ def test_every_convolution_is_channels_last_and_in_the_type_of_the_network(name,
         how, types = re.fullmatch(r"(.*\]) (.*)", what).groups()
         assert {part.rpartition("x")[2] for part in re.split(", | -> ", types)} == {narrow}, what
         dimensions[how] += count
-    number = len(case(name).kernels)
+    number = len(case(name).convolved(platform))
     assert dimensions == {FORWARD: number, OF_INPUT: number - 1, OF_KERNEL: number}  # images need no gradient
+
+
+def stem_moves(size, width):
+    """What the ImageNet stem moves on CUDA, in bfloat16."""
+    half, quarter = size // 2, size // 4
+
+    def changed(before, after, count=1):
+        before, after = (shaped(*sizes, dtype="bf16") for sizes in (before, after))
+        return {f"{before}, bf16 -> {after}": count}
+
+    def ordered(before, after):
+        return {" -> ".join(shaped(*sizes, dtype="bf16") for sizes in (before, after)): 1}
+
+    whole, pooled = (BATCH, half, half, width), (BATCH, quarter, quarter, width)
+    kernel, cells, apart = (7, 7, 3, width), (4, 4, 2, 2, 3, width), (4, 2, 4, 2, 3, width)
+    return {
+        # Images and kernel as cells, the kernel's gradient as a kernel.
+        "transpose": {
+            **ordered((BATCH, half, 2, half, 2, 3), (BATCH, half, half, 2, 2, 3)),
+            **ordered(apart, cells),
+            **ordered(cells, apart),
+        },
+        "pad": {
+            **changed((BATCH, size, size, 3), (BATCH, size, size, 3)),  # its size is even
+            **changed(kernel, (8, 8, 3, width)),
+            **changed((8, 8, 3, width), kernel),
+            # Max-pooling: the border, forward and backward; values and gradients of the three windows beside a pixel's
+            # own, and three times nothing, which JAX's transposition of a padding adds.
+            **changed(whole, (BATCH, half + 2, half + 2, width), 2),
+            **changed(whole, whole),
+            **changed(pooled, pooled, 9),
+        },
+    }
+
+
+def shaped(*sizes, dtype):
+    return "x".join(map(str, (*sizes, dtype)))
 
 
 @everywhere
 def test_nothing_is_moved_but_what_has_a_reason(name, platform):
     here, size = case(name), case(name).config.data.image_size
     image, padded = f"{BATCH}x{size}x{size}x3xui8", f"{BATCH}x{size + 8}x{size + 8}x3xui8"
+    narrow = {"float32": "f32", "bfloat16": "bf16"}[here.config.model.dtype]
+    kernels = here.convolved(platform)
     reasons = {
         # The gradient of the classifier.
         "transpose": {f"{CLASSES}x{here.features}xf32 -> {here.features}x{CLASSES}xf32": 1},
@@ -129,12 +173,24 @@ def test_nothing_is_moved_but_what_has_a_reason(name, platform):
         "pad": {f"{image}, ui8 -> {padded}": 1},
         "gather": {f"{padded}, {BATCH}x3xi32 -> {image}": 1},
         # The flip. A gradient with respect to an input takes its kernel turned around, and cuDNN and TPUs do that.
-        "reverse": collections.Counter([*here.kernels, image]) - collections.Counter([here.stem]),
+        "reverse": collections.Counter([*kernels, image]) - collections.Counter([here.stem]),
     }
-    if here.config.model.stem == "imagenet" and platform == "cuda":  # JAX's gradient of max-pooling
-        side, channels = size // 2, here.config.model.width
-        pooled = f"{BATCH}x{side}x{side}x{channels}xbf16, bf16 -> {BATCH}x{side + 2}x{side + 2}x{channels}xbf16"
-        reasons["pad"][pooled] = 1
+    if platform == "cuda":
+        moved = {kind: collections.Counter(reasons[kind]) for kind in ("transpose", "pad")}
+        # A 1x1 kernel's gradient, which the product itself gives in the other order.
+        for kernel in here.kernels:
+            *_, c, d = map(int, kernel.split("x"))
+            if kernel.startswith("1x1x"):
+                moved["transpose"][f"{shaped(d, c, dtype=narrow)} -> {shaped(c, d, dtype=narrow)}"] += 1
+        # The gradient of a shortcut with stride 2, spread over the pixels.
+        side, c = size // (4 if here.imagenet else 1), here.config.model.width * (4 if here.imagenet else 1)
+        for stage in range(3):
+            half, whole = (shaped(BATCH, n, n, c << stage, dtype=narrow) for n in (side >> stage + 1, side >> stage))
+            moved["pad"][f"{half}, {narrow} -> {whole}"] += 1
+        if here.imagenet:
+            for kind, of_stem in stem_moves(size, here.config.model.width).items():
+                moved[kind].update(of_stem)
+        reasons |= moved
     for kind in COSTLY:
         found = counted(program(name, platform), kind)
         if kind == "reverse":
@@ -155,7 +211,9 @@ def test_numbers_change_their_type_where_they_have_to(name, platform):
     if here.config.model.dtype == "float32":
         assert changes == images
     else:
-        assert changes == images | {
+        # Which of its nine values a maximum is, counted for max-pooling's gradient.
+        ties = {("activation", "i1", "bf16"): 9} if platform == "cuda" and here.imagenet else {}
+        assert changes == images | ties | {
             ("activation", "f32", "bf16"): 2 + 3 * here.norms,
             ("activation", "bf16", "f32"): 1 + 3 * here.norms,
             ("kernel", "f32", "bf16"): len(here.kernels),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nfjax import _cpu, initializers, resnet
+from nfjax import initializers, layers, resnet
 from nfjax.residual import RESIDUALS, Rule
 from nfjax.resnet import PreActResNet
 
@@ -133,17 +133,46 @@ def test_with_batch_norm_examples_are_not_independent():
     np.testing.assert_array_equal(a, b)
 
 
+def window(x):
+    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (1, 2)])
 def test_pooling_takes_the_largest_of_its_window_and_sends_the_gradient_there(size, dtype):
     # No two values are equal, so that the gradient has one place to go.
     values = np.random.default_rng(0).permutation(3 * size[0] * size[1]).reshape(1, *size, 3) - 100.0
-    x, window = jnp.asarray(values / 128, dtype), ((3, 3), (2, 2), ((1, 1), (1, 1)))
-    y, gradient = jax.vjp(_cpu.max_pool, x)
-    expected, expected_gradient = jax.vjp(lambda x: nnx.max_pool(x, *window), x)
+    x = jnp.asarray(values / 128, dtype)
+    y, gradient = jax.vjp(layers.max_pool, x)
+    expected, expected_gradient = jax.vjp(window, x)
     np.testing.assert_array_equal(y, expected)
     cotangent = jnp.asarray(np.random.default_rng(1).integers(-8, 8, y.shape), dtype)
     np.testing.assert_array_equal(gradient(cotangent)[0], expected_gradient(cotangent)[0])
+
+
+def test_values_that_are_equal_share_the_gradient_of_their_window():
+    x = jnp.asarray([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 2.0]]).reshape(1, 3, 3, 1)
+    y, gradient = jax.vjp(layers.max_pool, x)
+    np.testing.assert_array_equal(y.reshape(2, 2), [[1, 1], [2, 2]])
+    shared = gradient(jnp.asarray([[4.0, 8.0], [16.0, 32.0]]).reshape(y.shape))[0]
+    np.testing.assert_array_equal(shared.reshape(3, 3), [[2, 2 + 8, 0], [0, 0, 0], [16, 0, 32]])
+
+
+def test_pooling_has_derivatives_of_any_kind():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    dx = jnp.cos(x)
+
+    def of(pool):
+        curved = lambda x: (jnp.sin(pool(x)) * x[:, ::2, ::2]).sum()  # noqa: E731
+        return (
+            jax.jvp(pool, (x,), (dx,)),
+            jax.jvp(jax.grad(curved), (x,), (dx,)),
+            jax.grad(lambda x: (jax.grad(curved)(x) ** 2).sum())(x),
+            jax.vmap(jax.grad(lambda x: curved(x[None])))(x),
+        )
+
+    for expected, ours in zip(*map(jax.tree.leaves, map(of, (window, layers.max_pool))), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [None, "batch"])
@@ -334,13 +363,14 @@ def test_an_initializer_by_name_has_the_gain_of_the_activation():
     np.testing.assert_array_equal(given.stem.conv.kernel[...], relu.stem.conv.kernel[...])
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_what_a_cpu_does_differently_is_chosen_by_what_a_program_is_lowered_for(platform):
-    """Traced on this machine: matrix products and shifted images for a CPU only."""
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_what_is_faster_on_a_platform_is_chosen_by_what_a_program_is_lowered_for(platform):
+    """Traced on this machine: matrix products and shifted images for CPUs and CUDA, cells of pixels for CUDA."""
     model = PreActResNet(10, "convshort", stem="imagenet", width=4, rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
     forward = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     text = jax.export.export(forward, platforms=[platform])(state, jnp.zeros((1, 32, 32, 3))).mlir_module()
     pointwise = sum("stablehlo.convolution" in line and ", tensor<1x1x" in line for line in text.splitlines())
-    assert (pointwise == 0) == (platform == "cpu")
-    assert ("reduce_window" in text) == (platform != "cpu")
+    assert (pointwise == 0) == (platform in ("cpu", "cuda"))
+    assert ("reduce_window" in text) == (platform not in ("cpu", "cuda"))
+    assert ("tensor<1x16x16x12xf32>, tensor<4x4x12x4xf32>" in text) == (platform == "cuda")
