@@ -84,7 +84,7 @@ def conv_general_dilated(
             x,
             kernel,
             cpu=functools.partial(_product, window=window, precision=precision),
-            cuda=functools.partial(_product, window=window, precision=precision),
+            cuda=functools.partial(_value if max(window.strides) > 1 else _product, window=window, precision=precision),
             default=functools.partial(_value, window=window, precision=precision),
         )
     if kernel.shape[2] < CHANNELS and max(window.strides) > 1 == max(window.dilation):
