@@ -80,13 +80,10 @@ def conv_general_dilated(
         )
     x, kernel = _as_varying(x, kernel), _as_varying(kernel, x)
     if kernel.shape[:2] == (1, 1) and window.padding == ((0, 0), (0, 0)):
-        return jax.lax.platform_dependent(
-            x,
-            kernel,
-            cpu=functools.partial(_product, window=window, precision=precision),
-            cuda=functools.partial(_value if max(window.strides) > 1 else _product, window=window, precision=precision),
-            default=functools.partial(_value, window=window, precision=precision),
-        )
+        value, product = (functools.partial(f, window=window, precision=precision) for f in (_value, _product))
+        # XLA may fuse a product with the slice that strides are, and end the process over it (openxla/xla#47381).
+        on_gpu = product if window.strides == (1, 1) else value
+        return jax.lax.platform_dependent(x, kernel, cpu=product, cuda=on_gpu, default=value)
     if kernel.shape[2] < CHANNELS and max(window.strides) > 1 == max(window.dilation):
         return jax.lax.platform_dependent(
             x,

@@ -33,6 +33,7 @@ WINDOWS = {
     "uneven": (18, (7, 6), (2, 3), (3, 1), ((1, 0), (2, 1)), (1, 1)),
     "dilated": (19, (9, 9), (3, 3), (1, 2), ((2, 2), (2, 2)), (2, 2)),
     "1x1": (6, (5, 5), (1, 1), (2, 2), "VALID", (1, 1)),
+    "pixels": (6, (5, 5), (1, 1), (1, 1), "VALID", (1, 1)),
 }
 TRANSFORMATIONS = {
     "reverse": lambda f, x, w: jax.vjp(f, x, w)[1](jnp.sin(f(x, w))),
@@ -82,7 +83,7 @@ def test_every_derivative_is_that_of_jax(form, name, transformation):
 
 
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
-@pytest.mark.parametrize("name", ["strided", "stem", "uneven", "1x1"])
+@pytest.mark.parametrize("name", ["strided", "stem", "uneven", "pixels"])
 def test_every_derivative_of_the_forms_for_a_gpu_is_that_of_jax(monkeypatch, name, transformation):
     x, w, settings = arguments(name)
     transformed = [jax.jit(functools.partial(TRANSFORMATIONS[transformation], f)) for f in calls(settings)]
@@ -117,7 +118,7 @@ def test_the_form_is_that_of_the_platform_it_is_lowered_for(form):
     assert convolutions(ours, "cpu") != convolutions(plain, "cpu")
 
 
-@pytest.mark.parametrize(("name", "platforms"), [("1x1", ("cpu", "cuda")), ("stem", ("cuda",))])
+@pytest.mark.parametrize(("name", "platforms"), [("pixels", ("cpu", "cuda")), ("1x1", ("cpu",)), ("stem", ("cuda",))])
 def test_what_is_another_form_on_a_gpu(name, platforms):
     """Products, and the channels of whole cells."""
     x, w, settings = arguments(name)

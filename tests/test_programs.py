@@ -69,9 +69,16 @@ class Case:
         image = jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)
         return Batch(image, jax.ShapeDtypeStruct((count,), jnp.int32), jax.ShapeDtypeStruct((count,), jnp.float32))
 
+    def products(self, platform):
+        """The 1x1 kernels of stride 1, which on CUDA are no convolutions but products."""
+        channels = self.config.model.width * (4 if self.imagenet else 1)
+        shortcuts = [f"1x1x{channels << stage}x{channels << stage + 1}" for stage in range(3)]  # with stride 2
+        pointwise = [kernel for kernel in self.kernels if kernel.startswith("1x1x")]
+        return collections.Counter(pointwise) - collections.Counter(shortcuts) if platform == "cuda" else {}
+
     def convolved(self, platform):
-        """The kernels of convolutions: on CUDA, 1x1 are products."""
-        return [kernel for kernel in self.kernels if platform != "cuda" or not kernel.startswith("1x1x")]
+        """The kernels of convolutions."""
+        return collections.Counter(self.kernels) - collections.Counter(self.products(platform))
 
     @functools.cached_property
     def traced(self):
@@ -119,7 +126,7 @@ def test_every_convolution_is_channels_last_and_in_the_type_of_the_network(name,
         how, types = re.fullmatch(r"(.*\]) (.*)", what).groups()
         assert {part.rpartition("x")[2] for part in re.split(", | -> ", types)} == {narrow}, what
         dimensions[how] += count
-    number = len(case(name).convolved(platform))
+    number = sum(case(name).convolved(platform).values())
     assert dimensions == {FORWARD: number, OF_INPUT: number - 1, OF_KERNEL: number}  # images need no gradient
 
 
@@ -165,7 +172,6 @@ def test_nothing_is_moved_but_what_has_a_reason(name, platform):
     here, size = case(name), case(name).config.data.image_size
     image, padded = f"{BATCH}x{size}x{size}x3xui8", f"{BATCH}x{size + 8}x{size + 8}x3xui8"
     narrow = {"float32": "f32", "bfloat16": "bf16"}[here.config.model.dtype]
-    kernels = here.convolved(platform)
     reasons = {
         # The gradient of the classifier.
         "transpose": {f"{CLASSES}x{here.features}xf32 -> {here.features}x{CLASSES}xf32": 1},
@@ -173,20 +179,14 @@ def test_nothing_is_moved_but_what_has_a_reason(name, platform):
         "pad": {f"{image}, ui8 -> {padded}": 1},
         "gather": {f"{padded}, {BATCH}x3xi32 -> {image}": 1},
         # The flip. A gradient with respect to an input takes its kernel turned around, and cuDNN and TPUs do that.
-        "reverse": collections.Counter([*kernels, image]) - collections.Counter([here.stem]),
+        "reverse": here.convolved(platform) + collections.Counter([image]) - collections.Counter([here.stem]),
     }
     if platform == "cuda":
         moved = {kind: collections.Counter(reasons[kind]) for kind in ("transpose", "pad")}
         # A 1x1 kernel's gradient, which the product itself gives in the other order.
-        for kernel in here.kernels:
+        for kernel, count in here.products(platform).items():
             *_, c, d = map(int, kernel.split("x"))
-            if kernel.startswith("1x1x"):
-                moved["transpose"][f"{shaped(d, c, dtype=narrow)} -> {shaped(c, d, dtype=narrow)}"] += 1
-        # The gradient of a shortcut with stride 2, spread over the pixels.
-        side, c = size // (4 if here.imagenet else 1), here.config.model.width * (4 if here.imagenet else 1)
-        for stage in range(3):
-            half, whole = (shaped(BATCH, n, n, c << stage, dtype=narrow) for n in (side >> stage + 1, side >> stage))
-            moved["pad"][f"{half}, {narrow} -> {whole}"] += 1
+            moved["transpose"][f"{shaped(d, c, dtype=narrow)} -> {shaped(c, d, dtype=narrow)}"] += count
         if here.imagenet:
             for kind, of_stem in stem_moves(size, here.config.model.width).items():
                 moved[kind].update(of_stem)
