@@ -42,6 +42,13 @@ TABLES = (
         "An initializer, `(key, shape, dtype) -> kernel`. Each name is also a function, `initializers.<name>()`.",
     ),
     Table(
+        "JAX's initializers",
+        "nfjax.initializers",
+        "OF_JAX",
+        "`init=`, `model.init`",
+        "As in `jax.nn.initializers`, for any activation.",
+    ),
+    Table(
         "Activations",
         "nfjax.initializers",
         "ACTIVATIONS",

@@ -30,10 +30,12 @@ def base() -> ConfigDict:
     # Blocks in each stage, such as (2, 2, 2), with model.block; none for those of model.depth. Ours.
     config.model.stage_sizes = config_dict.placeholder(tuple)
     config.model.block = config_dict.placeholder(str)  # "basic" or "bottleneck"; none for that of model.depth; ours
-    # A name in nfjax.residual.RESIDUALS, or package.module:function. Paper, section 3.3.
+    # A name in nfjax.residual.RESIDUALS, or package.module:function. Paper, section 3.3, and the rules of others.
     config.model.residual = "convshort"
-    config.model.norm = config_dict.placeholder(str)  # none or "batch"; paper, section 4
-    config.model.init = "he_fan_out"  # a name in nfjax.initializers.INITIALIZERS; paper, eq. 2
+    # None, or a name in nfjax.layers.NORMS: "batch", "group" (with standardized weights), "dyt", "derf". Paper, section
+    # 4: none or "batch".
+    config.model.norm = config_dict.placeholder(str)
+    config.model.init = "he_fan_out"  # a name in nfjax.initializers.INITIALIZERS or OF_JAX; paper, eq. 2
     config.model.stem = "cifar"  # "cifar" (3x3) or "imagenet" (7x7, stride 2, max-pooling); not stated by the paper
     config.model.width = 64  # channels of the first stage; He et al. 2016, and implied by the paper's tables
     # Whether a block's activations are computed anew for its gradient, instead of being kept: less memory, more time.
@@ -104,6 +106,9 @@ def base() -> ConfigDict:
     config.optim.weight_decay_mask = "kernels"  # what decays: a name in nfjax.training.optimizers.MASKS; ours
     config.optim.clip_norm = config_dict.placeholder(float)  # global gradient norm; paper: none
     config.optim.adaptive_clip = config_dict.placeholder(float)  # Brock et al. 2021's lambda, such as 0.01; paper: none
+    # By which the learning rate is multiplied for parameters that are single numbers: alpha of LearnScalar and of
+    # SkipInit, Fixup's scales and biases, whose authors take 0.1. Paper: 1.
+    config.optim.scalar_rate = 1.0
     config.optim.label_smoothing = 0.0  # paper, section 4: for ImageNet only
     # Decay per step of an average of the weights, such as 0.9999, which is scored beside them; none for no average.
     # Paper: none.

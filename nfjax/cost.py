@@ -25,12 +25,14 @@ from flax import linen, nnx
 from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
+from nfjax import layers
 from nfjax._calls import class_name, join, within
 from nfjax._flax import ABSENT, Runnable, attempt, explained, runnable
 
 NORMS = (
     nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm,
     linen.BatchNorm, linen.LayerNorm, linen.RMSNorm, linen.GroupNorm, linen.InstanceNorm,
+    layers.DynamicTanh,
 )  # fmt: skip
 # FilterResponseNorm, LayerNorm2d, GroupNormAct, BN; neither NormFreeBlock nor NormalInit.
 _NORM = re.compile(r"norm(?!al(?!i[sz]))(?!.*free)|^(?:BN|LN|GN|FRN|GRN)\d*[dD]?$", re.IGNORECASE)

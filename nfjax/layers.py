@@ -1,8 +1,12 @@
-"""The layers of our networks: convolution, pooling, norms, and the activation that stands before a convolution."""
+"""The layers of our networks: convolutions, pooling, norms and what stands in for them, and the activation that stands
+before a convolution.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +16,9 @@ from flax import nnx
 
 from nfjax import _convolution, initializers
 
+ConvFactory = Callable[..., nnx.Module]
 Norm = Callable[..., nnx.Module]
 Elementwise = Callable[[jax.Array], jax.Array]
-
-# PyTorch's defaults, whose momentum of 0.1 counts the other way; not stated by the paper.
-NORMS: dict[str, Norm] = {
-    "batch": functools.partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5),
-}
 
 
 def convolution(
@@ -55,6 +55,68 @@ def convolution(
         dtype=dtype,
         kernel_init=initializers.at_layer(init, stride, padding, spatial_size),
         conv_general_dilated=_convolution.conv_general_dilated,
+        rngs=rngs,
+    )
+
+
+class StandardizedConv(nnx.Conv):
+    """A convolution that standardizes its kernel whenever it is used: each output channel gets mean 0 and variance 1.
+
+    Qiao et al. 2019. With `scaled`, the variance is gain^2 / n_in with a learned gain per channel that starts at 1, and
+    there is a bias per channel that starts at 0 (Brock et al. 2021a, "scaled weight standardization").
+
+    The constants that keep the division finite are those of the authors' programs: Kolesnikov et al. 2020 add 1e-10 to
+    a variance, Brock et al. take 1e-4 for n_in times the variance where it is smaller.
+    """
+
+    def __init__(self, *args: Any, scaled: bool, rngs: nnx.Rngs, **settings: Any):
+        """As `nnx.Conv`, of which it takes strides, padding, kernel_init and the dtypes."""
+        super().__init__(*args, use_bias=scaled, rngs=rngs, **settings)
+        self.gain = nnx.Param(jnp.ones(self.out_features, jnp.float32)) if scaled else None
+
+    def standardized(self) -> jax.Array:
+        """The kernel with which it convolves, float32 [k, k, c_in, c_out]."""
+        kernel = self.kernel[...].astype(jnp.float32)
+        n_in, axes = math.prod(kernel.shape[:-1]), (0, 1, 2)
+        kernel -= kernel.mean(axes, keepdims=True)
+        variance = (kernel**2).mean(axes)
+        if self.gain is None:
+            return kernel * jax.lax.rsqrt(variance + 1e-10)[None, None, None]
+        return kernel * (self.gain[...] * jax.lax.rsqrt(jnp.maximum(n_in * variance, 1e-4)))[None, None, None]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((x, self.standardized(), bias), dtype=self.dtype)
+        y = self.conv_general_dilated(
+            x, kernel, (self.strides,) * 2, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y if bias is None else y + bias[None, None, None]
+
+
+def standardized_convolution(
+    in_features: int,
+    out_features: int,
+    kernel_size: int,
+    stride: int,
+    spatial_size: tuple[int, int],
+    *,
+    init: initializers.Initializer,
+    dtype: Any,
+    rngs: nnx.Rngs,
+    scaled: bool = False,
+) -> StandardizedConv:
+    """As `convolution`, with a kernel that is standardized whenever it is used; see `StandardizedConv`."""
+    del spatial_size  # whatever variance the initializer gives is undone
+    return StandardizedConv(
+        in_features,
+        out_features,
+        (kernel_size, kernel_size),
+        strides=stride,
+        padding=((kernel_size // 2, kernel_size // 2),) * 2,
+        dtype=dtype,
+        kernel_init=init,
+        conv_general_dilated=_convolution.conv_general_dilated,
+        scaled=scaled,
         rngs=rngs,
     )
 
@@ -127,20 +189,106 @@ def _pool_gradient(dy: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     return total.reshape(b, 2 * height, 2 * width, c)[:, : size[1], : size[2]]
 
 
+class DynamicTanh(nnx.Module):
+    """gamma tanh(alpha x) + beta, [..., C] -> [..., C] (Zhu et al. 2025): in place of a norm, without any statistic.
+
+    alpha is one number, from 0.5; gamma and beta are of each channel, from 1 and 0.
+    """
+
+    def __init__(self, features: int, *, dtype: Any = None, rngs: nnx.Rngs | None = None):
+        """Builds it. rngs: Of other norms; nothing is drawn."""
+        del rngs
+        self.alpha = nnx.Param(jnp.full((), 0.5, jnp.float32))
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
+        self.dtype = dtype
+
+    def squashed(self, x: jax.Array) -> jax.Array:
+        """Every element, between -1 and 1."""
+        return jnp.tanh(self.alpha[...].astype(x.dtype) * x)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x if self.dtype is None else x.astype(self.dtype)
+        over = (1,) * (x.ndim - 1) + (-1,)
+        scale, bias = (value[...].astype(x.dtype).reshape(over) for value in (self.scale, self.bias))
+        return scale * self.squashed(x) + bias
+
+
+class DynamicErf(DynamicTanh):
+    """gamma erf(alpha x + s) + beta, [..., C] -> [..., C] (Chen et al. 2025), with one learned s that starts at 0."""
+
+    def __init__(self, features: int, *, dtype: Any = None, rngs: nnx.Rngs | None = None):
+        super().__init__(features, dtype=dtype, rngs=rngs)
+        self.shift = nnx.Param(jnp.zeros((), jnp.float32))
+
+    def squashed(self, x: jax.Array) -> jax.Array:
+        return jax.lax.erf(self.alpha[...].astype(x.dtype) * x + self.shift[...].astype(x.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class NormWithConvolution:
+    """A norm that goes with another convolution: `(features, dtype=, rngs=) -> layer`, and a `ConvFactory`."""
+
+    norm: Norm
+    conv: ConvFactory
+
+    def __call__(self, features: int, **settings: Any) -> nnx.Module:
+        return self.norm(features, **settings)
+
+
+def _group_norm(features: int, **settings: Any) -> nnx.GroupNorm:
+    """32 groups, or as many of them as divide the channels."""
+    return nnx.GroupNorm(features, num_groups=math.gcd(32, features), epsilon=1e-5, **settings)
+
+
+NORMS: dict[str, Norm] = {
+    # PyTorch's defaults, whose momentum of 0.1 counts the other way; not stated by the paper.
+    "batch": functools.partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5),
+    "group": NormWithConvolution(_group_norm, standardized_convolution),  # Kolesnikov et al. 2020
+    "dyt": DynamicTanh,
+    "derf": DynamicErf,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """factor * function(x), elementwise."""
+
+    function: Elementwise
+    factor: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.factor * self.function(x)
+
+
 class Activation(nnx.Module):
     """(Norm and) activation, [..., C] -> [..., C]."""
 
-    def __init__(self, features: int, norm: Norm | None, function: Elementwise = jax.nn.relu, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        norm: Norm | None,
+        function: Elementwise = jax.nn.relu,
+        biases: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
         """Builds it.
 
         Args:
             features: Channels.
             norm: `(features, rngs=) -> layer`, or None.
             function: The activation, elementwise.
+            biases: Whether a learned number is added before the activation, and another one behind it, for what comes
+                next; both start at 0 (Zhang et al. 2019).
             rngs: Of the norm.
         """
         self.norm = norm(features, rngs=rngs) if norm else None
         self.function = function
+        self.before, self.behind = (nnx.Param(jnp.zeros((), jnp.float32)) if biases else None for _ in range(2))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.function(x if self.norm is None else self.norm(x))
+        x = x if self.norm is None else self.norm(x)
+        if self.before is None or self.behind is None:
+            return self.function(x)
+        return self.function(x + self.before[...].astype(x.dtype)) + self.behind[...].astype(x.dtype)

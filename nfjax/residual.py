@@ -5,6 +5,10 @@ the block stands in the network, or scalars that are learned. The paper's rules 
 Where a block changes resolution or width, the shortcut h is a strided 1x1 convolution under every rule (the paper's
 footnote 2).
 
+The rules of others are here in the same form. Some of them also change what is not a coefficient, such as the
+convolutions or the head, and are a `Scheme`: a rule and these parts. Where a transition of theirs has another shortcut
+than ours, ours is taken.
+
 The shortcut convolution reads z = ReLU(x / beta) (with batch norm ReLU(BN(x))), as in the pre-activation ResNet of He
 et al. 2016b. The paper writes W_s x, but only behind a ReLU does He's fan-out initialization give Var[dh/dx] = 1:
 reading x itself, it would be 2, and the gradient would grow by 3/2 in every block.
@@ -16,6 +20,7 @@ read its coefficients.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfjax import _names
+from nfjax import _names, initializers, layers
+from nfjax.layers import ConvFactory
 
-ConvFactory = Callable[..., nnx.Module]
 SQRT_HALF = math.sqrt(0.5)
 
 
@@ -137,12 +142,105 @@ def conv(position: Position) -> Rule:
     return Rule(convolution=True)
 
 
+# ---------------------------------------------------------------- the rules of others
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """A rule, `position -> Rule`, and what its authors change in the network besides.
+
+    Attributes:
+        rule: Of the blocks.
+        conv: In place of the network's convolution, None for that one.
+        scaled_activation: Whether the activation is multiplied by the square root of its channel gain, so that its
+            output has variance 1 for an input from N(0, 1).
+        biases: Whether a learned number is added before every activation and before what follows it.
+        head_init: Draws the kernel of the dense layer, None for the network's own.
+    """
+
+    rule: RuleFunction
+    conv: ConvFactory | None = None
+    scaled_activation: bool = False
+    biases: bool = False
+    head_init: initializers.Initializer | None = None
+
+    def __call__(self, position: Position) -> Rule:
+        return self.rule(position)
+
+
+def skipinit(position: Position) -> Rule:
+    """x + alpha f(x), alpha a learned scalar per block that starts at 0 (De and Smith 2020).
+
+    For pre-activation blocks it is also ReZero (Bachlechner et al. 2021).
+    """
+    del position
+    return Rule(b=Learned("alpha", 0.0))
+
+
+def rescalenet(position: Position) -> Rule:
+    """sqrt((l - 1 + L) / (l + L)) x + sqrt(1 / (l + L)) f(x) in the l-th of L blocks: a^2 + b^2 = 1 (Shao et al. 2020,
+    whose constant is the number of blocks).
+    """
+    l, many = position.index + 1, position.num_blocks  # noqa: E741 - as in the formula
+    return Rule(math.sqrt((l - 1 + many) / (l + many)), math.sqrt(1 / (l + many)))
+
+
+def depthscale(position: Position) -> Rule:
+    """x + f(x) / sqrt(L), of L blocks (Hayou et al. 2021, Stable ResNet; Yang et al. 2024, depth-muP)."""
+    return Rule(b=position.num_blocks**-0.5)
+
+
+def mpsum(position: Position, t: float = 0.3) -> Rule:
+    """((1 - t) x + t f(x)) / sqrt((1 - t)^2 + t^2), the magnitude-preserving sum (Karras et al. 2024).
+
+    Its square keeps a^2 + b^2 = 1; t = 1/2 is `idshort`.
+    """
+    del position
+    norm = math.hypot(1 - t, t)
+    return Rule((1 - t) / norm, t / norm)
+
+
+def _fixup(position: Position) -> Rule:
+    scale = position.num_blocks ** (-1 / (2 * position.num_convolutions - 2))
+    return Rule(b=Learned("scale", 1.0), branch_scales=(scale,) * (position.num_convolutions - 1) + (0.0,))
+
+
+def _nf(position: Position, alpha: float = 0.2) -> Rule:
+    """beta^2 is the expected variance of the block's input. A transition's shortcut reads what was divided by it, so
+    that the variance is 1 + alpha^2 behind it, and grows by alpha^2 in every other block.
+    """
+    stages, stage, index = position.stage_sizes, position.stage, position.index_in_stage
+    grown = index if index > 0 or stage == 0 else stages[stage - 1]
+    return Rule(b=alpha, beta=math.sqrt(1 + grown * alpha**2))
+
+
+# x + scale f(x). The branch's last kernel and the classifier start at 0, its other kernels at L^(-1/(2m-2)) times the
+# initializer's, for L blocks of m convolutions; scale is learned, from 1, and so is a number before every convolution,
+# activation and the classifier, from 0 (Zhang et al. 2019, who train these numbers at a tenth of the learning rate).
+fixup = Scheme(_fixup, biases=True, head_init=jax.nn.initializers.zeros)
+
+# x + 0.2 f(x / beta), beta^2 the expected variance of x, with kernels that are standardized at every use and
+# activations that are scaled by their gain (Brock et al. 2021a, NF-ResNet; the head as in their program).
+nf = Scheme(
+    _nf,
+    conv=functools.partial(layers.standardized_convolution, scaled=True),
+    scaled_activation=True,
+    head_init=jax.nn.initializers.normal(0.01),
+)
+
+
 RESIDUALS: dict[str, RuleFunction] = {
     "identity": identity,
     "idshort": idshort,
     "learnscalar": learnscalar,
     "convshort": convshort,
     "conv": conv,
+    "skipinit": skipinit,
+    "fixup": fixup,
+    "rescalenet": rescalenet,
+    "nf": nf,
+    "depthscale": depthscale,
+    "mpsum": mpsum,
 }
 
 

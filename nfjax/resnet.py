@@ -8,6 +8,7 @@ is (norm), ReLU, global average pooling and a dense layer.
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,8 +19,8 @@ from flax import nnx
 
 from nfjax import _names, initializers, layers
 from nfjax import residual as residual_rules
-from nfjax.layers import NORMS, Activation
-from nfjax.residual import ConvFactory, Position, Residual, Rule, RuleFunction
+from nfjax.layers import NORMS, Activation, ConvFactory
+from nfjax.residual import Position, Residual, Rule, RuleFunction, Scheme
 
 ActivationFactory = Callable[..., Activation]
 
@@ -179,7 +180,7 @@ class PreActResNet(nnx.Module):
         stage_sizes: Sequence[int] | None = None,
         block: str | type[Block] | None = None,
         activation: str | layers.Elementwise = "relu",
-        conv: ConvFactory = layers.convolution,
+        conv: ConvFactory | None = None,
         head_init: initializers.Initializer | None = None,
         rngs: nnx.Rngs,
     ):
@@ -190,7 +191,8 @@ class PreActResNet(nnx.Module):
             residual: A name in `residual.RESIDUALS`, or a function `position -> Rule`.
             norm: None, a name in `layers.NORMS`, or a callable `(features, dtype=, rngs=) -> layer`.
             init: A name in `initializers.INITIALIZERS`, which stands for the variant with this activation's gain, or
-                any `(key, shape, dtype) -> kernel`, which is taken as it is; it draws the convolutions.
+                one in `initializers.OF_JAX` or any `(key, shape, dtype) -> kernel`, which are taken as they are; it
+                draws the convolutions.
             num_classes: Of the logits.
             stem: A name in `STEMS`, "cifar" or "imagenet", or a class called like them.
             width: Channels of the first stage, doubled in each of the next ones.
@@ -201,8 +203,10 @@ class PreActResNet(nnx.Module):
             stage_sizes: Blocks in each stage, instead of those of a depth.
             block: "basic", "bottleneck", or a subclass of `Block`; that of the depth if left out.
             activation: A name in `initializers.ACTIVATIONS`, or an elementwise function.
-            conv: `(in_features, out_features, kernel_size, stride, spatial_size, *, init, dtype, rngs) -> layer`.
-            head_init: Draws the kernel of the dense layer; variance 1 / n_in, standardized, if left out. Its bias is 0.
+            conv: `(in_features, out_features, kernel_size, stride, spatial_size, *, init, dtype, rngs) -> layer`; that
+                of the rule or the norm if left out, else `layers.convolution`.
+            head_init: Draws the kernel of the dense layer; that of the rule if left out, else variance 1 / n_in,
+                standardized. Its bias is 0.
             rngs: Of the parameters.
 
         Raises:
@@ -214,9 +218,14 @@ class PreActResNet(nnx.Module):
         make_block, sizes = stages(depth, stage_sizes, block)
         rule = residual_rules.get(residual)
         function = _names.lookup("activation", activation, initializers.ACTIVATIONS)
-        norm = norm and functools.partial(_names.lookup("norm", norm, NORMS), dtype=dtype)
-        act = functools.partial(Activation, norm=norm, function=function)
+        scheme = rule if isinstance(rule, Scheme) else Scheme(rule)
+        norm = norm and _names.lookup("norm", norm, NORMS)
+        conv = conv or scheme.conv or getattr(norm, "conv", None) or layers.convolution
         conv = functools.partial(conv, init=initializers.get(init, function), dtype=dtype)
+        if scheme.scaled_activation:
+            function = layers.Scaled(function, math.sqrt(initializers.gain(function).channel))
+        norm = norm and functools.partial(norm, dtype=dtype)
+        act = functools.partial(Activation, norm=norm, function=function, biases=scheme.biases)
         make_stem = _names.lookup("stem", stem, STEMS)
 
         size = make_stem.image_size if image_size is None else image_size
@@ -239,7 +248,9 @@ class PreActResNet(nnx.Module):
                 size, features = layers.strided(size, position.stride), position.out_features
         self.blocks = nnx.List(blocks)
         self.activation = act(features, rngs=rngs)
-        dense_init = head_init or initializers.standardize(initializers.he_normal("fan_in", "linear"))
+        dense_init = (
+            head_init or scheme.head_init or initializers.standardize(initializers.he_normal("fan_in", "linear"))
+        )
         self.classifier = nnx.Linear(features, num_classes, kernel_init=dense_init, rngs=rngs)
         self.dtype, self.remat = dtype, remat
 

@@ -71,6 +71,15 @@ def test_clipping_by_the_global_norm():
     np.testing.assert_allclose(updates(grads, clip_norm=2 * norm)["blocks"][0]["alpha"], -0.1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"weight_decay": 0.5, "mask": "all"}])
+def test_single_numbers_may_have_a_rate_of_their_own(settings):
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    usual, slower = (updates(grads, steps=2, scalar_rate=rate, **settings) for rate in (1.0, 0.1))
+    np.testing.assert_allclose(slower["blocks"][0].pop("alpha"), 0.1 * usual["blocks"][0].pop("alpha"), rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(slower), jax.tree.leaves(usual), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_adaptive_clipping_exempts_the_classifier():
     grads = jax.tree.map(lambda leaf: 100 * jnp.ones_like(leaf), PARAMS)
     out = updates(grads, adaptive_clip=0.01)

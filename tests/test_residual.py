@@ -12,7 +12,19 @@ from nfjax import residual as rules
 from nfjax.residual import RESIDUALS, Learned, Position, Rule
 
 HALF = math.sqrt(0.5)
-SCALES = {"identity": 1.0, "idshort": HALF, "learnscalar": HALF, "convshort": HALF, "conv": 1.0}
+# (a, b) of the first of four blocks; `nf`, whose kernels are standardized, is in test_rules_of_others.py.
+COEFFICIENTS = {
+    "identity": (1.0, 1.0),
+    "idshort": (HALF, HALF),
+    "learnscalar": (HALF, HALF),
+    "convshort": (HALF, HALF),
+    "conv": (1.0, 1.0),
+    "skipinit": (1.0, 0.0),
+    "fixup": (1.0, 1.0),
+    "rescalenet": (math.sqrt(4 / 5), math.sqrt(1 / 5)),
+    "depthscale": (1.0, 0.5),
+    "mpsum": (0.7 / math.sqrt(0.58), 0.3 / math.sqrt(0.58)),
+}
 CONVOLUTIONAL = ("convshort", "conv")
 
 
@@ -36,7 +48,7 @@ def conv2d(x, kernel, stride=1):
 
 
 @pytest.mark.parametrize("where", [{}, {"c_out": 16, "stride": 2}, {"c_out": 16}], ids=["same", "strided", "wider"])
-@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("name", COEFFICIENTS)
 def test_block_is_the_closed_form(name, where):
     block = make_block(name, **where)
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 8))
@@ -46,11 +58,12 @@ def test_block_is_the_closed_form(name, where):
     f = conv2d(jnp.maximum(conv2d(z, first, stride), 0), second)
     has_conv = name in CONVOLUTIONAL or bool(where)
     h = conv2d(z, block.residual.shortcut.kernel[...], stride) if has_conv else x
-    np.testing.assert_allclose(block(x), SCALES[name] * (h + f), rtol=1e-5, atol=1e-5)
+    a, b = COEFFICIENTS[name]
+    np.testing.assert_allclose(block(x), a * h + b * f, rtol=1e-5, atol=1e-5)
 
 
 def test_every_rule_is_covered_by_the_closed_form():
-    assert SCALES.keys() == RESIDUALS.keys()
+    assert COEFFICIENTS.keys() | {"nf"} == RESIDUALS.keys()
 
 
 def test_learnscalar_multiplies_the_skip_path_only():

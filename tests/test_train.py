@@ -124,6 +124,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, monkeypatch, 
     assert len(json.loads((tmp_path / "stopped" / "versions.json").read_text())) == 2
 
 
+@pytest.mark.parametrize(("residual", "norm"), [("nf", None), ("fixup", "derf")])
+def test_the_rules_of_others_resume_bit_for_bit(tiny_config, tmp_path, monkeypatch, residual, norm):
+    tiny_config.model.residual, tiny_config.model.norm = residual, norm
+    tiny_config.optim.update({"name": "nesterov", "adaptive_clip": 0.01, "scalar_rate": 0.1})
+    train.train(tiny_config, str(tmp_path / "whole"))
+    assert_resumes_exactly(tiny_config, tmp_path, monkeypatch, step=21)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path, monkeypatch):
     """What was logged after that checkpoint is dropped, and logged again: each step stands in the metrics once."""
     config, folder, _ = whole

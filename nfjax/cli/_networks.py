@@ -24,7 +24,7 @@ def add_paper_arguments(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--residual", choices=residual.RESIDUALS, metavar="NAME", help=names(residual.RESIDUALS))
     norms = [None, *resnet.NORMS]
     group.add_argument("--norm", type=optional(str), choices=norms, metavar="NAME", help=f"none, {names(resnet.NORMS)}")
-    known = initializers.INITIALIZERS
+    known = initializers.INITIALIZERS | initializers.OF_JAX
     group.add_argument("--init", choices=known, metavar="NAME", help=names(known))
     group.add_argument("--stem", choices=resnet.STEMS, metavar="NAME", help=names(resnet.STEMS))
     group.add_argument("--width", type=positive, metavar="N", help="channels of the first stage (64)")

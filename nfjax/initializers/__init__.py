@@ -25,6 +25,7 @@ from nfjax.initializers._kernels import (
     brock,
     brock_normal,
     check_initializer,
+    delta_orthogonal,
     he_effective_fan_out,
     he_fan_in,
     he_fan_out,
@@ -39,6 +40,12 @@ INITIALIZERS: dict[str, Initializer] = {
     "he_fan_out": he_fan_out(),
     "brock": brock(),
     "he_effective_fan_out": he_effective_fan_out(),
+    "delta_orthogonal": delta_orthogonal(),
+}
+# JAX's own by the names that they have there. They know of no activation, and are taken as they are.
+OF_JAX: dict[str, Initializer] = {
+    name: getattr(jax.nn.initializers, name)()
+    for name in ("glorot_normal", "glorot_uniform", "he_uniform", "lecun_normal", "lecun_uniform", "orthogonal")
 }
 
 
@@ -46,21 +53,22 @@ def get(init: str | Initializer, activation: str | Callable[[jax.Array], jax.Arr
     """An initializer by its name, or as it is.
 
     Args:
-        init: A name in `INITIALIZERS`, or any `(key, shape, dtype) -> kernel`.
+        init: A name in `INITIALIZERS` or `OF_JAX`, or any `(key, shape, dtype) -> kernel`.
         activation: In front of the layers, a name in `ACTIVATIONS` or an elementwise function: whose gain is meant by a
             name. An initializer that is given itself has its own.
 
     Raises:
         ValueError: It is neither, or the activation has no finite gain.
     """
-    found = _names.lookup("init", init, INITIALIZERS)
+    found = _names.lookup("init", init, INITIALIZERS | OF_JAX)
     check_initializer(found)
     return behind(found, activation) if isinstance(init, str) else found
 
 
 __all__ = [
-    "ACTIVATIONS", "INITIALIZERS", "Gain", "Initializer", "at_layer", "behind", "brock", "brock_normal",
-    "effective_taps", "gain", "get", "he_effective_fan_out", "he_fan_in", "he_fan_out", "he_normal", "standardize",
+    "ACTIVATIONS", "INITIALIZERS", "OF_JAX", "Gain", "Initializer", "at_layer", "behind", "brock", "brock_normal",
+    "delta_orthogonal", "effective_taps", "gain", "get", "he_effective_fan_out", "he_fan_in", "he_fan_out", "he_normal",
+    "standardize",
 ]  # fmt: skip
 
 

@@ -251,6 +251,20 @@ def he_effective_fan_out(
     return EffectiveFanOut(Normal(variance), variance)
 
 
+@dataclasses.dataclass(frozen=True)
+class DeltaOrthogonal:
+    """An orthogonal matrix in the middle of the window, zeros around it. See `delta_orthogonal`."""
+
+    gain: Gain
+
+    def __call__(self, key: jax.Array, shape: Shape, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
+        channels = check_kernel(shape)
+        check_dtype(dtype)
+        matrix = jax.nn.initializers.orthogonal(math.sqrt(self.gain.backward))(key, channels, jnp.float32)
+        middle = tuple((k - 1) // 2 for k in shape[:-2])
+        return _finish(jnp.zeros(shape, jnp.float32).at[middle].set(matrix), dtype, out_sharding)
+
+
 def at_layer(
     init: Initializer, stride: int | tuple[int, ...], padding: Padding, spatial_size: int | tuple[int, ...]
 ) -> Initializer:
@@ -274,6 +288,8 @@ def behind(init: Initializer, activation: str | Callable[[jax.Array], jax.Array]
         init: An initializer.
         activation: A name in `ACTIVATIONS` or an elementwise function.
     """
+    if isinstance(init, DeltaOrthogonal):
+        return DeltaOrthogonal(gain(activation))
     if not isinstance(init, Normal | Standardized) or not hasattr(init.variance, "gain"):
         return init
     variance = dataclasses.replace(init.variance, gain=gain(activation))
@@ -313,6 +329,19 @@ def brock(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> Standa
     return brock_normal(activation)
 
 
+def delta_orthogonal(activation: str | Callable[[jax.Array], jax.Array] = "relu") -> DeltaOrthogonal:
+    """Xiao et al. 2018: in the middle of the window an orthogonal matrix times the square root of the backward gain, as
+    `jax.nn.initializers.orthogonal` draws it, and zeros around it.
+
+    Where there are fewer channels out than in, its columns are orthonormal, and a part of the signal is lost (JAX's
+    initializer of this name refuses such a kernel).
+
+    Args:
+        activation: In front of the layer, a name in `ACTIVATIONS` or an elementwise function.
+    """
+    return DeltaOrthogonal(gain(activation))
+
+
 def _constant(value: float, shape: Shape) -> float:
     del shape
     return value
@@ -323,14 +352,24 @@ def check_initializer(init: Any, what: str = "init") -> None:
 
     Tried without computing anything. An initializer that is made for certain shapes may raise here: it is left alone.
     """
-    if isinstance(init, Normal | Standardized):
+    if isinstance(init, Normal | Standardized | DeltaOrthogonal):
         return
     name = getattr(init, "__qualname__", repr(init))
     if not callable(init):
         raise ValueError(f"{what}={name}: expected an initializer, a function (key, shape, dtype) -> kernel")
     advice = f"an initializer draws a kernel by (key, shape, dtype); was it not called, as in {name}()?"
     shape, found = (3, 3, 2, 2), []
-    if init in (he_normal, brock_normal, he_fan_in, he_fan_out, brock, he_effective_fan_out, standardize):
+    makers = (
+        he_normal,
+        brock_normal,
+        he_fan_in,
+        he_fan_out,
+        brock,
+        he_effective_fan_out,
+        delta_orthogonal,
+        standardize,
+    )
+    if init in makers:
         raise ValueError(f"{what}={name}: {advice}")
     try:
         inspect.signature(init).bind(None, shape, jnp.float32)

@@ -142,20 +142,26 @@ def _block(block: resnet.Block, x: _Signal) -> tuple[_Signal, float]:
 
 def _activate(activation: layers.Activation, x: _Signal) -> tuple[_Signal, float]:
     """(Norm and) ReLU: half of the second moment and half of the gradient pass."""
-    if type(activation) is not layers.Activation or activation.function is not jax.nn.relu:
+    function = activation.function if type(activation) is layers.Activation else None
+    function, factor = (function.function, function.factor) if isinstance(function, layers.Scaled) else (function, 1.0)
+    if function is not jax.nn.relu or any(
+        bias is not None and bias[...] != 0 for bias in (activation.before, activation.behind)
+    ):
         raise NoClosedFormError(activation)
+    half = _HALF * factor**2
     if activation.norm is None:
-        return _Signal(_HALF * x.moment, _MEAN_SHARE, x.size), _HALF
+        return _Signal(half * x.moment, _MEAN_SHARE, x.size), half
     if not isinstance(activation.norm, nnx.BatchNorm):
         raise NoClosedFormError(activation.norm)
     within_channels = x.moment * (1 - x.mean_share)
-    return _Signal(_HALF, _MEAN_SHARE, x.size), _HALF / within_channels
+    return _Signal(half, _MEAN_SHARE, x.size), half / within_channels
 
 
 def _convolve(convolution: Any, z: _Signal) -> tuple[_Signal, float]:
     if not isinstance(convolution, nnx.Conv):
         raise NoClosedFormError(convolution)
-    kernel = np.asarray(convolution.kernel[...], np.float64)
+    standardized = isinstance(convolution, layers.StandardizedConv)
+    kernel = np.asarray(convolution.standardized() if standardized else convolution.kernel[...], np.float64)
     variance = float(np.mean(kernel**2))
     sums = kernel.sum(axis=(0, 1, 2)) / math.prod(kernel.shape[:-1])
     zero_sum = bool(np.max(np.abs(sums)) < 1e-4 * math.sqrt(variance))

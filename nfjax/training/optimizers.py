@@ -27,6 +27,7 @@ RANGES: dict[str, Range] = {
     "optim.weight_decay": Range(lambda value: value >= 0, "must be 0 (for none) or more"),
     "optim.clip_norm": _CLIPPING,
     "optim.adaptive_clip": _CLIPPING,
+    "optim.scalar_rate": Range(lambda value: np.float32(value) > 0, "must be positive"),
     "optim.label_smoothing": ranges.UP_TO_ONE,
     "optim.ema_decay": Range(lambda value: 0 < value < 1, "must be more than 0 and less than 1, or none for none"),
 }
@@ -40,6 +41,11 @@ def kernels(params: Any) -> Any:
 def all_parameters(params: Any) -> Any:
     """True for every parameter."""
     return jax.tree.map(lambda leaf: True, params)
+
+
+def scalars(params: Any) -> Any:
+    """True for each parameter that is a single number, False for all others."""
+    return jax.tree.map(lambda leaf: leaf.ndim == 0, params)
 
 
 def not_classifier(params: Any) -> Any:
@@ -89,6 +95,7 @@ def make(
     mask: str | Callable[[Any], Any] = "kernels",
     clip_norm: float | None = None,
     adaptive_clip: float | None = None,
+    scalar_rate: float = 1.0,
     settings: str = "",
 ) -> optax.GradientTransformation:
     """An optimizer, with what is done to the gradient before it.
@@ -104,12 +111,14 @@ def make(
         clip_norm: Largest global norm of the gradient, applied first; None for no clipping.
         adaptive_clip: Adaptive gradient clipping (Brock et al. 2021): largest ratio of gradient norm to weight norm per
             output unit, with the classifier exempt, as in that paper; None for none.
+        scalar_rate: By which the learning rate is multiplied for parameters that are single numbers, such as the scales
+            and biases of Fixup, whose authors take 0.1.
         settings: Further keyword arguments of the optimizer, "b1=0.9, b2=0.95".
 
     Raises:
         ValueError: A name is unknown, or the optimizer does not take its arguments.
     """
-    _check_numbers(momentum, weight_decay, clip_norm, adaptive_clip)
+    _check_numbers(momentum, weight_decay, clip_norm, adaptive_clip, scalar_rate)
     function = _names.find("optim.name", name, OPTIMIZERS)
     mask = _names.find("optim.weight_decay_mask", mask, MASKS)
     if "mask" in keywords.parse("optim.arguments", settings):
@@ -136,7 +145,8 @@ def make(
         raise ValueError(
             f"optim.name={name!r} gives {type(optimizer).__name__}: expected an optax.GradientTransformation"
         )
-    return optax.chain(*parts, _promoting(optimizer))
+    behind = [] if scalar_rate == 1 else [optax.masked(optax.scale(scalar_rate), scalars)]
+    return optax.chain(*parts, _promoting(optimizer), *behind)
 
 
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -187,15 +197,20 @@ def build(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
         mask=settings.weight_decay_mask,
         clip_norm=settings.clip_norm,
         adaptive_clip=settings.adaptive_clip,
+        scalar_rate=settings.scalar_rate,
         settings=settings.arguments,
     )
 
 
-def _check_numbers(momentum: float, weight_decay: float, clip_norm: float | None, adaptive_clip: float | None) -> None:
+def _check_numbers(
+    momentum: float, weight_decay: float, clip_norm: float | None, adaptive_clip: float | None, scalar_rate: float
+) -> None:
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum={momentum}: expected at least 0 and less than 1")
     if not 0 <= weight_decay < np.inf:
         raise ValueError(f"weight_decay={weight_decay}: expected 0, for none, or a positive number")
+    if not 0 < scalar_rate < np.inf:
+        raise ValueError(f"scalar_rate={scalar_rate}: expected a positive number")
     for name, value in (("clip_norm", clip_norm), ("adaptive_clip", adaptive_clip)):
         if value is not None and not 0 < value < np.inf:
             raise ValueError(f"{name}={value}: expected a positive number, or None for no clipping")
