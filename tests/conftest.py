@@ -6,7 +6,7 @@ import os
 # The tests compile far more than they compute. A flag that XLA does not know ends the process, and the second one is a
 # debugging aid that newer versions may have dropped.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
     f"{' --xla_cpu_use_fusion_emitters=false' if importlib.metadata.version('jaxlib').startswith('0.10.') else ''}"
 )
 

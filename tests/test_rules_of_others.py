@@ -14,8 +14,6 @@ from nfjax.residual import RESIDUALS, Learned
 
 RULES = ("skipinit", "fixup", "rescalenet", "nf", "depthscale", "mpsum")
 NORMS = ("group", "dyt", "derf")
-VARIANTS = [(rule, None) for rule in RULES] + [("identity", norm) for norm in NORMS]
-variants = pytest.mark.parametrize(("rule", "norm"), VARIANTS)
 
 
 def network(depth=10, rule="identity", norm=None, **settings):
@@ -97,13 +95,13 @@ def test_nf_has_the_variance_that_it_expects(depth):
     np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("depth", [18, 50, 101])
+@pytest.mark.parametrize("depth", [18, 50])
 def test_nf_as_measured_loses_only_what_padding_takes(depth):
-    """The closed form counts the taps that fall on the padding: up to 17 % by the last block of 101 layers."""
+    """The closed form counts the taps that fall on the padding: up to 11 % by the last block."""
     model = network(depth, "nf", width=64 if depth == 18 else 32)
     measured = spp.propagate(model, jax.random.normal(jax.random.key(1), (4, 32, 32, 3))).forward_var
     predicted = spp.predict(model, (32, 32, 3)).forward_var
-    assert (predicted / expected_of_nf(depth) > 0.82).all()
+    assert (predicted / expected_of_nf(depth) > 0.88).all()
     assert (predicted < expected_of_nf(depth)).all()
     np.testing.assert_allclose(measured / predicted, 1, atol=0.2)
 
@@ -145,7 +143,7 @@ def test_a_fixup_network_begins_at_zero_and_its_first_step_is_that_of_any_depth(
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
     labels = jnp.arange(4)
     changes = []
-    for sizes in ((1, 1), (2, 1), (8, 1), (24, 1)):
+    for sizes in ((1, 1), (3, 1), (12, 1)):
         model = network(None, "fixup", stage_sizes=sizes, block="basic")
         np.testing.assert_array_equal(model(images), jnp.zeros((4, 10)))
         graph, params = nnx.split(model, nnx.Param)
@@ -281,17 +279,17 @@ def test_group_norm_goes_with_standardized_weights():
 # ---------------------------------------------------------------- all of them
 
 
-@variants
-def test_an_image_is_alone_in_its_batch(rule, norm):
-    model = network(10, rule, norm)
+@pytest.mark.parametrize("norm", NORMS)  # the rules are in test_resnet.py
+def test_an_image_is_alone_in_its_batch(norm):
+    model = network(10, "identity", norm)
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
-    for part in (model.stem, *model.blocks):  # a fixup network's logits are 0
+    for part in (model.stem, *model.blocks):
         whole, alone = part(images), part(images[:1])
         np.testing.assert_allclose(whole[:1], alone, atol=2e-5 * float(jnp.abs(whole).max()))
         images = whole
 
 
-@variants
+@pytest.mark.parametrize(("rule", "norm"), [("nf", None), ("fixup", None), *(("identity", norm) for norm in NORMS)])
 def test_bfloat16_remat_and_both_stems(rule, norm):
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     plain, kept, half = (
@@ -312,19 +310,19 @@ def test_bfloat16_remat_and_both_stems(rule, norm):
     assert float(jnp.linalg.norm((x - y).ravel()) / jnp.linalg.norm(x.ravel())) < 0.1
 
 
-@pytest.mark.parametrize("depth", [34, 152])  # others are built elsewhere
-@variants
-def test_every_depth_can_be_built(rule, norm, depth):
-    model = nnx.eval_shape(lambda: network(depth, rule, norm))
+@pytest.mark.parametrize("depth", [34, 152])
+@pytest.mark.parametrize("norm", NORMS)  # the rules are in test_resnet.py
+def test_deep_and_shallow_networks_can_be_built(norm, depth):
+    model = nnx.eval_shape(lambda: network(depth, "identity", norm))
     assert len(model.blocks) == sum(resnet.STAGES[depth][1])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_closed_form_is_what_is_measured(rule):
     profile = spp.propagate_seeds(
-        lambda seed: resnet.PreActResNet(18, rule, width=32, rngs=nnx.Rngs(seed)), spp.noise((8, 32, 32, 3)), seeds=3
+        lambda seed: resnet.PreActResNet(10, rule, width=32, rngs=nnx.Rngs(seed)), spp.noise((8, 16, 16, 3)), seeds=3
     )
-    prediction = spp.predict(network(18, rule, width=32), (32, 32, 3))
+    prediction = spp.predict(network(10, rule, width=32), (16, 16, 3))
     np.testing.assert_allclose(profile.forward_var / prediction.forward_var, 1, atol=0.35)
     np.testing.assert_allclose(profile.backward_var / prediction.backward_var, 1, atol=0.35)
 

@@ -436,7 +436,7 @@ def test_how_often_it_reports_may_change(whole):
         ({"model.residual": "convshot"}, "unknown residual 'convshot'.*convshort"),
         ({"model.init": "he"}, "unknown init 'he'.*he_fan_out"),
         ({"model.depth": 19}, "unknown depth 19.*18, 34"),
-        ({"model.norm": "group"}, "unknown norm 'group'"),
+        ({"model.norm": "layer"}, "unknown norm 'layer'.*batch, group"),
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16': expected one of float32, bfloat16"),
         ({"data.mean": (0.5,)}, "expected three numbers"),
         ({"seed": -1}, "seed=-1 must be from 0 to"),
