@@ -95,10 +95,10 @@ def test_nf_has_the_variance_that_it_expects(depth):
     np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_nf_as_measured_loses_only_what_padding_takes(depth):
+def test_nf_as_measured_loses_only_what_padding_takes():
     """The closed form counts the taps that fall on the padding: up to 11 % by the last block."""
-    model = network(depth, "nf", width=64 if depth == 18 else 32)
+    depth = 18
+    model = network(depth, "nf", width=64)
     measured = spp.propagate(model, jax.random.normal(jax.random.key(1), (4, 32, 32, 3))).forward_var
     predicted = spp.predict(model, (32, 32, 3)).forward_var
     assert (predicted / expected_of_nf(depth) > 0.88).all()
