@@ -20,6 +20,8 @@ ConvFactory = Callable[..., nnx.Module]
 Norm = Callable[..., nnx.Module]
 Elementwise = Callable[[jax.Array], jax.Array]
 
+_WITHOUT_BIAS = functools.partial(nnx.Conv, use_bias=False)
+
 
 def convolution(
     in_features: int,
@@ -31,8 +33,9 @@ def convolution(
     init: initializers.Initializer,
     dtype: Any,
     rngs: nnx.Rngs,
+    layer: Callable[..., nnx.Conv] = _WITHOUT_BIAS,
 ) -> nnx.Conv:
-    """A square 2-D convolution without bias that pads k // 2 zeros on every side, as PyTorch's ResNets do.
+    """A square 2-D convolution that pads k // 2 zeros on every side, as PyTorch's ResNets do.
 
     Args:
         in_features: Channels of its input.
@@ -43,15 +46,15 @@ def convolution(
         init: Draws the kernel [k, k, in_features, out_features].
         dtype: Of the arithmetic; the kernel is float32.
         rngs: Of the kernel.
+        layer: What is built, called as `nnx.Conv` is; that without bias if left out.
     """
     padding = ((kernel_size // 2, kernel_size // 2),) * 2
-    return nnx.Conv(
+    return layer(
         in_features,
         out_features,
         (kernel_size, kernel_size),
         strides=stride,
         padding=padding,
-        use_bias=False,
         dtype=dtype,
         kernel_init=initializers.at_layer(init, stride, padding, spatial_size),
         conv_general_dilated=_convolution.conv_general_dilated,
@@ -69,10 +72,34 @@ class StandardizedConv(nnx.Conv):
     a variance, Brock et al. take 1e-4 for n_in times the variance where it is smaller.
     """
 
-    def __init__(self, *args: Any, scaled: bool, rngs: nnx.Rngs, **settings: Any):
-        """As `nnx.Conv`, of which it takes strides, padding, kernel_init and the dtypes."""
-        super().__init__(*args, use_bias=scaled, rngs=rngs, **settings)
-        self.gain = nnx.Param(jnp.ones(self.out_features, jnp.float32)) if scaled else None
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: tuple[int, int],
+        *,
+        strides: int,
+        padding: tuple[tuple[int, int], tuple[int, int]],
+        dtype: Any,
+        kernel_init: initializers.Initializer,
+        conv_general_dilated: Callable[..., jax.Array],
+        scaled: bool,
+        rngs: nnx.Rngs,
+    ):
+        """As `nnx.Conv`, of whose arguments it has those that `convolution` gives."""
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            use_bias=scaled,
+            dtype=dtype,
+            kernel_init=kernel_init,
+            conv_general_dilated=conv_general_dilated,
+            rngs=rngs,
+        )
+        self.gain = nnx.Param(jnp.ones(out_features, jnp.float32)) if scaled else None
 
     def standardized(self) -> jax.Array:
         """The kernel with which it convolves, float32 [k, k, c_in, c_out]."""
@@ -93,32 +120,9 @@ class StandardizedConv(nnx.Conv):
         return y if bias is None else y + bias[None, None, None]
 
 
-def standardized_convolution(
-    in_features: int,
-    out_features: int,
-    kernel_size: int,
-    stride: int,
-    spatial_size: tuple[int, int],
-    *,
-    init: initializers.Initializer,
-    dtype: Any,
-    rngs: nnx.Rngs,
-    scaled: bool = False,
-) -> StandardizedConv:
-    """As `convolution`, with a kernel that is standardized whenever it is used; see `StandardizedConv`."""
-    del spatial_size  # whatever variance the initializer gives is undone
-    return StandardizedConv(
-        in_features,
-        out_features,
-        (kernel_size, kernel_size),
-        strides=stride,
-        padding=((kernel_size // 2, kernel_size // 2),) * 2,
-        dtype=dtype,
-        kernel_init=init,
-        conv_general_dilated=_convolution.conv_general_dilated,
-        scaled=scaled,
-        rngs=rngs,
-    )
+# As `convolution`, with kernels that are standardized whenever they are used, without and with a gain and a bias.
+standardized_convolution = functools.partial(convolution, layer=functools.partial(StandardizedConv, scaled=False))
+scaled_standardized_convolution = functools.partial(convolution, layer=functools.partial(StandardizedConv, scaled=True))
 
 
 def strided(spatial_size: tuple[int, int], stride: int) -> tuple[int, int]:

@@ -20,7 +20,6 @@ read its coefficients.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -223,7 +222,7 @@ fixup = Scheme(_fixup, biases=True, head_init=jax.nn.initializers.zeros)
 # activations that are scaled by their gain (Brock et al. 2021a, NF-ResNet; the head as in their program).
 nf = Scheme(
     _nf,
-    conv=functools.partial(layers.standardized_convolution, scaled=True),
+    conv=layers.scaled_standardized_convolution,
     scaled_activation=True,
     head_init=jax.nn.initializers.normal(0.01),
 )

@@ -220,7 +220,8 @@ class PreActResNet(nnx.Module):
         function = _names.lookup("activation", activation, initializers.ACTIVATIONS)
         scheme = rule if isinstance(rule, Scheme) else Scheme(rule)
         norm = norm and _names.lookup("norm", norm, NORMS)
-        conv = conv or scheme.conv or getattr(norm, "conv", None) or layers.convolution
+        of_norm = norm.conv if isinstance(norm, layers.NormWithConvolution) else None
+        conv = conv or scheme.conv or of_norm or layers.convolution
         conv = functools.partial(conv, init=initializers.get(init, function), dtype=dtype)
         if scheme.scaled_activation:
             function = layers.Scaled(function, math.sqrt(initializers.gain(function).channel))

@@ -16,6 +16,7 @@ import numpy as np
 
 from nfjax.initializers._checks import Shape, check_dtype, check_groups, check_kernel, per_group, size_at
 from nfjax.initializers._gains import Gain, gain
+from nfjax.initializers._standardizing import standardize_traced, standardize_values
 from nfjax.initializers._stream import sample
 from nfjax.initializers._taps import Padding, effective_taps
 
@@ -148,10 +149,10 @@ class Standardized:
             found = type(drawn).__name__ if not hasattr(drawn, "shape") else f"an array of shape {drawn.shape}"
             raise ValueError(f"{self.init} drew {found}: expected an array of shape {tuple(shape)}")
         if isinstance(drawn, jax.core.Tracer):
-            kernel = _standardize_traced(drawn, variance, self.per)
+            kernel = standardize_traced(drawn, variance, self.per)
         else:
             own = isinstance(self.init, Normal)  # else somebody may still hold the array
-            kernel = _standardize_values(drawn if own else np.array(drawn, np.float32), variance, self.per)
+            kernel = standardize_values(drawn if own else np.array(drawn, np.float32), variance, self.per)
             if not np.isfinite(kernel.sum()):
                 raise ValueError(f"cannot standardize what {self.init} drew: it is constant, or not finite")
         return _finish(kernel, dtype, out_sharding)
@@ -386,34 +387,6 @@ def check_initializer(init: Any, what: str = "init") -> None:
         jax.eval_shape(draw, jax.random.key(0))
     if found and found[0]:
         raise ValueError(f"{what}={name} returns a {found[0]}: {advice}")
-
-
-def _standardize_values(kernel: Any, variance: float, per: str) -> Any:
-    """In place for a NumPy kernel. Averages in stages (c_in, window, c_out), on the host beyond 1024 terms in float64,
-    so that sums of millions of terms stay exact to float32 rounding.
-    """
-    taps = kernel.reshape(-1, *kernel.shape[-2:])
-    host = isinstance(taps, np.ndarray)
-
-    def mean(square: bool) -> Any:  # [1, 1, c_out], or over all channels [1, 1, 1]
-        if host:
-            # Without a temporary of the kernel's size: fresh memory costs more than the arithmetic.
-            parts = np.array_split(taps, -(-taps.shape[1] // 1024), axis=1)
-            sums = [np.einsum("kio,kio->ko", x, x) if square else x.sum(axis=1) for x in parts]
-            means = np.sum(sums, axis=0, dtype=np.float64)[:, None] / taps.shape[1]
-        else:
-            means = (taps * taps if square else taps).mean(axis=1, keepdims=True)
-        means = means.mean(axis=0, keepdims=True)
-        return means if per == "channel" else means.mean(axis=2, keepdims=True)
-
-    for _ in range(2):  # the second time takes away what rounding left of a large mean
-        taps -= mean(square=False).astype(taps.dtype)
-    with np.errstate(divide="ignore", invalid="ignore"):  # of a constant kernel, which the caller refuses
-        taps *= (math.sqrt(variance) / mean(square=True) ** 0.5).astype(taps.dtype)
-    return taps.reshape(kernel.shape)
-
-
-_standardize_traced = jax.jit(_standardize_values, static_argnames=("variance", "per"))
 
 
 def _finish(kernel: Any, dtype: Any, out_sharding: Any) -> jax.Array:
