@@ -22,6 +22,7 @@ Compiled programs are kept in the folder of the runs.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import pathlib
@@ -33,10 +34,10 @@ from absl import logging
 from nfjax import _cpu, compilation, preemption
 from nfjax.cli._outcome import FailedError, UsageError
 from nfjax.cli._parser import Parser, path
-from nfjax.reproduce import REPRODUCTIONS, SUMMARIES, TRAINED, Request, Result, _campaign
+from nfjax.reproduce import COMPARED, REPRODUCTIONS, SUMMARIES, TRAINED, Request, Result, _campaign, _comparison, _runs
 from nfjax.reproduce._grids import GRIDS
 from nfjax.reproduce._pace import shown
-from nfjax.reproduce._runs import check_first, parse_changes, train_missing
+from nfjax.reproduce._runs import check_first, parse_changes
 from nfjax.reproduce._training import training_figures
 
 CAMPAIGN = "campaign"
@@ -44,7 +45,7 @@ DRAWING = 5.0  # seconds of the minutes that are left for figures and tables
 
 
 def add_arguments(parser: Parser) -> None:
-    names = (*REPRODUCTIONS, *TRAINED, *SUMMARIES, CAMPAIGN)
+    names = (*REPRODUCTIONS, *TRAINED, *COMPARED, *SUMMARIES, CAMPAIGN)
     parser.add_argument(
         "names", nargs="+", choices=names, metavar="NAME", help=f"what to reproduce: {', '.join(names)}"
     )
@@ -84,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
         for name in arguments.names:
             if name in TRAINED:
                 _trained(name, request)
+            elif name in COMPARED:
+                _compared(name, request)
             else:
                 _show(REPRODUCTIONS[name]() if name in REPRODUCTIONS else SUMMARIES[name](out), out / name)
     except KeyboardInterrupt:
@@ -115,8 +118,9 @@ def _request(arguments: argparse.Namespace, out: pathlib.Path) -> Request:
         changes["epochs"] = arguments.epochs
     flags = {name: f"--{name.replace('_', '-')}" for name in given}
     asked = [*flags.values(), *(["--epochs or --config"] if changes else [])]
-    if asked and not any(name in (*TRAINED, CAMPAIGN) for name in arguments.names):
-        raise UsageError(f"{', '.join(asked)}: only {', '.join(TRAINED)} are trained; {arguments.names[0]} is not")
+    trained = (*TRAINED, *COMPARED)
+    if asked and not any(name in (*trained, CAMPAIGN) for name in arguments.names):
+        raise UsageError(f"{', '.join(asked)}: only {', '.join(trained)} are trained; {arguments.names[0]} is not")
     if CAMPAIGN in arguments.names:
         _check_campaign(arguments)
     elif alone := [flags[name] for name in ("torch_python", "images") if name in given]:
@@ -182,7 +186,7 @@ def _trained(name: str, request: Request) -> None:
     stopped = None
     if request.data:
         try:
-            train_missing(grid, request)
+            _runs.train_missing(grid.title, grid.dataset, _runs.plan(grid, request), request)
         except preemption.TrainingInterruptedError as error:
             stopped = error
     try:
@@ -191,6 +195,20 @@ def _trained(name: str, request: Request) -> None:
     except ValueError:
         if stopped is None and math.isinf(request.until):
             raise
+    if stopped is not None:
+        raise stopped
+
+
+def _compared(name: str, request: Request) -> None:
+    """Measures what is known before training, trains what is missing, and shows what is there, also after Ctrl-C."""
+    grid, stopped = COMPARED[name], None
+    request = dataclasses.replace(request, out=_made(request.out / name, "--out"))
+    try:
+        _comparison.measure(grid, request)
+    except preemption.TrainingInterruptedError as error:
+        stopped = error
+    for figure in _comparison.comparisons(grid, request):
+        _show(figure, request.out / name)
     if stopped is not None:
         raise stopped
 

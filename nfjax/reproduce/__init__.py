@@ -1,6 +1,7 @@
 """The paper's tables and figures, measured here: one name each.
 
-Those of `REPRODUCTIONS` are computed at once; those of `TRAINED` need runs, which are trained where they are missing.
+Those of `REPRODUCTIONS` are computed at once; those of `TRAINED` need runs, which are trained where they are missing,
+and so do those of `COMPARED`, which go beyond the paper: networks at many learning rates.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nfjax.reproduce._claims import claims_table
-from nfjax.reproduce._grids import DEPTH, GRIDS, Grid
+from nfjax.reproduce._grids import DEPTH, GRIDS, RULES, VERY_DEEP, Grid
 from nfjax.reproduce._runs import Request
 from nfjax.reproduce._signal import propagation_figure
 from nfjax.reproduce._tables import TABLE_1, TABLE_2, as_printed, cost_table
@@ -39,12 +40,13 @@ TRAINED: dict[str, Callable[[Request], Grid]] = {
     "depth": lambda request: DEPTH,
     "ablations": ablation_grid,
 }
+COMPARED: dict[str, Grid] = {"rules": RULES, "very_deep": VERY_DEEP}
 # What the runs in a folder say about each claim of the paper.
 SUMMARIES: dict[str, Callable[[pathlib.Path], Result]] = {"claims": claims_table}
 
 __all__ = [
-    "REPRODUCTIONS", "SUMMARIES", "TABLE_1", "TABLE_2", "TRAINED", "Request", "Result", "as_printed", "cost_table",
-    "propagation_figure",
+    "COMPARED", "REPRODUCTIONS", "SUMMARIES", "TABLE_1", "TABLE_2", "TRAINED", "Request", "Result", "as_printed",
+    "cost_table", "propagation_figure",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The networks that the paper's figures compare, by the names of their curves, and how these are drawn."""
+"""The networks that are compared, by the names of their curves, and how those of the paper's figures are drawn."""
 
 from __future__ import annotations
 
@@ -20,6 +20,26 @@ CURVES: dict[str, tuple[str, str | None, str]] = {
     "ConvShort, Brock": ("convshort", None, "brock"),
     "IdShort, effective fan-out": ("idshort", None, "he_effective_fan_out"),
     "ConvShort, effective fan-out": ("convshort", None, "he_effective_fan_out"),
+}
+# What else is compared with them: the rules of others, and what stands in for batch norm.
+NETWORKS = CURVES | {
+    "classical with convolutions, He fan-out": ("conv", None, "he_fan_out"),
+    "SkipInit, LeCun": ("skipinit", None, "lecun_normal"),
+    "SkipInit, He fan-out": ("skipinit", None, "he_fan_out"),
+    "Fixup, He fan-out": ("fixup", None, "he_fan_out"),
+    "RescaleNet, He fan-in": ("rescalenet", None, "he_fan_in"),
+    "RescaleNet, He fan-out": ("rescalenet", None, "he_fan_out"),
+    "NF-ResNet, LeCun": ("nf", None, "lecun_normal"),
+    "NF-ResNet, He fan-out": ("nf", None, "he_fan_out"),
+    "DepthScale, He fan-in": ("depthscale", None, "he_fan_in"),
+    "DepthScale, He fan-out": ("depthscale", None, "he_fan_out"),
+    "DepthScale, effective fan-out": ("depthscale", None, "he_effective_fan_out"),
+    "MPSum, He fan-in": ("mpsum", None, "he_fan_in"),
+    "MPSum, He fan-out": ("mpsum", None, "he_fan_out"),
+    "GroupNorm, LeCun": ("identity", "group", "lecun_normal"),
+    "GroupNorm, He fan-out": ("identity", "group", "he_fan_out"),
+    "DyT, He fan-out": ("identity", "dyt", "he_fan_out"),
+    "Derf, He fan-out": ("identity", "derf", "he_fan_out"),
 }
 # Colour by scheme, dashes and markers by initialization.
 _COLOURS = {

@@ -9,10 +9,39 @@ from typing import Any
 BASELINE = "BatchNorm, He fan-out"
 CONVSHORT = "ConvShort, He fan-out"
 SCHEMES = (CONVSHORT, "IdShort, He fan-out", "LearnScalar, He fan-out")
+# The rules of the field and the norms, each with its authors' initialization and with He's fan-out.
+OF_RULES = (
+    "IdShort, He fan-out",
+    "BatchNorm, He fan-out",
+    "ConvShort, He fan-out",
+    "NF-ResNet, LeCun",
+    "NF-ResNet, He fan-out",
+    "Fixup, He fan-out",
+    "SkipInit, LeCun",
+    "SkipInit, He fan-out",
+    "DepthScale, He fan-in",
+    "DepthScale, He fan-out",
+    "RescaleNet, He fan-in",
+    "RescaleNet, He fan-out",
+    "MPSum, He fan-in",
+    "MPSum, He fan-out",
+    "LearnScalar, He fan-out",
+    "classical, He fan-in",
+    "classical, He fan-out",
+    "classical with convolutions, He fan-out",
+    "GroupNorm, LeCun",
+    "GroupNorm, He fan-out",
+    "DyT, He fan-out",
+    "Derf, He fan-out",
+)
+# What their authors train otherwise than the rest.
+CHANGES = {"Fixup, He fan-out": {"optim.scalar_rate": 0.1}}
 # The same schemes in the same order, so that each has its control.
 BROCK = ("ConvShort, Brock", "IdShort, Brock", "LearnScalar, Brock")
 BEYOND = "ConvShort, effective fan-out"  # not in the paper
 CONTROL = "classical, He fan-out"  # without norm and without any of the schemes; not in the paper's figure
+
+ANY = "any images"  # in place of a data set of the paper
 
 # torchvision's ResNet-50 with batch normalization, the dashed line of figure 5 and the paper's only printed accuracy.
 TORCHVISION = 0.7613
@@ -83,6 +112,46 @@ DEPTH = Grid(
         for depth in (18, 34, 50, 101, 152)
         for cell in _networks(depth, BASELINE, CONVSHORT, SCHEMES[1], BROCK[0], BEYOND)
     ),
+    by_depth=True,
+)
+
+
+# Not in the paper: every rule of the field, with the initialization of its authors and with He's fan-out.
+RULES = Grid(
+    "Every rule of the field",
+    ANY,
+    tuple(
+        dataclasses.replace(cell, changes=CHANGES.get(cell.curve, {}))
+        for depth in (18, 50, 101)
+        for cell in _networks(depth, *OF_RULES)
+    ),
+    by_depth=True,
+)
+
+
+def _very_deep(depth: int, sizes: tuple[int, ...]) -> tuple[Cell, ...]:
+    """Of basic blocks: the stem, two convolutions for each of them, and the classifier."""
+    curves = (
+        "IdShort, He fan-out",
+        "IdShort, effective fan-out",
+        "ConvShort, He fan-out",
+        "ConvShort, effective fan-out",
+        "DepthScale, He fan-in",
+        "DepthScale, He fan-out",
+        "DepthScale, effective fan-out",
+        "NF-ResNet, LeCun",
+        "BatchNorm, He fan-out",
+    )
+    assert depth == 2 * sum(sizes) + 2
+    shape = {"model.stage_sizes": sizes, "model.block": "basic"}
+    return tuple(dataclasses.replace(cell, changes=shape) for cell in _networks(depth, *curves))
+
+
+# Not in the paper: the effective fan-out where it should matter most.
+VERY_DEEP = Grid(
+    "Very deep, narrow networks",
+    ANY,
+    _very_deep(200, (24, 25, 25, 25)) + _very_deep(500, (62, 62, 62, 63)),
     by_depth=True,
 )
 

@@ -20,8 +20,8 @@ from nfjax import config as configs
 from nfjax import data, preemption, storage
 from nfjax.cli import settings
 from nfjax.data.contents import contents
-from nfjax.reproduce import _pace, _records
-from nfjax.reproduce._curves import CURVES
+from nfjax.reproduce import _grids, _pace, _records
+from nfjax.reproduce._curves import NETWORKS
 from nfjax.reproduce._grids import Cell, Grid
 from nfjax.reproduce._records import Record, Start
 from nfjax.runs import metrics, workdirs
@@ -31,17 +31,18 @@ from nfjax.training import loop as train
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A data set of the paper: its settings, and how many classes, training and test images it has."""
+    """What is trained on: its settings, and how many classes, training and test images it has, None for any."""
 
     config: Callable[[], ConfigDict]
-    classes: int
-    images: tuple[int, int]
+    classes: int | None = None
+    images: tuple[int, int] | None = None
 
 
 BASES = {
     "CIFAR-10": Base(configs.cifar, 10, (50_000, 10_000)),
     "CIFAR-100": Base(configs.cifar100, 100, (50_000, 10_000)),
     "ImageNet": Base(configs.imagenet, 1000, (1_281_167, 50_000)),
+    _grids.ANY: Base(configs.cifar),
 }
 
 
@@ -86,6 +87,10 @@ class Run:
         return f"{self.cell.label}, seed {self.seed}"
 
 
+# What is to be trained, the most telling first, by the records that there are of these images.
+Plan = Callable[[Sequence[Record]], Sequence[Run]]
+
+
 def parse_changes(given: Sequence[settings.Setting]) -> dict[str, Any]:
     """{"model.width": 8} from --config.model.width=8; "none" stands for None.
 
@@ -121,7 +126,7 @@ def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> Config
     config.checkpoint.keep = 1
     for name in request.changes:
         settings.check_known(config, name)
-    rule, norm, init = CURVES[cell.curve]
+    rule, norm, init = NETWORKS[cell.curve]
     network = {"model.depth": cell.depth, "model.residual": rule, "model.norm": norm, "model.init": init}
     own = network | {"seed": seed, "data.dir": request.data}
     for name, value in {**request.changes, **cell.changes, **own}.items():
@@ -140,6 +145,19 @@ def _expected(config: ConfigDict, name: str) -> str:
     return f"expected a value of the kind of {there!r}"
 
 
+def chosen(grid: Grid, request: Request) -> list[Cell]:
+    """Those of the networks that are asked for.
+
+    Raises:
+        ValueError: There is none of such a name.
+    """
+    labels = [cell.label for cell in grid.cells]
+    for beginning in request.networks:
+        if not any(label.startswith(beginning) for label in labels):
+            raise ValueError(f"--network={beginning}: expected the beginning of one of\n  " + "\n  ".join(labels))
+    return [cell for cell in grid.cells if cell.label.startswith(tuple(request.networks) or ("",))]
+
+
 def planned(grid: Grid, request: Request) -> list[Run]:
     """All runs of a grid, the most telling first: of each depth all networks with the first seed, then the next."""
     return [
@@ -151,6 +169,13 @@ def planned(grid: Grid, request: Request) -> list[Run]:
     ]
 
 
+def plan(grid: Grid, request: Request) -> Plan:
+    """That of a grid all of whose runs are known beforehand: those of the networks that are asked for."""
+    cells = chosen(grid, request)
+    runs = [run for run in planned(grid, request) if run.cell in cells]
+    return lambda known: runs
+
+
 def deviations(dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `settings` have other than the paper's, or where it states none than ours: {"epochs": 8}."""
     own = _records.terms(workdirs.essence(BASES[dataset].config()))
@@ -160,41 +185,55 @@ def deviations(dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def is_the_papers(record: Record) -> bool:
     """Whether a run has the settings of the paper, its data set by name, and as many images."""
     images = BASES[record.dataset].images
-    same_data = record.data == record.dataset and tuple(record.images) == images
+    same_data = record.data == record.dataset and (images is None or tuple(record.images) == images)
     return same_data and not deviations(record.dataset, record.settings)
 
 
-def train_missing(grid: Grid, request: Request) -> None:
-    """Trains every run of the grid that has no record in `request.out`, and writes one for each as soon as it is over.
+def train_missing(title: str, dataset: str, plan: Plan, request: Request) -> None:
+    """Trains every run of a plan that has no record in `request.out`, and writes one for each as soon as it is over.
 
-    Stopped at any point, the same call goes on from there. Runs whose programs agree (another seed, another
-    initialization) compile once; the programs are kept for the next time. Where there is an end to the time, what would
-    not end before it is not started, and the others go on in its place.
+    Stopped at any point, the same call goes on from there. The plan is asked anew after every run: it may depend on
+    what the others came to. Where there is an end to the time, what would not end before it is not started, and the
+    others go on in its place.
 
     Args:
-        grid: What is compared.
+        title: Of what is compared.
+        dataset: A name in `BASES`.
+        plan: What is to be trained, the most telling first, by what there is.
         request: What is asked for.
 
     Raises:
         ValueError: The images are not of this data set, or are called like others that were trained on, or there is no
             such network. What `loop.train` raises passes through, but for runs that diverge: this is a result.
     """
-    runs = _chosen(grid, request)
-    for run in runs:
-        checks.check(run.config)
-    dataset = open_data(grid.dataset, runs[0].config)
-    fingerprint, images = contents(dataset), (len(dataset.train), len(dataset.test))
-    classes = len(dataset.class_names)
-    del dataset
+    runs = plan([])
+    checks.check(runs[0].config)
+    found = open_data(dataset, runs[0].config)
+    fingerprint, images = contents(found), (len(found.train), len(found.test))
+    classes = len(found.class_names)
+    del found
     forecast = _pace.Forecast(request.until, request.runs, images)
-    missing = [run for run in runs if not matching(_records.read(request.out), grid.dataset, run.settings, fingerprint)]
-    _check_name(grid.dataset, runs, request, fingerprint)
-    print(f"{grid.title}: {len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
-    for number, run in enumerate(missing, 1):
+    _check_name(dataset, runs, request, fingerprint)
+    left_out: list[Run] = []
+
+    def missing() -> list[Run]:
+        known = [r for r in _records.read(request.out) if (r.dataset, r.fingerprint) == (dataset, fingerprint)]
+        nonlocal runs
+        runs = plan(known)
+        done = [*(record.settings for record in known), *(run.settings for run in left_out)]
+        return [run for run in runs if not any(_records.agree(settings, run.settings) for settings in done)]
+
+    for run in {run.cell.label: run for run in missing()}.values():
+        checks.check(run.config)
+    print(f"{title}: {len(runs) - len(missing())} of {len(runs)} runs are there", flush=True)
+    number = 0
+    while todo := missing():
+        run, number = todo[0], number + 1
         workdir = request.runs / _folder(run, request.data_name, fingerprint)
         starts, told = forecast.of(run.config, workdir)
-        print(f"\n{number}/{len(missing)}    {run}{told}", flush=True)
+        print(f"\n{number}/{number + len(todo) - 1}    {run}{told}", flush=True)
         if not starts:
+            left_out.append(run)
             continue
         diverged = None
         try:
@@ -208,7 +247,7 @@ def train_missing(grid: Grid, request: Request) -> None:
             diverged = str(error).partition(";")[0]
             print(f"diverged: {error}", flush=True)
         measured = _measured(workdir, run, diverged)
-        about = {"dataset": grid.dataset, "data": request.data_name, "fingerprint": fingerprint}
+        about = {"dataset": dataset, "data": request.data_name, "fingerprint": fingerprint}
         _records.append(request.out, Record(**about, images=images, classes=classes, **measured))
     if forecast.left_out:
         print(f"\n{forecast.summary()}", flush=True)
@@ -228,21 +267,11 @@ def open_data(dataset: str, config: ConfigDict) -> data.Dataset:
         ValueError: They cannot be read, or have another number of classes.
     """
     found, expected = loader.open_data(config, config.data.dir), BASES[dataset].classes
-    if (classes := len(found.class_names)) != expected:
+    if (classes := len(found.class_names)) != expected and expected is not None:
         raise ValueError(
             f"{config.data.dir} has {classes} classes, expected the {expected} of {dataset}: choose another --data"
         )
     return found
-
-
-def _chosen(grid: Grid, request: Request) -> list[Run]:
-    """Those of the networks that are asked for."""
-    labels = [cell.label for cell in grid.cells]
-    for beginning in request.networks:
-        if not any(label.startswith(beginning) for label in labels):
-            raise ValueError(f"--network={beginning}: expected the beginning of one of\n  " + "\n  ".join(labels))
-    beginnings = tuple(request.networks) or ("",)
-    return [run for run in planned(grid, request) if run.cell.label.startswith(beginnings)]
 
 
 def _until(end: float) -> Callable[[train.Run], None]:
@@ -253,15 +282,6 @@ def _until(end: float) -> Callable[[train.Run], None]:
             run.stopped = True
 
     return stop
-
-
-def matching(known: Sequence[Record], dataset: str, settings: Mapping[str, Any], fingerprint: str) -> list[Record]:
-    """The records of exactly this run."""
-    return [
-        record
-        for record in known
-        if (record.dataset, record.fingerprint) == (dataset, fingerprint) and _records.agree(record.settings, settings)
-    ]
 
 
 def _check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint: str) -> None:
