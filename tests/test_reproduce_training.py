@@ -224,7 +224,7 @@ def test_a_run_is_recorded_without_what_cannot_be_read_of_its_starts(tmp_path, m
     assert str(path) in warnings[0]
     group = [dataclasses.replace(made(BASELINE, [0.5]), starts=[])]
     assert _training._row("BatchNorm", group)[4] == "50.00 %"
-    assert _training._versions(group) == ""
+    assert _training.versions(group) == ""
 
 
 def test_a_full_disk_leaves_tables_and_figures_as_they_were(tmp_path, monkeypatch):
@@ -642,7 +642,7 @@ def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table2", "--seeds=3"], "--seeds: only figure3, .*ablations are trained; table2 is not"),
+        (["table2", "--seeds=3"], "--seeds: only figure3, .*ablations, rules, very_deep are trained; table2 is not"),
         (["figure7", "--seeds=0"], "--seeds=0 must be positive"),
         (
             ["figure7", "--config.model.wdth=8"],

@@ -4,6 +4,7 @@ The paper's tables and figures: on the screen, and as CSV, Markdown and PNG file
 
     nfjax reproduce table1 table2 figure2 figure6
     nfjax reproduce figure7 --data=DIR --data-name=CIFAR-10
+    nfjax reproduce rules --data=DIR --epochs=3 --config.model.width=8
     nfjax reproduce claims
     nfjax reproduce campaign --data=DIR --minutes=25
 
@@ -13,6 +14,12 @@ paper does not state) are trained: with --data whatever of their runs is missing
 what is there is drawn. Stopped, the same command goes on. With --minutes, no run is started that does not end in them,
 by a measured step. Each finished run is a line of OUT/training.jsonl. Runs with other settings or images are other
 figures, in files of other names. claims says which of the paper's statements hold in all these runs.
+
+rules goes beyond the paper: every rule of the field and every norm, with the initialization of its authors and with
+He's fan-out, at 18, 50 and 101 layers. It measures cost and signal before training, which needs no images, and with
+--data trains, on any images: each network once, then at other learning rates until the largest is known at which it
+trains, of a grid of factors of 2, then with further seeds. very_deep does the same for narrow networks of 200 and 500
+layers. Their runs are lines of OUT/rules/training.jsonl and OUT/very_deep/training.jsonl.
 
 campaign spends the minutes for which you have a machine on what is most telling and still missing: how fast a training
 step is, beside PyTorch (of --torch-python); figure7; figure3's ResNet-50; depth; what augmenting and loading cost.
@@ -133,7 +140,8 @@ def _request(arguments: argparse.Namespace, out: pathlib.Path) -> Request:
     for name in given:
         if given[name] == "":
             raise UsageError(f"{flags[name]} is empty")
-        if name in ("network", "minutes") and "data" not in given:
+        # What is known before training takes a while, too, and needs no images.
+        if name in ("network", "minutes") and "data" not in given and not set(arguments.names) <= set(COMPARED):
             raise UsageError(f"{flags[name]} is for training, and without --data=DIR nothing is trained")
     if "data" in given:
         given.setdefault("data_name", os.path.basename(os.path.abspath(given["data"])))

@@ -98,7 +98,7 @@ def _trained(record: Record) -> bool:
 
 def reaches_baseline(networks: Networks) -> Verdict:
     """Whether ConvShort ends at batch norm's accuracy or above it."""
-    held = _above(networks[CONVSHORT], networks[BASELINE], margin=MARGIN)
+    held = above(networks[CONVSHORT], networks[BASELINE], margin=MARGIN)
     return Verdict(_guarded(networks, held), _listed(networks, [BASELINE, CONVSHORT]))
 
 
@@ -106,7 +106,7 @@ def comes_second(networks: Networks) -> Verdict:
     """Whether ConvShort ends below batch norm and above all others of the figure."""
     others = [curve for curve in (*SCHEMES[1:], *BROCK) if networks.get(curve)]
     held = [_below(networks[CONVSHORT], networks[BASELINE])]
-    held += [_above(networks[CONVSHORT], networks[other]) for other in others]
+    held += [above(networks[CONVSHORT], networks[other]) for other in others]
     everything = [BASELINE, CONVSHORT, *SCHEMES[1:], *BROCK]
     answer = _guarded(networks, _all(held)) + _coverage(networks, everything)
     return Verdict(answer, _listed(networks, everything))
@@ -146,7 +146,7 @@ def _each_below(networks: Networks, curves: Sequence[str], epoch: int | None = N
     return Verdict(_guarded(networks, answer) + _coverage(networks, curves), numbers)
 
 
-def _above(
+def above(
     one: Sequence[Record], other: Sequence[Record], margin: float = 0.0, epoch: int | None = None, strict: bool = False
 ) -> str:
     """Whether the mean of one lies above that of the other, or less than `margin` below it: "yes", "no" or undecided.
@@ -168,7 +168,7 @@ def _above(
 
 
 def _below(one: Sequence[Record], other: Sequence[Record], epoch: int | None = None) -> str:
-    return _above(other, one, epoch=epoch, strict=True)
+    return above(other, one, epoch=epoch, strict=True)
 
 
 def _half_width(one: Mean, other: Mean, images: int) -> float | None:

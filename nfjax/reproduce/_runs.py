@@ -87,6 +87,7 @@ class Run:
         return f"{self.cell.label}, seed {self.seed}"
 
 
+SHAPE = ("model.stage_sizes", "model.block")  # which would overrule the depth
 # What is to be trained, the most telling first, by the records that there are of these images.
 Plan = Callable[[Sequence[Record]], Sequence[Run]]
 
@@ -103,7 +104,7 @@ def parse_changes(given: Sequence[settings.Setting]) -> dict[str, Any]:
     for setting in given:
         if setting.field == "log.evaluate_every_epochs":
             raise ValueError(f"{setting}: the figures show every epoch; to evaluate less often, use nfjax.main")
-        if setting.field in (*_records.COMPARED, "data.dir"):
+        if setting.field in (*_records.COMPARED, *SHAPE, "data.dir"):
             raise ValueError(
                 f"{setting}: {setting.field} is not for you to choose here; --seeds and --data are, or use nfjax.main"
             )

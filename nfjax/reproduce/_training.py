@@ -76,8 +76,8 @@ class TrainingFigure:
         note = NOTE.format(
             images=f"{self.first.data}, fingerprint {self.first.fingerprint}: {self.first.counted()}; ",
             settings=self.setting(),
-            devices=self._devices(),
-            versions=_versions(everything),
+            devices=devices(everything),
+            versions=versions(everything),
         )
         about = [text for curve, text in ABOUT.items() if any(record.curve == curve for record in everything)]
         return Table(self.title(), COLUMNS, rows, " ".join([note, *about]) + self._diverged() + self._lacking())
@@ -123,10 +123,6 @@ class TrainingFigure:
         ]
         return f" Missing: {'. '.join(parts)}." if parts else ""
 
-    def _devices(self) -> str:
-        starts = [start["device"] for group in self.found.values() for record in group for start in record.starts]
-        return " or ".join(sorted({f"{device['count']} x {device['kind']}" for device in starts}))
-
     def plot(self) -> Figure:
         """Training accuracy on the left, test accuracy on the right, one row for each depth."""
         if self.grid.by_depth:
@@ -151,7 +147,8 @@ class TrainingFigure:
                 axes.grid(alpha=0.3)
                 axes.spines[["top", "right"]].set_visible(False)
             row[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(f"{self.title()}, {self._devices()}\n{self.setting()}", fontsize=10)
+        everything = [record for group in self.found.values() for record in group]
+        figure.suptitle(f"{self.title()}, {devices(everything)}\n{self.setting()}", fontsize=10)
         return figure
 
     def _plot_by_depth(self) -> Figure:
@@ -172,7 +169,8 @@ class TrainingFigure:
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(f"{self.title()}, {self._devices()}\n{self.setting()}", fontsize=10)
+        everything = [record for group in self.found.values() for record in group]
+        figure.suptitle(f"{self.title()}, {devices(everything)}\n{self.setting()}", fontsize=10)
         return figure
 
     def _of(self, depth: int) -> list[Cell]:
@@ -267,7 +265,13 @@ def _row(label: str, group: Sequence[Record]) -> list[str | int]:
     ]
 
 
-def _versions(group: Sequence[Record]) -> str:
+def devices(group: Sequence[Record]) -> str:
+    """ "1 x cpu or 1 x H100", of all starts."""
+    starts = [start["device"] for record in group for start in record.starts]
+    return " or ".join(sorted({f"{device['count']} x {device['kind']}" for device in starts}))
+
+
+def versions(group: Sequence[Record]) -> str:
     """The versions and commits of all starts."""
     starts = [start for record in group for start in record.starts]
     packages = {name for start in starts for name in start["packages"]} & {"nfjax", "jax", "flax", "optax"}

@@ -1,0 +1,369 @@
+"""Every rule side by side: what is trained next follows from what the runs came to, and the table says it."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from nfjax import cli, layers, preemption, reproduce, residual
+from nfjax.reproduce import _beginnings, _comparison, _rates, _records, _runs
+from nfjax.reproduce._beginnings import Beginning
+from nfjax.reproduce._curves import NETWORKS
+from nfjax.reproduce._grids import ANY, RULES, VERY_DEEP, Cell, Grid
+from nfjax.training import loop as train
+from tests.conftest import TINY
+
+START = {
+    "started": "2026-01-01T00:00:00+00:00",
+    "packages": {"jax": "0.10.2"},
+    "device": {"kind": "cpu", "platform": "cpu", "count": 1},
+    "commit": None,
+}
+FIXUP, IDSHORT, NF = "Fixup, He fan-out", "IdShort, He fan-out", "NF-ResNet, LeCun"
+
+
+def small(*curves, depths=(18,)):
+    """A grid of these networks, each under the label that the command gives it."""
+    cells = [Cell(depth, curve, f"ResNet-{depth} {curve}") for depth in depths for curve in curves]
+    return Grid("Tiny", ANY, tuple(cells), by_depth=True)
+
+
+def made(curve, accuracy, exponent=0, seed=0, depth=18, diverged=None, **about):
+    """The record of a run of one epoch on 1,000 test images, at 0.01 times a power of two."""
+    request = _runs.Request(out=None, changes={"epochs": 1})
+    cell = Cell(depth, curve, "", {"optim.learning_rate": 0.01 * 2.0**exponent})
+    config = _runs.make_config(ANY, cell, seed, request)
+    epochs = {name: [] if accuracy is None else [accuracy] for name in _records.PER_EPOCH}
+    about = {"data": "images", "fingerprint": "f00d", "images": (5_000, 1_000), "classes": 10} | about
+    settings = _runs.workdirs.essence(config)
+    return _records.Record(ANY, **about, curve=curve, settings=settings, epochs=epochs, diverged=diverged,
+                          seconds=60.0, starts=[START])  # fmt: skip
+
+
+def asked(out=None, seeds=1, **more):
+    return _runs.Request(out=out, seeds=seeds, changes={"epochs": 1}, **more)
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def test_every_rule_and_every_norm_is_compared_at_every_depth():
+    of = {(cell.depth, cell.curve): NETWORKS[cell.curve] for cell in RULES.cells}
+    assert {depth for depth, _ in of} == {18, 50, 101}
+    for depth in (18, 50, 101):
+        there = [network for (at, _), network in of.items() if at == depth]
+        assert {rule for rule, _, _ in there} == set(residual.RESIDUALS)
+        assert {norm for _, norm, _ in there} == {None, *layers.NORMS}
+        # Each with He's fan-out, and where its authors draw otherwise, with that, too.
+        pairs = {(rule, norm) for rule, norm, _ in there}
+        assert pairs == {(rule, norm) for rule, norm, init in there if init == "he_fan_out"}
+    for grid in (RULES, VERY_DEEP):
+        assert grid.dataset in _runs.BASES
+        assert len({cell.label for cell in grid.cells}) == len(grid.cells)
+
+
+def test_fixups_numbers_have_the_learning_rate_of_its_authors():
+    configs = {cell.curve: _runs.make_config(ANY, cell, 0, asked()) for cell in RULES.cells}
+    rates = {curve: config.optim.scalar_rate for curve, config in configs.items()}
+    assert {curve for curve, rate in rates.items() if rate != 1} == {FIXUP}
+    assert rates[FIXUP] == 0.1
+
+
+@pytest.mark.parametrize("cell", VERY_DEEP.cells[:: len(VERY_DEEP.cells) // 2], ids=lambda cell: cell.label)
+def test_a_very_deep_network_has_as_many_layers_as_its_name_says(cell):
+    config = _runs.make_config(ANY, cell, 0, asked())
+    sizes = config.model.stage_sizes
+    assert (config.model.block, 2 + 2 * sum(sizes)) == ("basic", cell.depth)
+    assert max(sizes) - min(sizes) <= 1
+
+
+# ---------------------------------------------------------------- the largest learning rate
+
+
+@pytest.mark.parametrize("largest", range(_rates.LOWEST - 1, _rates.HIGHEST + 1))
+def test_the_largest_rate_is_found_by_bisection(largest):
+    trained = {}
+    while (exponent := _rates.next_exponent(trained)) is not None:
+        assert exponent not in trained
+        assert _rates.LOWEST <= exponent <= _rates.HIGHEST
+        trained[exponent] = exponent <= largest
+    assert _rates.bracket(trained) == (largest, largest + 1)
+    assert next(iter(trained)) == 0  # the rate of the config comes first
+    assert len(trained) <= 5
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "diverged", "whether"),
+    [(0.128, None, False), (0.129, None, True), (0.5, "at step 9", False), (None, "at step 0", False)],
+)
+def test_a_network_trains_where_it_ends_above_guessing_by_more_than_chance(accuracy, diverged, whether):
+    # Of 1,000 images of 10 classes, guessing gets 10 % right, with a standard error of sqrt(0.09 / 1000).
+    assert _rates.trains(made(IDSHORT, accuracy, diverged=diverged)) is whether
+
+
+@pytest.mark.parametrize(
+    ("trained", "shown"),
+    [
+        ({}, ""),
+        ({0: True, 1: False}, "0.01"),
+        ({0: True, 4: False}, "0.01 to 0.16"),
+        ({0: True, 4: True, 6: False}, "0.16 to 0.64"),
+        ({8: True, 0: True}, "at least 2.56"),
+        ({0: False}, "less than 0.01"),
+        ({0: False, -8: False}, "none"),
+        ({0: False, -5: True, -4: False}, "0.000313"),
+    ],
+)
+def test_the_largest_rate_for_a_person(trained, shown):
+    runs = {exponent: {0: made(IDSHORT, 0.5 if good else 0.1, exponent)} for exponent, good in trained.items()}
+    assert _rates.Outcome(0.01, runs).largest() == shown
+
+
+def test_what_comes_next_follows_from_what_there_is():
+    grid = small(IDSHORT, NF, depths=(18, 50))
+    plan = _rates.plan(grid, asked(seeds=2))
+
+    def told(known):
+        done = [record.settings for record in known]
+        runs = [run for run in plan(known) if not any(_records.agree(run.settings, one) for one in done)]
+        return [(run.cell.depth, run.cell.curve, run.config.optim.learning_rate, run.seed) for run in runs]
+
+    first = [(depth, curve, 0.01, 0) for depth in (18, 50) for curve in (IDSHORT, NF)]
+    second = [(depth, curve, 0.01, 1) for depth in (18, 50) for curve in (IDSHORT, NF)]
+    assert told([]) == [*first, *second]
+    known = [made(IDSHORT, 0.5), made(NF, 0.1)]
+    assert told(known) == [*first[2:], (18, IDSHORT, 0.16, 0), (18, NF, 0.01 / 32, 0), *second]
+    # A run of other settings says nothing about these.
+    other = made(IDSHORT, 0.5, 4)
+    other = dataclasses.replace(other, settings={**other.settings, "model.width": 8})
+    assert told([*known, other]) == told(known)
+    known += [made(IDSHORT, 0.1, 4), made(IDSHORT, 0.4, 2), made(IDSHORT, 0.3, 3)]
+    assert told(known) == [*first[2:], (18, NF, 0.01 / 32, 0), *second]
+    assert str(plan(known)[4]) == f"ResNet-18 {IDSHORT}, learning rate 0.04, seed 0"
+
+
+def test_only_the_networks_that_are_asked_for_are_trained():
+    grid = small(IDSHORT, NF, depths=(18, 50))
+    plan = _rates.plan(grid, asked(networks=("ResNet-50 NF",)))
+    assert [run.cell.label for run in plan([])] == [f"ResNet-50 {NF}"]
+    with pytest.raises(ValueError, match=r"--network=ResNet-5: .*|--network=Nf: expected the beginning of one of\n"):
+        _rates.plan(grid, asked(networks=("Nf",)))
+
+
+# ---------------------------------------------------------------- the table
+
+
+def compared(tmp_path, grid, *records, seeds=3):
+    for record in records:
+        _records.append(tmp_path, record)
+    (comparison,) = _comparison.comparisons(grid, asked(tmp_path, seeds))
+    return comparison
+
+
+def of_rows(comparison, columns):
+    table = comparison.table()
+    return {row[0]: [row[table.columns.index(column)] for column in columns] for row in table.rows}
+
+
+def test_the_table_says_what_the_runs_came_to(tmp_path):
+    comparison = compared(
+        tmp_path,
+        small(IDSHORT, NF, FIXUP, "SkipInit, LeCun"),
+        *(made(IDSHORT, value, seed=seed) for seed, value in enumerate([0.4, 0.42, 0.41])),
+        *(made(NF, value, seed=seed) for seed, value in enumerate([0.3, 0.1, 0.2])),
+        made(IDSHORT, 0.6, 1),
+        made(IDSHORT, 0.1, 2),
+        made(FIXUP, None, diverged="at step 3 the loss is nan"),
+        made(FIXUP, 0.2, seed=1),
+        made(FIXUP, 0.2, seed=2),
+        made(IDSHORT, 0.9, depth=50),  # of another grid
+    )
+    columns = ["trains at 0.01", "test accuracy at 0.01", "largest rate", "best test accuracy, at rate"]
+    assert of_rows(comparison, columns) == {
+        f"ResNet-18 {IDSHORT}": ["yes", "41.00 ± 1.00 % (3)", "0.02", "60.0 % at 0.02"],
+        f"ResNet-18 {NF}": ["2 of 3", "20.00 ± 10.00 % (3)", "at least 0.01", "30.0 % at 0.01"],
+        f"ResNet-18 {FIXUP}": ["2 of 3", "20.00 ± 0.00 % (2), 1 of 3 diverged", "less than 0.01", "none"],
+    }
+    assert of_rows(comparison, ["parameters", "forward, first / last block"])[f"ResNet-18 {NF}"] == [
+        "not measured yet",
+        "",
+    ]
+    note = comparison.table().note
+    assert "images, fingerprint f00d: 5,000 training and 1,000 test images; not as in the configs: epochs 1." in note
+    assert "above guessing by more than 3 standard errors" in note
+
+
+def test_who_is_surely_above_whom_and_whether_the_order_holds(tmp_path):
+    values = {IDSHORT: [0.50, 0.51, 0.52], NF: [0.40, 0.41, 0.42], FIXUP: [0.41, 0.43, 0.40], "SkipInit, LeCun": [0.2]}
+    records = [made(curve, value, seed=seed) for curve, ends in values.items() for seed, value in enumerate(ends)]
+    comparison = compared(tmp_path, small(*values), *records)
+    assert [row[0] for row in of_rows(comparison, ["surely above, below"]).values()] == ["2, 0", "0, 1", "0, 1", ""]
+    # With seeds 0 and 1 the order is the same, with seed 2 two of three have changed places, which is 1/2.
+    assert "between two seeds, on average: 0.67 at 18 layers." in comparison.table().note
+
+
+def test_with_one_seed_the_order_is_said_to_mean_nothing(tmp_path):
+    comparison = compared(tmp_path, small(IDSHORT, NF), made(IDSHORT, 0.5), made(NF, 0.4))
+    assert "With one seed, the order of the networks says nothing." in comparison.table().note
+
+
+def test_what_is_known_before_training_stands_beside(tmp_path):
+    grid = small(IDSHORT, NF)
+    keys = [_beginnings._key(cell, _runs.make_config(ANY, cell, 0, asked()), 10) for cell in grid.cells]
+    known = [Beginning(1_000, 2_000, [1.0, 2.0, 4.0], [0.5, 0.25, 0.125], closed) for closed in ((2.0, 0.25), None)]
+    everything = {key: dataclasses.asdict(beginning) for key, beginning in zip(keys, known, strict=True)}
+    (tmp_path / _beginnings.FILE).write_text(json.dumps(everything))
+    comparison = compared(tmp_path, grid)
+    rows = comparison.table().rows
+    assert rows[0][1:7] == [1_000, 2_000, "2 [1, 4]", "2", "0.25 [0.5, 0.125]", "0.25"]
+    assert (rows[1][4], rows[1][6]) == ("none", "none")
+    assert rows[0][7] == "not measured yet"
+    assert comparison.table().note.endswith(_comparison.WITHOUT)
+    # The number of classes is of the images: these networks are others.
+    assert compared(tmp_path, grid, made(IDSHORT, 0.5, classes=7)).beginnings == {}
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"a": {"parameters": 1}}', b"\xff"])
+def test_a_damaged_file_of_beginnings_is_told_and_written_anew(tmp_path, monkeypatch, damage):
+    warnings = []
+    monkeypatch.setattr(_beginnings.logging, "warning", lambda text, *args: warnings.append(text % args))
+    (tmp_path / _beginnings.FILE).write_bytes(damage)
+    assert _beginnings.read(small(IDSHORT), asked(tmp_path), 10) == {}
+    assert len(warnings) == 1
+    assert "it is written anew" in warnings[0]
+
+
+def test_every_run_is_a_row_and_the_picture_has_a_field_for_every_network(tmp_path):
+    grid = small(IDSHORT, NF, FIXUP, depths=(18, 50))
+    ends = [
+        made(IDSHORT, 0.4),
+        made(IDSHORT, 0.5, 1),
+        made(NF, 0.1),
+        made(FIXUP, None, diverged="at step 3, too large"),
+    ]
+    comparison = compared(tmp_path, grid, *ends)
+    written = comparison.write(tmp_path / "rules")
+    assert [path.name for path in written] == [f"rules_images_epochs1.{kind}" for kind in ("md", "png", "csv")]
+    rows = list(csv.DictReader(written[2].read_text().splitlines()))
+    assert [(row["network"], row["learning rate"], row["trains"]) for row in rows] == [
+        (f"ResNet-18 {IDSHORT}", "0.01", "True"),
+        (f"ResNet-18 {IDSHORT}", "0.02", "True"),
+        (f"ResNet-18 {NF}", "0.01", "False"),
+        (f"ResNet-18 {FIXUP}", "0.01", "False"),
+    ]
+    assert rows[3]["diverged"] == "at step 3, too large"
+    figure = comparison.plot()
+    panels = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    # By rows: a network that trains, one that does not, one that diverged; nothing of 50 layers was measured.
+    assert panels == [
+        ["40", "·", "✗", "·", "÷", "·"],
+        ["≥ 0.02", "·", "< 0.01", "·", "< 0.01", "·"],
+        ["50", "·", "✗", "·", "✗", "·"],
+    ]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [IDSHORT, NF, FIXUP]
+
+
+# ---------------------------------------------------------------- the command
+
+FLAGS = [
+    "--epochs=1", "--config.batch_size=64", "--config.model.width=2", "--config.data.image_size=8",
+    "--config.data.source=synthetic", "--config.augment.crop_padding=1", "--config.augment.rand_operations=0",
+    "--config.data.share=0.25", "--config.train.onednn=False", "--data=made-up",
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Two of the rules in the smallest network."""
+    monkeypatch.setitem(reproduce.COMPARED, "rules", small(IDSHORT, NF, depths=(TINY,)))
+
+
+def run(*arguments):
+    return cli.run(["reproduce", *map(str, arguments)])
+
+
+def pretending(started, limits):
+    """In place of a training: one that ends at 90 % up to the largest rate of its rule, and as by guessing above."""
+
+    def trained(config, workdir, more):
+        rate, rule = config.optim.learning_rate, config.model.residual
+        started.append((rule, rate, config.seed))
+        end = 0.9 if rate <= limits[rule] else 0.1
+        line = {"kind": "epoch", "step": 4, "epoch": 1, **dict.fromkeys(_records.PER_EPOCH, end)}
+        folder = pathlib.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (folder / "versions.json").write_text(json.dumps([START]))
+
+    return trained
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_command_finds_the_largest_rate_of_each_rule_and_goes_on_where_it_was_stopped(
+    monkeypatch, tmp_path, capsys
+):
+    flags = ["rules", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *FLAGS, "--seeds=2"]
+    started = []
+    trained = pretending(started, {"idshort": 0.05, "nf": 0.005})
+
+    def stopping(config, workdir, more):
+        if len(started) == 3:
+            raise preemption.TrainingInterruptedError("interrupted: saved")
+        trained(config, workdir, more)
+
+    monkeypatch.setattr(train, "train", stopping)
+    assert run(*flags) == 130
+    assert "ResNet-10 IdShort, He fan-out" in capsys.readouterr().out  # what is there was shown
+    monkeypatch.setattr(train, "train", trained)
+    assert run(*flags) == 0
+    by_rule = {rule: [rate for name, rate, seed in started if (name, seed) == (rule, 0)] for rule in ("idshort", "nf")}
+    assert by_rule["idshort"] == pytest.approx([0.01, 0.16, 0.04, 0.08])
+    assert by_rule["nf"] == pytest.approx([0.01, 0.01 / 32, 0.01 / 8, 0.01 / 4, 0.01 / 2])
+    assert [run for run in started if run[2]] == [("idshort", 0.01, 1), ("nf", 0.01, 1)]
+    shown = capsys.readouterr().out
+    (idshort,) = (line for line in shown.splitlines() if line.startswith("ResNet-10 IdShort") and "%" in line)
+    assert idshort.endswith("0.04               90.0 % at 0.04")
+    monkeypatch.setattr(train, "train", None)  # nothing is left to train, or to measure
+    monkeypatch.setattr(_beginnings, "measure", None)
+    before = (tmp_path / "rules" / _records.FILE).read_text()
+    assert run(*flags) == 0
+    assert (tmp_path / "rules" / _records.FILE).read_text() == before
+    (table,) = (tmp_path / "rules").glob("rules_*.md")
+    assert "| 0.04 | 90.0 % at 0.04 |" in table.read_text()
+    assert not (tmp_path / _records.FILE).exists()  # the claims of the paper are about its own runs
+
+
+@pytest.mark.usefixtures("tiny")
+def test_without_images_the_command_shows_what_is_known_before_training(tmp_path, capsys):
+    flags = [flag for flag in FLAGS if not flag.startswith("--data=")]
+    assert run("rules", f"--out={tmp_path}", *flags, "--network=ResNet-10 Id") == 0
+    shown = capsys.readouterr().out
+    assert "ResNet-10 IdShort, He fan-out" in shown
+    assert "NF" not in shown
+    assert _comparison.WITHOUT in shown
+    known = json.loads((tmp_path / "rules" / _beginnings.FILE).read_text())
+    (beginning,) = known.values()
+    assert len(beginning["forward"]) == len(beginning["backward"]) == _beginnings.SEEDS
+    assert beginning["forward"] == sorted(beginning["forward"])
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--network=ResNet-10 Nope", "--data=made-up"], "--network=ResNet-10 Nope: expected the beginning of one of"),
+        (["--config.model.depth=18"], "model.depth is not for you to choose here"),
+        (["--config.model.stage_sizes=(1,1)"], "model.stage_sizes is not for you to choose here"),
+        (["--config.model.block=basic"], "model.block is not for you to choose here"),
+        (["--seeds=0"], "--seeds=0 must be positive"),
+        (["--minutes=0", "--data=made-up"], "--minutes=0 must be positive"),
+        (["--data=nowhere", "--config.data.source=folder"], "nowhere"),
+        (["--config.optim.learning_rate=0", "--data=made-up"], "optim.learning_rate=0"),
+        (["rulez"], "rulez"),
+    ],
+)
+def test_wrong_arguments_are_explained(tmp_path, capsys, arguments, message):
+    assert run("rules", f"--out={tmp_path}", *[flag for flag in FLAGS if "--data=" not in flag], *arguments) != 0
+    assert message in capsys.readouterr().err
