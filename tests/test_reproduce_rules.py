@@ -94,6 +94,18 @@ def test_the_largest_rate_is_found_by_bisection(largest):
     assert len(trained) <= 5
 
 
+@pytest.mark.parametrize("likely", range(_rates.LOWEST, _rates.HIGHEST + 1))
+def test_the_largest_rate_is_found_from_one_that_is_likely(likely):
+    for largest in range(_rates.LOWEST - 1, _rates.HIGHEST + 1):
+        trained = {}
+        while (exponent := _rates.next_exponent(trained, likely)) is not None:
+            assert exponent not in trained
+            trained[exponent] = exponent <= largest
+        assert _rates.largest(trained) == largest
+        if largest == likely:
+            assert len(trained) <= 3  # the config's, this one, and the next that does not
+
+
 @pytest.mark.parametrize(
     ("accuracy", "diverged", "whether"),
     [(0.128, None, False), (0.129, None, True), (0.5, "at step 9", False), (None, "at step 0", False)],
@@ -139,8 +151,12 @@ def test_what_comes_next_follows_from_what_there_is():
     other = made(IDSHORT, 0.5, 4)
     other = dataclasses.replace(other, settings={**other.settings, "model.width": 8})
     assert told([*known, other]) == told(known)
-    known += [made(IDSHORT, 0.1, 4), made(IDSHORT, 0.4, 2), made(IDSHORT, 0.3, 3)]
+    known += [made(IDSHORT, 0.1, 4), made(IDSHORT, 0.4, 2), made(IDSHORT, 0.1, 3)]
     assert told(known) == [*first[2:], (18, NF, 0.01 / 32, 0), *second]
+    # Deeper networks begin where the same one with fewer layers ended, at 0.04.
+    known += [made(IDSHORT, 0.3, depth=50), made(NF, 0.3, depth=50)]
+    assert (50, IDSHORT, 0.04, 0) in told(known)
+    assert (50, NF, 0.16, 0) in told(known)  # whose largest rate at 18 layers is not known yet
     assert str(plan(known)[4]) == f"ResNet-18 {IDSHORT}, learning rate 0.04, seed 0"
 
 

@@ -35,12 +35,28 @@ def bracket(trained: Mapping[int, bool]) -> tuple[int, int]:
     return low, high
 
 
-def next_exponent(trained: Mapping[int, bool]) -> int | None:
-    """Which rate is to be tried next: the config's first, then by bisection; None where the largest is known."""
+def largest(trained: Mapping[int, bool]) -> int | None:
+    """The exponent of the largest rate that trains, one below the grid for none; None where it is not known yet."""
+    low, high = bracket(trained)
+    return low if high - low == 1 else None
+
+
+def next_exponent(trained: Mapping[int, bool], likely: int | None = None) -> int | None:
+    """Which rate is to be tried next: the config's first, then by bisection; None where the largest is known.
+
+    Args:
+        trained: Whether it trains, by exponent.
+        likely: What the largest may be, from a network that is much the same: the search begins there, and goes on from
+            it step by step.
+    """
     if 0 not in trained:
         return 0
     low, high = bracket(trained)
-    return None if high - low == 1 else (low + high) // 2
+    if high - low == 1:
+        return None
+    if likely is None:
+        return (low + high) // 2
+    return min(max(likely, low + 1), high - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +133,8 @@ def outcomes(grid: Grid, request: Request) -> Callable[[Sequence[Record]], dict[
 
 def plan(grid: Grid, request: Request) -> Plan:
     """For each network, the most telling first: one run at the rate of the config; the largest rate at which it trains,
-    as far as it is known which run tells it; further seeds.
+    as far as it is known which run tells it, beginning where it is for the same network with fewer layers; further
+    seeds.
     """
     cells = _runs.chosen(grid, request)
     read = outcomes(grid, request)
@@ -135,7 +152,7 @@ def plan(grid: Grid, request: Request) -> Plan:
         for cell in cells:
             trained = found[cell.label].trained
             tried = sorted(set(trained) - {0})
-            following = next_exponent(trained)
+            following = next_exponent(trained, _likely(cell, grid, found))
             runs += [run(cell, exponent, 0) for exponent in tried if LOWEST <= exponent <= HIGHEST]
             runs += [run(cell, following, 0)] if following else []
         further = range(1, request.seeds)
@@ -144,6 +161,17 @@ def plan(grid: Grid, request: Request) -> Plan:
         ]
 
     return plan
+
+
+def _likely(cell: Cell, grid: Grid, found: Mapping[str, Outcome]) -> int | None:
+    """The largest rate of the same network with fewer layers, None where it is not known or there is none."""
+    for depth in sorted((depth for depth in grid.depths if depth < cell.depth), reverse=True):
+        for other in grid.cells:
+            if (other.depth, other.curve) == (depth, cell.curve):
+                exponent = largest(found[other.label].trained)
+                if exponent is not None and exponent >= LOWEST:
+                    return exponent
+    return None
 
 
 def _at(grid: Grid, cell: Cell, exponent: int, seed: int, request: Request) -> Run:
