@@ -177,11 +177,11 @@ def skipinit(position: Position) -> Rule:
 
 
 def rescalenet(position: Position) -> Rule:
-    """sqrt((l - 1 + L) / (l + L)) x + sqrt(1 / (l + L)) f(x) in the l-th of L blocks: a^2 + b^2 = 1 (Shao et al. 2020,
-    whose constant is the number of blocks).
+    """sqrt((l - 1 + k) / (l + k)) x + sqrt(1 / (l + k)) f(x) in the l-th of L blocks, k = L - 1: a^2 + b^2 = 1 (Shao et
+    al. 2020, with k as in their program).
     """
-    l, many = position.index + 1, position.num_blocks  # noqa: E741 - as in the formula
-    return Rule(math.sqrt((l - 1 + many) / (l + many)), math.sqrt(1 / (l + many)))
+    l, k = position.index + 1, position.num_blocks - 1  # noqa: E741 - as in the formula
+    return Rule(math.sqrt((l - 1 + k) / (l + k)), math.sqrt(1 / (l + k)))
 
 
 def depthscale(position: Position) -> Rule:

@@ -21,7 +21,7 @@ COEFFICIENTS = {
     "conv": (1.0, 1.0),
     "skipinit": (1.0, 0.0),
     "fixup": (1.0, 1.0),
-    "rescalenet": (math.sqrt(4 / 5), math.sqrt(1 / 5)),
+    "rescalenet": (math.sqrt(3 / 4), math.sqrt(1 / 4)),
     "depthscale": (1.0, 0.5),
     "mpsum": (0.7 / math.sqrt(0.58), 0.3 / math.sqrt(0.58)),
 }

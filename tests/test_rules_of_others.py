@@ -39,8 +39,8 @@ def _promotion():
 @pytest.mark.parametrize("depth", [18, 50, 101])
 def test_coefficients_are_those_of_the_authors(depth):
     rescaled, count = rules_of(depth, "rescalenet")
-    for l, rule in enumerate(rescaled, 1):  # noqa: E741 - as in the formula
-        assert (rule.a, rule.b) == pytest.approx((math.sqrt((l - 1 + count) / (l + count)), (l + count) ** -0.5))
+    for number, rule in enumerate(rescaled, count - 1):  # as their program counts the blocks
+        assert (rule.a, rule.b) == pytest.approx((math.sqrt(number / (number + 1)), (number + 1) ** -0.5))
         assert rule.a**2 + rule.b**2 == pytest.approx(1)
     assert all((rule.a, rule.b) == (1.0, count**-0.5) for rule in rules_of(depth, "depthscale")[0])
     summed = rules_of(depth, "mpsum")[0]

@@ -52,9 +52,9 @@ TRAINING = (
     "test images. Test accuracy: at the end, mean ± sample standard deviation over seeds (their number), without the "
     "runs that diverged, which are counted. Surely above, below: of how many of the other networks of its depth, by "
     "the 95 % interval of the difference of the means (Welch's, over seeds, and the test images as a sample), for each "
-    "pair by itself: one in twenty that are alike differs by chance. Largest rate: at which the first seed trains, of "
-    "a grid of factors of 2 around {rate}, the next one above it does not; best test accuracy: of the rates that were tried with "
-    "that seed. {order}{devices}; {versions}."
+    "pair by itself: of pairs that are alike, at most one in twenty differs by chance. Largest rate: of a grid of "
+    "factors of 2 around {rate}, the largest at which the first seed trains, where a larger one is taken to do no "
+    "better. Best test accuracy: of the rates that were tried with that seed. {order}{devices}; {versions}."
 )
 WITHOUT = "Nothing was trained: --data=DIR names the images."
 

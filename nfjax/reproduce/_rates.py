@@ -15,6 +15,7 @@ from nfjax.reproduce._records import Record
 from nfjax.reproduce._runs import Plan, Request, Run
 
 LOWEST, HIGHEST = -8, 8
+ABOVE = (2, 4)  # what is tried before smaller ones where that of the config does not train
 RATE = "optim.learning_rate"
 ERRORS = 3  # standard errors of guessing as many test images, by which a network that trains is above guessing
 
@@ -54,6 +55,11 @@ def next_exponent(trained: Mapping[int, bool], likely: int | None = None) -> int
     low, high = bracket(trained)
     if high - low == 1:
         return None
+    if low < LOWEST and (likely is None or likely > 0):
+        # None is known to train: the config's rate may be too small for the budget as well as too large.
+        for above in ABOVE if likely is None else (likely, *ABOVE):
+            if above not in trained:
+                return above
     if likely is None:
         return (low + high) // 2
     return min(max(likely, low + 1), high - 1)
