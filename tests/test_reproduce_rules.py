@@ -4,11 +4,14 @@ import csv
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
+from flax import nnx
 
-from nfjax import cli, layers, preemption, reproduce, residual
-from nfjax.reproduce import _beginnings, _comparison, _rates, _records, _runs
+from nfjax import cli, cost, layers, preemption, reproduce, residual, resnet, spp
+from nfjax.reproduce import _beginnings, _comparison, _lines, _rates, _records, _runs
 from nfjax.reproduce._beginnings import Beginning
 from nfjax.reproduce._curves import NETWORKS
 from nfjax.reproduce._grids import ANY, RULES, VERY_DEEP, Cell, Grid
@@ -131,19 +134,19 @@ def test_a_network_trains_where_it_ends_above_guessing_by_more_than_chance(accur
         ({0: True, 4: False}, "0.01 to 0.16"),
         ({0: True, 4: True, 6: False}, "0.16 to 0.64"),
         ({8: True, 0: True}, "at least 2.56"),
-        ({0: False}, "less than 0.01"),
+        ({0: False}, "none yet, less than 0.01"),
         ({0: False, -8: False}, "none"),
         ({0: False, -5: True, -4: False}, "0.000313"),
     ],
 )
 def test_the_largest_rate_for_a_person(trained, shown):
     runs = {exponent: {0: made(IDSHORT, 0.5 if good else 0.1, exponent)} for exponent, good in trained.items()}
-    assert _rates.Outcome(0.01, runs).largest() == shown
+    assert _rates.Outcome(0.01, runs).largest_rate() == shown
 
 
 def test_what_comes_next_follows_from_what_there_is():
     grid = small(IDSHORT, NF, depths=(18, 50))
-    plan = _rates.plan(grid, asked(seeds=2))
+    plan = _rates.plan_rates(grid, asked(seeds=2))
 
     def told(known):
         done = [record.settings for record in known]
@@ -170,13 +173,18 @@ def test_what_comes_next_follows_from_what_there_is():
 
 def test_only_the_networks_that_are_asked_for_are_trained():
     grid = small(IDSHORT, NF, depths=(18, 50))
-    plan = _rates.plan(grid, asked(networks=("ResNet-50 NF",)))
+    plan = _rates.plan_rates(grid, asked(networks=("ResNet-50 NF",)))
     assert [run.cell.label for run in plan([])] == [f"ResNet-50 {NF}"]
-    with pytest.raises(ValueError, match=r"--network=ResNet-5: .*|--network=Nf: expected the beginning of one of\n"):
-        _rates.plan(grid, asked(networks=("Nf",)))
+    with pytest.raises(ValueError, match=r"--network=Nf: expected the beginning of one of\n  ResNet-18 IdShort"):
+        _rates.plan_rates(grid, asked(networks=("Nf",)))
 
 
 # ---------------------------------------------------------------- the table
+
+
+def closed_forms(model):
+    predicted = spp.predict(model, (_beginnings.BATCH, 8, 8, 3))
+    return predicted.forward_var, predicted.backward_var
 
 
 def compared(tmp_path, grid, *records, seeds=3):
@@ -208,7 +216,7 @@ def test_the_table_says_what_the_runs_came_to(tmp_path):
     assert of_rows(comparison, columns) == {
         f"ResNet-18 {IDSHORT}": ["yes", "41.00 ± 1.00 % (3)", "0.02", "60.0 % at 0.02"],
         f"ResNet-18 {NF}": ["2 of 3", "20.00 ± 10.00 % (3)", "at least 0.01", "30.0 % at 0.01"],
-        f"ResNet-18 {FIXUP}": ["2 of 3", "20.00 ± 0.00 % (2), 1 of 3 diverged", "less than 0.01", "none"],
+        f"ResNet-18 {FIXUP}": ["2 of 3", "20.00 ± 0.00 % (2), 1 of 3 diverged", "none yet, less than 0.01", "none"],
     }
     assert of_rows(comparison, ["parameters", "forward, first / last block"])[f"ResNet-18 {NF}"] == [
         "not measured yet",
@@ -216,7 +224,7 @@ def test_the_table_says_what_the_runs_came_to(tmp_path):
     ]
     note = comparison.table().note
     assert "images, fingerprint f00d: 5,000 training and 1,000 test images; not as in the configs: epochs 1." in note
-    assert "above guessing by more than 3 standard errors" in note
+    assert "above guessing (10.0 %) by more than 3 standard errors" in note
 
 
 def test_who_is_surely_above_whom_and_whether_the_order_holds(tmp_path):
@@ -225,38 +233,98 @@ def test_who_is_surely_above_whom_and_whether_the_order_holds(tmp_path):
     comparison = compared(tmp_path, small(*values), *records)
     assert [row[0] for row in of_rows(comparison, ["surely above, below"]).values()] == ["2, 0", "0, 1", "0, 1", ""]
     # With seeds 0 and 1 the order is the same, with seed 2 two of three have changed places, which is 1/2.
-    assert "between two seeds, on average: 0.67 at 18 layers." in comparison.table().note
+    assert "between two seeds, on average: 0.67 at 18 layers (of at least 3 networks)." in comparison.table().note
 
 
-def test_with_one_seed_the_order_is_said_to_mean_nothing(tmp_path):
-    comparison = compared(tmp_path, small(IDSHORT, NF), made(IDSHORT, 0.5), made(NF, 0.4))
-    assert "With one seed, the order of the networks says nothing." in comparison.table().note
+def test_of_runs_that_diverged_nothing_is_sure(tmp_path):
+    diverged = [made(curve, None, seed=seed, diverged="at step 0") for curve in (FIXUP, NF) for seed in (0, 1)]
+    others = [made(IDSHORT, 0.5, seed=seed) for seed in (0, 1)]
+    comparison = compared(tmp_path, small(IDSHORT, NF, FIXUP), *others, *diverged)
+    assert [row[0] for row in of_rows(comparison, ["surely above, below"]).values()] == ["0, 0", "", ""]
+    assert "No two seeds have three networks of one depth in common" in comparison.table().note
+
+
+def test_seeds_without_a_network_in_common_have_no_order(tmp_path):
+    records = [made(IDSHORT, None, diverged="x"), made(IDSHORT, 0.5, seed=1), made(NF, 0.4)]
+    comparison = compared(tmp_path, small(IDSHORT, NF), *records)
+    assert "No two seeds have three networks of one depth in common" in comparison.table().note
+
+
+def test_a_network_that_always_says_the_largest_class_does_not_train():
+    assert _rates.trains(made(IDSHORT, 0.9, guessing=0.5))
+    assert not _rates.trains(made(IDSHORT, 0.9, guessing=0.9))  # nine tenths of the test images are of one class
+
+
+def test_what_a_network_has_of_its_own_is_told(tmp_path):
+    cells = tuple(cell for cell in RULES.cells if cell.depth == 18 and cell.curve in (IDSHORT, FIXUP))
+    comparison = compared(tmp_path, dataclasses.replace(RULES, cells=cells), made(IDSHORT, 0.5))
+    assert f"epochs 1; optim.scalar_rate 0.1 of {FIXUP}." in comparison.table().note
+
+
+def test_records_of_rates_beside_the_grid_say_nothing(tmp_path):
+    records = [made(IDSHORT, 0.5, exponent) for exponent in (9, 0.5)]
+    record = made(IDSHORT, 0.5)
+    for rate in (0, -1, float("inf"), "fast", None):
+        records.append(dataclasses.replace(record, settings={**record.settings, "optim.learning_rate": rate}))
+    assert _rates.make_reader(small(IDSHORT), asked())(records)[f"ResNet-18 {IDSHORT}"].runs == {}
+    only = [made(IDSHORT, 0.5, 2)]  # not at the config's rate
+    comparison = compared(tmp_path, small(IDSHORT), *only)
+    columns = ["trains at 0.01", "largest rate", "best test accuracy, at rate"]
+    assert of_rows(comparison, columns)[f"ResNet-18 {IDSHORT}"] == [
+        "not measured yet",
+        "at least 0.04",
+        "50.0 % at 0.04",
+    ]
 
 
 def test_what_is_known_before_training_stands_beside(tmp_path):
     grid = small(IDSHORT, NF)
-    keys = [_beginnings._key(cell, _runs.make_config(ANY, cell, 0, asked()), 10) for cell in grid.cells]
-    known = [Beginning(1_000, 2_000, [1.0, 2.0, 4.0], [0.5, 0.25, 0.125], closed) for closed in ((2.0, 0.25), None)]
-    everything = {key: dataclasses.asdict(beginning) for key, beginning in zip(keys, known, strict=True)}
-    (tmp_path / _beginnings.FILE).write_text(json.dumps(everything))
+    keys = [_beginnings._key(_runs.make_run(grid, cell, 0, asked()), 10) for cell in grid.cells]
+    for key, closed in zip(keys, ((2.0, 0.25), None), strict=True):
+        known = Beginning(key, 1_000, 2_000, [1.0, 2.0, 4.0], [0.125, 0.25, 0.5], closed)
+        _lines.append(tmp_path / _beginnings.FILE, known)
     comparison = compared(tmp_path, grid)
-    rows = comparison.table().rows
-    assert rows[0][1:7] == [1_000, 2_000, "2 [1, 4]", "2", "0.25 [0.5, 0.125]", "0.25"]
-    assert (rows[1][4], rows[1][6]) == ("none", "none")
-    assert rows[0][7] == "not measured yet"
-    assert comparison.table().note.endswith(_comparison.WITHOUT)
+    table = comparison.table()
+    assert list(table.columns) == list(_comparison.BEFORE)
+    assert table.rows[0][1:] == [1_000, 2_000, "2 [1, 4]", "2", "0.25 [0.125, 0.5]", "0.25"]
+    assert (table.rows[1][4], table.rows[1][6]) == ("none", "none")
+    assert table.note.startswith("Cost: of networks for 10 classes and one image of 32 pixels, width 64. ")
+    assert table.note.endswith(_comparison.NOTHING)
     # The number of classes is of the images: these networks are others.
     assert compared(tmp_path, grid, made(IDSHORT, 0.5, classes=7)).beginnings == {}
 
 
-@pytest.mark.parametrize("damage", [b"", b"[]", b'{"a": {"parameters": 1}}', b"\xff"])
-def test_a_damaged_file_of_beginnings_is_told_and_written_anew(tmp_path, monkeypatch, damage):
-    warnings = []
-    monkeypatch.setattr(_beginnings.logging, "warning", lambda text, *args: warnings.append(text % args))
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (b"[]\n", "line 1 is not what is known of a network"),
+        (b'{"network": "a"}\n', "line 1 is not what is known of a network"),
+        (
+            b'{"network": "a", "parameters": 1, "macs": 1, "forward": [2, 1], "backward": [1, 2], "closed": null}\n',
+            "expected ratios from the smallest to the largest",
+        ),
+    ],
+)
+def test_damage_to_what_is_known_before_training_is_named(tmp_path, damage, message):
     (tmp_path / _beginnings.FILE).write_bytes(damage)
-    assert _beginnings.read(small(IDSHORT), asked(tmp_path), 10) == {}
-    assert len(warnings) == 1
-    assert "it is written anew" in warnings[0]
+    with pytest.raises(ValueError, match=message):
+        _beginnings.read(small(IDSHORT), asked(tmp_path), 10)
+
+
+def test_several_processes_may_measure_at_once(tmp_path):
+    path = tmp_path / _beginnings.FILE
+    code = (
+        "import pathlib, sys\n"
+        "from nfjax.reproduce import _beginnings, _lines\n"
+        "for i in range(40):\n"
+        "    name = f'{sys.argv[1]}-{i}'\n"
+        "    known = _beginnings.Beginning(name, 1, 1, [1.0], [1.0], None)\n"
+        f"    _lines.append(pathlib.Path({str(path)!r}), known)\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    found = _lines.read(path, Beginning, "what is known of a network")
+    assert {one.network for one in found} == {f"{number}-{i}" for number in range(2) for i in range(40)}
 
 
 def test_every_run_is_a_row_and_the_picture_has_a_field_for_every_network(tmp_path):
@@ -301,7 +369,7 @@ FLAGS = [
 @pytest.fixture
 def tiny(monkeypatch):
     """Two of the rules in the smallest network."""
-    monkeypatch.setitem(reproduce.COMPARED, "rules", small(IDSHORT, NF, depths=(TINY,)))
+    monkeypatch.setitem(reproduce.COMPARISONS, "rules", small(IDSHORT, NF, depths=(TINY,)))
 
 
 def run(*arguments):
@@ -344,7 +412,7 @@ def test_the_command_finds_the_largest_rate_of_each_rule_and_goes_on_where_it_wa
     assert run(*flags) == 0
     by_rule = {rule: [rate for name, rate, seed in started if (name, seed) == (rule, 0)] for rule in ("idshort", "nf")}
     assert by_rule["idshort"] == pytest.approx([0.01, 0.16, 0.04, 0.08])
-    assert by_rule["nf"] == pytest.approx([0.01, 0.01 / 32, 0.01 / 8, 0.01 / 4, 0.01 / 2])
+    assert by_rule["nf"] == pytest.approx([0.01, 0.04, 0.16, 0.01 / 32, 0.01 / 8, 0.01 / 4, 0.01 / 2])
     assert [run for run in started if run[2]] == [("idshort", 0.01, 1), ("nf", 0.01, 1)]
     shown = capsys.readouterr().out
     (idshort,) = (line for line in shown.splitlines() if line.startswith("ResNet-10 IdShort") and "%" in line)
@@ -366,28 +434,69 @@ def test_without_images_the_command_shows_what_is_known_before_training(tmp_path
     shown = capsys.readouterr().out
     assert "ResNet-10 IdShort, He fan-out" in shown
     assert "NF" not in shown
-    assert _comparison.WITHOUT in shown
-    known = json.loads((tmp_path / "rules" / _beginnings.FILE).read_text())
-    (beginning,) = known.values()
-    assert len(beginning["forward"]) == len(beginning["backward"]) == _beginnings.SEEDS
-    assert beginning["forward"] == sorted(beginning["forward"])
+    assert _comparison.NOTHING in shown
+    (known,) = _lines.read(tmp_path / "rules" / _beginnings.FILE, Beginning, "what is known of a network")
+    assert len(known.forward) == len(known.backward) == _beginnings.SEEDS
+    model = resnet.PreActResNet(TINY, "idshort", width=2, image_size=8, rngs=nnx.Rngs(0))
+    assert known.parameters == cost.count(model, (1, 8, 8, 3)).parameters
+    assert known.closed == pytest.approx([values[0] / values[-1] for values in closed_forms(model)], rel=0.3)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_does_not_end_in_the_minutes_is_left_for_the_next_time(monkeypatch, tmp_path, capsys):
+    flags = ["rules", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *FLAGS]
+    monkeypatch.setattr(train, "train", None)  # nothing is started
+    monkeypatch.setattr(_beginnings, "measure", None)
+    assert run(*flags, "--minutes=0.001") == 0
+    assert _comparison.NOTHING_YET in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_wrong_is_said_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(_beginnings, "measure", None)
+    flags = ["rules", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *FLAGS]
+    assert run(*flags, "--config.batch_size=0") == 1
+    assert "batch_size=0 must be positive" in capsys.readouterr().err
+    (tmp_path / "rules" / _records.FILE).write_text("[]\n")
+    assert run(*flags) == 1
+    assert "training.jsonl, line 1 is not the record of a run" in capsys.readouterr().err
+    (tmp_path / "rules" / _records.FILE).unlink()
+    _records.append(tmp_path / "rules", made(IDSHORT, 0.5, data="Made up"))  # other images, on other terms
+    assert run(*flags) == 1
+    assert "whose images are others" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["--network=ResNet-10 Nope", "--data=made-up"], "--network=ResNet-10 Nope: expected the beginning of one of"),
-        (["--config.model.depth=18"], "model.depth is not for you to choose here"),
-        (["--config.model.stage_sizes=(1,1)"], "model.stage_sizes is not for you to choose here"),
-        (["--config.model.block=basic"], "model.block is not for you to choose here"),
-        (["--seeds=0"], "--seeds=0 must be positive"),
-        (["--minutes=0", "--data=made-up"], "--minutes=0 must be positive"),
-        (["--data=nowhere", "--config.data.source=folder"], "nowhere"),
-        (["--config.optim.learning_rate=0", "--data=made-up"], "optim.learning_rate=0"),
-        (["rulez"], "rulez"),
+        (
+            ["--network=ResNet-10 Nope", "--data=made-up"],
+            1,
+            "--network=ResNet-10 Nope: expected the beginning of",
+        ),
+        (["--config.model.depth=18"], 2, "model.depth is not for you to choose here"),
+        (["--config.model.stage_sizes=(1,1)"], 2, "model.stage_sizes is not for you to choose here"),
+        (["--config.model.block=basic"], 2, "model.block is not for you to choose here"),
+        (["--config.model.name=resnet10"], 2, "model.name is not for you to choose here"),
+        (
+            ["--config.model.arguments=residual=identity"],
+            2,
+            "has 'residual': model.residual is not for you",
+        ),
+        (["--seeds=0"], 2, "--seeds=0 must be positive"),
+        (["--minutes=0", "--data=made-up"], 2, "--minutes=0 must be positive"),
+        (["--data=nowhere", "--config.data.source=folder"], 1, "nowhere does not exist"),
+        (["--config.optim.learning_rate=0"], 1, "optim.learning_rate=0 must be positive"),
+        (["rulez"], 2, "invalid choice: 'rulez'"),
     ],
 )
-def test_wrong_arguments_are_explained(tmp_path, capsys, arguments, message):
-    assert run("rules", f"--out={tmp_path}", *[flag for flag in FLAGS if "--data=" not in flag], *arguments) != 0
+def test_wrong_arguments_are_explained(tmp_path, capsys, arguments, code, message):
+    flags = [flag for flag in FLAGS if "--data=" not in flag]
+    assert run("rules", f"--out={tmp_path}", *flags, *arguments) == code
     assert message in capsys.readouterr().err
+
+
+def test_what_a_network_has_of_its_own_cannot_be_changed(tmp_path, capsys):
+    assert run("rules", f"--out={tmp_path}", "--config.optim.scalar_rate=0.5") == 1
+    assert f"ResNet-18 {FIXUP} has optim.scalar_rate=0.1 of its own" in capsys.readouterr().err

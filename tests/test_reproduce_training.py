@@ -17,7 +17,7 @@ import scipy.stats
 
 from nfjax import cli, data, preemption, reproduce
 from nfjax.data.contents import contents
-from nfjax.reproduce import _claims, _grids, _records, _runs, _training
+from nfjax.reproduce import _grids, _intervals, _lines, _provenance, _records, _runs, _training
 from nfjax.reproduce._claims import CLAIMS, claims_table
 from nfjax.reproduce._curves import CURVES
 from nfjax.reproduce._grids import BASELINE, BROCK, CONVSHORT, SCHEMES, Cell, Grid
@@ -178,7 +178,7 @@ def test_a_record_that_says_nothing_is_named(tmp_path, changes, message):
 
 def test_a_file_of_something_else_is_named(tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr(_records.logging, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(_lines.logging, "warning", lambda text, *args: warnings.append(text % args))
     path = tmp_path / _records.FILE
     for content in (b"\x00\xff\n", b"\n", b"[" * 100_000 + b"\n"):
         path.write_bytes(content)
@@ -224,7 +224,7 @@ def test_a_run_is_recorded_without_what_cannot_be_read_of_its_starts(tmp_path, m
     assert str(path) in warnings[0]
     group = [dataclasses.replace(made(BASELINE, [0.5]), starts=[])]
     assert _training._row("BatchNorm", group)[4] == "50.00 %"
-    assert _training.versions(group) == ""
+    assert _provenance.versions(group) == ""
 
 
 def test_a_full_disk_leaves_tables_and_figures_as_they_were(tmp_path, monkeypatch):
@@ -434,14 +434,14 @@ def test_convshort_against_batch_norm(tmp_path, values, held):
 def test_the_interval_is_welchs_when_test_images_are_many():
     one, other = _records.mean([0.91, 0.93, 0.95]), _records.mean([0.90, 0.905])
     expected = scipy.stats.ttest_ind([0.91, 0.93, 0.95], [0.90, 0.905], equal_var=False).confidence_interval(0.95)
-    half = _claims._half_width(one, other, images=10**12)
+    half = _intervals.half_width(one, other, images=10**12)
     assert one.mean - other.mean - half == pytest.approx(expected.low, rel=1e-4)
     assert one.mean - other.mean + half == pytest.approx(expected.high, rel=1e-4)
 
 
 def test_the_interval_of_equal_seeds_is_that_of_the_test_images():
     one, other = _records.mean([0.9, 0.9]), _records.mean([0.8, 0.8])
-    assert _claims._half_width(one, other, 1000) == pytest.approx(1.96 * ((0.09 + 0.16) / 1000) ** 0.5, rel=1e-4)
+    assert _intervals.half_width(one, other, 1000) == pytest.approx(1.96 * ((0.09 + 0.16) / 1000) ** 0.5, rel=1e-4)
 
 
 def test_the_other_schemes_stay_below(tmp_path):

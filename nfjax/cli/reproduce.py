@@ -41,7 +41,17 @@ from absl import logging
 from nfjax import _cpu, compilation, preemption
 from nfjax.cli._outcome import FailedError, UsageError
 from nfjax.cli._parser import Parser, path
-from nfjax.reproduce import COMPARED, REPRODUCTIONS, SUMMARIES, TRAINED, Request, Result, _campaign, _comparison, _runs
+from nfjax.reproduce import (
+    COMPARISONS,
+    REPRODUCTIONS,
+    SUMMARIES,
+    TRAINED,
+    Request,
+    Result,
+    _campaign,
+    _comparison,
+    _runs,
+)
 from nfjax.reproduce._grids import GRIDS
 from nfjax.reproduce._pace import shown
 from nfjax.reproduce._runs import check_first, parse_changes
@@ -52,7 +62,7 @@ DRAWING = 5.0  # seconds of the minutes that are left for figures and tables
 
 
 def add_arguments(parser: Parser) -> None:
-    names = (*REPRODUCTIONS, *TRAINED, *COMPARED, *SUMMARIES, CAMPAIGN)
+    names = (*REPRODUCTIONS, *TRAINED, *COMPARISONS, *SUMMARIES, CAMPAIGN)
     parser.add_argument(
         "names", nargs="+", choices=names, metavar="NAME", help=f"what to reproduce: {', '.join(names)}"
     )
@@ -92,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name in arguments.names:
             if name in TRAINED:
                 _trained(name, request)
-            elif name in COMPARED:
+            elif name in COMPARISONS:
                 _compared(name, request)
             else:
                 _show(REPRODUCTIONS[name]() if name in REPRODUCTIONS else SUMMARIES[name](out), out / name)
@@ -125,7 +135,7 @@ def _request(arguments: argparse.Namespace, out: pathlib.Path) -> Request:
         changes["epochs"] = arguments.epochs
     flags = {name: f"--{name.replace('_', '-')}" for name in given}
     asked = [*flags.values(), *(["--epochs or --config"] if changes else [])]
-    trained = (*TRAINED, *COMPARED)
+    trained = (*TRAINED, *COMPARISONS)
     if asked and not any(name in (*trained, CAMPAIGN) for name in arguments.names):
         raise UsageError(f"{', '.join(asked)}: only {', '.join(trained)} are trained; {arguments.names[0]} is not")
     if CAMPAIGN in arguments.names:
@@ -141,7 +151,7 @@ def _request(arguments: argparse.Namespace, out: pathlib.Path) -> Request:
         if given[name] == "":
             raise UsageError(f"{flags[name]} is empty")
         # What is known before training takes a while, too, and needs no images.
-        if name in ("network", "minutes") and "data" not in given and not set(arguments.names) <= set(COMPARED):
+        if name in ("network", "minutes") and "data" not in given and not set(arguments.names) & set(COMPARISONS):
             raise UsageError(f"{flags[name]} is for training, and without --data=DIR nothing is trained")
     if "data" in given:
         given.setdefault("data_name", os.path.basename(os.path.abspath(given["data"])))
@@ -194,7 +204,7 @@ def _trained(name: str, request: Request) -> None:
     stopped = None
     if request.data:
         try:
-            _runs.train_missing(grid.title, grid.dataset, _runs.plan(grid, request), request)
+            _runs.train_missing(grid.title, grid.dataset, _runs.plan_grid(grid, request), request)
         except preemption.TrainingInterruptedError as error:
             stopped = error
     try:
@@ -208,14 +218,17 @@ def _trained(name: str, request: Request) -> None:
 
 
 def _compared(name: str, request: Request) -> None:
-    """Measures what is known before training, trains what is missing, and shows what is there, also after Ctrl-C."""
-    grid, stopped = COMPARED[name], None
+    """Measures and trains what is missing, and shows what is there, also after Ctrl-C in a training."""
+    grid, stopped, images = COMPARISONS[name], None, None
     request = dataclasses.replace(request, out=_made(request.out / name, "--out"))
+    _comparison.check(grid, request)
+    if request.data:
+        images = _comparison.inspect(grid, request)
     try:
-        _comparison.measure(grid, request)
+        _comparison.run(grid, request, images)
     except preemption.TrainingInterruptedError as error:
         stopped = error
-    for figure in _comparison.comparisons(grid, request):
+    for figure in _comparison.comparisons(grid, request, images):
         _show(figure, request.out / name)
     if stopped is not None:
         raise stopped

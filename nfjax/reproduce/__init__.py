@@ -1,7 +1,7 @@
 """The paper's tables and figures, measured here: one name each.
 
 Those of `REPRODUCTIONS` are computed at once; those of `TRAINED` need runs, which are trained where they are missing,
-and so do those of `COMPARED`, which go beyond the paper: networks at many learning rates.
+and so do those of `COMPARISONS`, which go beyond the paper: networks at many learning rates.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ TRAINED: dict[str, Callable[[Request], Grid]] = {
     "depth": lambda request: DEPTH,
     "ablations": ablation_grid,
 }
-COMPARED: dict[str, Grid] = {"rules": RULES, "very_deep": VERY_DEEP}
+COMPARISONS: dict[str, Grid] = {"rules": RULES, "very_deep": VERY_DEEP}
 # What the runs in a folder say about each claim of the paper.
 SUMMARIES: dict[str, Callable[[pathlib.Path], Result]] = {"claims": claims_table}
 
 __all__ = [
-    "COMPARED", "REPRODUCTIONS", "SUMMARIES", "TABLE_1", "TABLE_2", "TRAINED", "Request", "Result", "as_printed",
+    "COMPARISONS", "REPRODUCTIONS", "SUMMARIES", "TABLE_1", "TABLE_2", "TRAINED", "Request", "Result", "as_printed",
     "cost_table", "propagation_figure",
 ]  # fmt: skip
 

@@ -6,15 +6,13 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from scipy import stats
-
-from nfjax.reproduce import _records, _runs, _training
+from nfjax.reproduce import _provenance, _records, _runs
 from nfjax.reproduce._grids import BASELINE, BROCK, CONVSHORT, GRIDS, SCHEMES, TORCHVISION
+from nfjax.reproduce._intervals import half_width
 from nfjax.reproduce._records import Mean, Record
 from nfjax.reproduce._tables import Table
 
 COLUMNS = ("claim", "network", "runs", "held?", "test accuracy")
-CONFIDENCE = 0.95
 MARGIN = 0.01  # of accuracy: who comes this close "reaches" the other, or is "in line" with it
 NOTE = (
     "Test accuracy at the end, mean ± sample standard deviation over seeds (their number). A network trains where a "
@@ -98,7 +96,7 @@ def _trained(record: Record) -> bool:
 
 def reaches_baseline(networks: Networks) -> Verdict:
     """Whether ConvShort ends at batch norm's accuracy or above it."""
-    held = above(networks[CONVSHORT], networks[BASELINE], margin=MARGIN)
+    held = _above(networks[CONVSHORT], networks[BASELINE], margin=MARGIN)
     return Verdict(_guarded(networks, held), _listed(networks, [BASELINE, CONVSHORT]))
 
 
@@ -106,7 +104,7 @@ def comes_second(networks: Networks) -> Verdict:
     """Whether ConvShort ends below batch norm and above all others of the figure."""
     others = [curve for curve in (*SCHEMES[1:], *BROCK) if networks.get(curve)]
     held = [_below(networks[CONVSHORT], networks[BASELINE])]
-    held += [above(networks[CONVSHORT], networks[other]) for other in others]
+    held += [_above(networks[CONVSHORT], networks[other]) for other in others]
     everything = [BASELINE, CONVSHORT, *SCHEMES[1:], *BROCK]
     answer = _guarded(networks, _all(held)) + _coverage(networks, everything)
     return Verdict(answer, _listed(networks, everything))
@@ -146,7 +144,7 @@ def _each_below(networks: Networks, curves: Sequence[str], epoch: int | None = N
     return Verdict(_guarded(networks, answer) + _coverage(networks, curves), numbers)
 
 
-def above(
+def _above(
     one: Sequence[Record], other: Sequence[Record], margin: float = 0.0, epoch: int | None = None, strict: bool = False
 ) -> str:
     """Whether the mean of one lies above that of the other, or less than `margin` below it: "yes", "no" or undecided.
@@ -159,7 +157,7 @@ def above(
     difference = mine.mean - theirs.mean
     points = "yes" if difference > 0 or (difference == 0 and not strict) else "no"
     diverged = any(record.diverged is not None for record in (*one, *other))
-    half = _half_width(mine, theirs, one[0].images[1])
+    half = half_width(mine, theirs, one[0].images[1])
     if diverged or half is None:
         return f"undecided, points to {points}"
     if difference + half < 0:
@@ -168,25 +166,7 @@ def above(
 
 
 def _below(one: Sequence[Record], other: Sequence[Record], epoch: int | None = None) -> str:
-    return above(other, one, epoch=epoch, strict=True)
-
-
-def _half_width(one: Mean, other: Mean, images: int) -> float | None:
-    """Of the interval of the difference of two means, each of n runs on the same number of test images.
-
-    The variance of a mean is that over seeds, s²/n, and that of drawing the test images, p(1 - p)/images; the degrees
-    of freedom are Welch's. None where a network has one run only.
-    """
-    if min(one.n, other.n) < 2:
-        return None
-    seeds = [value.error**2 for value in (one, other)]
-    drawn = [value.mean * (1 - value.mean) / images for value in (one, other)]
-    variance = sum(seeds) + sum(drawn)
-    if variance == 0:
-        return 0.0
-    spread = sum(v**2 / (value.n - 1) for v, value in zip(seeds, (one, other), strict=True))
-    freedom = variance**2 / spread if spread else float("inf")
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * variance**0.5
+    return _above(other, one, epoch=epoch, strict=True)
 
 
 def _guarded(networks: Networks, answer: str) -> str:
@@ -266,7 +246,7 @@ def _row(claim: Claim, group: Sequence[Record], used: list[str]) -> list[str] | 
     if first.dataset != grid.dataset or not needed <= networks.keys():
         return None
     verdict = claim.judge(networks)
-    description = f"{first.data}, {first.counted()}; {_training.described(grid.dataset, first.settings)}"
+    description = f"{first.data}, {first.counted()}; {_provenance.describe(grid.dataset, first.settings)}"
     if description not in used:
         used.append(description)
     number = str(used.index(description) + 1)

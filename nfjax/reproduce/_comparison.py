@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pathlib
 import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from scipy import stats
-
 from nfjax import _figures as figures
 from nfjax import storage
-from nfjax.reproduce import _beginnings, _rates, _records, _runs, _training
+from nfjax.reproduce import _beginnings, _fields, _intervals, _provenance, _rates, _records, _runs
 from nfjax.reproduce._beginnings import Beginning
-from nfjax.reproduce._claims import above
 from nfjax.reproduce._grids import Cell, Grid
 from nfjax.reproduce._rates import Outcome
 from nfjax.reproduce._records import Record
-from nfjax.reproduce._runs import Request
+from nfjax.reproduce._runs import Images, Request
 from nfjax.reproduce._tables import Table
+from nfjax.training import checks
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CLASSES = 10  # where there are no images that say how many
 UNMEASURED = "not measured yet"
-COLUMNS = (
+BEFORE = (
     "network",
     "parameters",
     "multiply-accumulates",
     "forward, first / last block",
-    "closed form",
+    "forward, closed form",
     "backward, first / last block",
-    "closed form",
+    "backward, closed form",
+)
+AFTER = (
     "trains at {rate}",
     "test accuracy at {rate}",
     "surely above, below",
@@ -43,35 +41,62 @@ COLUMNS = (
     "best test accuracy, at rate",
 )
 SIGNAL = (
-    "Forward and backward: variance at the first block divided by that at the last, median of {seeds} seeds [smallest, "
-    "largest], for N(0, 1) noise of {batch} images and an N(0, 1) gradient at the last block; closed form: "
-    "`spp.predict`, for a wide network."
+    "Cost: of networks for {classes} classes and one image of {size} pixels, width {width}. Forward and backward: "
+    "variance at the first block divided by that at the last, median of {seeds} seeds [smallest, largest], for N(0, 1) "
+    "noise of {batch} images and an N(0, 1) gradient at the last block; closed form: `spp.predict` of the first seed's "
+    "kernels, none where there is no such form."
 )
 TRAINING = (
-    "{images}; {settings}. A run trains where it ends above guessing by more than {errors} standard errors of as many "
-    "test images. Test accuracy: at the end, mean ± sample standard deviation over seeds (their number), without the "
-    "runs that diverged, which are counted. Surely above, below: of how many of the other networks of its depth, by "
-    "the 95 % interval of the difference of the means (Welch's, over seeds, and the test images as a sample), for each "
-    "pair by itself: of pairs that are alike, at most one in twenty differs by chance. Largest rate: of a grid of "
-    "factors of 2 around {rate}, the largest at which the first seed trains, where a larger one is taken to do no "
-    "better. Best test accuracy: of the rates that were tried with that seed. {order}{devices}; {versions}."
+    "{images}; {settings}{own}. A run trains where it ends above guessing ({guessing:.1f} %) by more than {errors} "
+    "standard errors of as many test images. Test accuracy: at the end, mean ± sample standard deviation over seeds "
+    "(their number), without the runs that diverged, which are counted. Surely above, below: of how many of the other "
+    "networks of its depth, by the 95 % interval of the difference of the means (Welch's, over seeds, and the test "
+    "images as a sample), for each pair by itself: of pairs that are alike, at most one in twenty differs by chance; "
+    "of a network with a run that diverged, or with one run, nothing is sure. Largest rate: of a grid of factors of 2 "
+    "around {rate}, the largest at which the first seed trains, where a larger one is taken to do no better. Best test "
+    "accuracy: of the rates that were tried with that seed, more of them for some networks than for others. {order} "
+    "Trained on {devices}; {versions}."
 )
-WITHOUT = "Nothing was trained: --data=DIR names the images."
+NOTHING = "Nothing was trained: --data=DIR names the images."
+NOTHING_YET = "No run has come to its end yet: the same command goes on."
 
 
-def measure(grid: Grid, request: Request) -> None:
+def check(grid: Grid, request: Request) -> None:
+    """Raises ValueError for what would be found only after much was measured: networks, settings and records."""
+    for cell in _runs.choose_cells(grid, request):
+        for name in request.changes.keys() & cell.changes.keys() - {_rates.RATE}:
+            raise ValueError(
+                f"--config.{name}={request.changes[name]}: {cell.label} has {name}={cell.changes[name]} of its own"
+            )
+    _rates.make_reader(grid, request)
+    _records.read(request.out)
+    _beginnings.read(grid, request, CLASSES)
+
+
+def inspect(grid: Grid, request: Request) -> Images:
+    """Reads the images; ValueError where they cannot be read, or the first run could not be started."""
+    first, *_ = _rates.plan_rates(grid, request)([])
+    checks.check(first.config)
+    images = _runs.inspect(grid.dataset, first.config)
+    _runs.check_name(grid.dataset, [first], request, images.fingerprint)
+    return images
+
+
+def run(grid: Grid, request: Request, images: Images | None) -> None:
     """Measures what is missing of the networks before training, then trains what is missing.
 
+    Args:
+        grid: What is compared.
+        request: What is asked for.
+        images: Those to train on, None to train nothing.
+
     Raises:
-        ValueError: There is no such network; otherwise as `_runs.train_missing`.
+        ValueError: As `_runs.train_missing`.
     """
-    cell, *_ = _runs.chosen(grid, request)
-    classes = CLASSES
-    if request.data:
-        classes = len(_runs.open_data(grid.dataset, _runs.make_config(grid.dataset, cell, 0, request)).class_names)
-    _beginnings.measure_missing(grid, request, classes)
-    if request.data:
-        _runs.train_missing(grid.title, grid.dataset, _rates.plan(grid, request), request)
+    _beginnings.measure_missing(grid, request, images.classes if images else CLASSES)
+    if images is not None:
+        title = f"{grid.title} (which learning rates are tried follows from the runs)"
+        _runs.train_missing(title, grid.dataset, _rates.plan_rates(grid, request), request, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +106,22 @@ class Comparison:
     Attributes:
         grid: What is compared.
         settings: What all networks have in common.
+        classes: Of the images.
         beginnings: Of the networks that were measured before training.
         outcomes: Of the trainings.
+        note: Why there is no training, where there is none.
     """
 
     grid: Grid
     settings: Mapping[str, Any]
+    classes: int
     beginnings: Mapping[str, Beginning]
     outcomes: Mapping[str, Outcome]
+    note: str = ""
 
     @property
     def records(self) -> list[Record]:
-        return [
-            record for outcome in self.outcomes.values() for seeds in outcome.runs.values() for record in seeds.values()
-        ]
+        return [record for one in self.outcomes.values() for seeds in one.runs.values() for record in seeds.values()]
 
     def rate(self) -> str:
         """The learning rate of the config."""
@@ -104,21 +131,25 @@ class Comparison:
         return f"{self.grid.title}, {self.records[0].data}" if self.records else self.grid.title
 
     def table(self) -> Table:
-        columns = [column.format(rate=self.rate()) for column in COLUMNS]
+        columns = [column.format(rate=self.rate()) for column in (*BEFORE, *(AFTER if self.records else ()))]
         there = [cell for cell in self.grid.cells if cell.label in self.beginnings or self.outcomes[cell.label].runs]
-        rows = [[cell.label, *self._before(cell), *self._after(cell)] for cell in there]
-        note = SIGNAL.format(seeds=_beginnings.SEEDS, batch=_beginnings.BATCH)
-        return Table(self.title(), columns, rows, f"{note} {self._note()}")
+        rows = [[cell.label, *self._before(cell), *(self._after(cell) if self.records else [])] for cell in there]
+        signal = SIGNAL.format(
+            classes=self.classes,
+            size=self.settings["data.image_size"],
+            width=self.settings["model.width"],
+            seeds=_beginnings.SEEDS,
+            batch=_beginnings.BATCH,
+        )
+        return Table(self.title(), columns, rows, f"{signal} {self._training()}")
 
     def text(self) -> str:
         return self.table().text()
 
     def write(self, path: pathlib.Path) -> list[pathlib.Path]:
         """PATH_<data and settings> with .md; .png, and .csv of every run, where there are runs."""
-        differing = _runs.deviations(self.grid.dataset, self.settings)
-        parts = [f"{name.rpartition('.')[2]}{value}" for name, value in differing.items()]
-        data = [self.records[0].data] if self.records else []
-        stem = path.with_name("_".join([path.name, *map(_runs.slug, [*data, *parts])]))
+        data = self.records[0].data if self.records else None
+        stem = _provenance.stem(path, self.grid.dataset, self.settings, data)
         written = [stem.with_suffix(".md")]
         storage.write_text(written[0], self.table().markdown())
         if self.records:
@@ -131,12 +162,12 @@ class Comparison:
         """Network against depth: test accuracy at the rate of the config, the largest rate, the best test accuracy."""
         curves = list(dict.fromkeys(cell.curve for cell in self.grid.cells))
         at = {(cell.depth, cell.curve): self.outcomes[cell.label] for cell in self.grid.cells}
-        figure = figures.new(figsize=(5.5 + 0.75 * 3 * len(self.grid.depths), 1.9 + 0.3 * len(curves)))
+        figure = figures.new(figsize=(5.5 + 0.75 * 3 * len(self.grid.depths), 2.1 + 0.3 * len(curves)))
         panels = figure.subplots(1, 3, sharey=True)
         shown = {
-            f"test accuracy (%)\nat learning rate {self.rate()}": _accuracy,
-            "largest learning rate\nat which it trains": _largest,
-            "best test accuracy (%)\nof all learning rates": _best,
+            f"test accuracy (%)\nat learning rate {self.rate()}": _fields.accuracy,
+            "largest learning rate\nat which it trains": _fields.largest,
+            "best test accuracy (%)\nof all rates that were tried": _fields.best,
         }
         for axes, (title, read) in zip(panels, shown.items(), strict=True):
             cells = {
@@ -145,7 +176,7 @@ class Comparison:
                 for column, depth in enumerate(self.grid.depths)
                 if (depth, curve) in at
             }
-            _draw(axes, cells)
+            _fields.draw(axes, cells)
             axes.set_title(title, fontsize=9)
             axes.set_xticks(range(len(self.grid.depths)), [f"{depth}" for depth in self.grid.depths])
             axes.set_xlabel("layers", fontsize=9)
@@ -153,8 +184,8 @@ class Comparison:
             axes.tick_params(length=0, labelsize=8.5)
             axes.spines[:].set_visible(False)
         panels[0].set_yticks(range(len(curves)), curves)
-        figure.suptitle(f"{self.title()}\n{_training.described(self.grid.dataset, self.settings)}", fontsize=9)
-        figure.text(0.01, 0.005, "✗ does not train (÷ diverged)    · not measured    n seeds in brackets", fontsize=8)
+        figure.suptitle(f"{self.title()}\n{_provenance.describe(self.grid.dataset, self.settings)}", fontsize=9)
+        figure.text(0.01, 0.005, _fields.LEGEND, fontsize=8)
         figure.set_layout_engine("constrained", rect=(0, 0.025, 1, 0.975))
         return figure
 
@@ -172,18 +203,18 @@ class Comparison:
     def _after(self, cell: Cell) -> list[str]:
         """What its trainings came to."""
         outcome = self.outcomes[cell.label]
-        if not (usual := outcome.usual):
+        if not outcome.runs:
             return [UNMEASURED] + [""] * 4
+        usual, best = outcome.usual, outcome.best()
         good, diverged = sum(map(_rates.trains, usual)), sum(record.diverged is not None for record in usual)
         reached = _records.over_seeds(usual, "test_accuracy")
         parts = [f"{reached.percent()} ({reached.n})"] if reached else []
         parts += [f"{diverged} of {len(usual)} diverged"] if diverged else []
-        best = outcome.best()
         return [
-            {0: "no", len(usual): "yes"}.get(good, f"{good} of {len(usual)}"),
+            {0: "no", len(usual): "yes"}.get(good, f"{good} of {len(usual)}") if usual else UNMEASURED,
             ", ".join(parts),
-            "{}, {}".format(*self._surely(cell)) if len(usual) > 1 else "",
-            outcome.largest(),
+            "{}, {}".format(*self._surely(cell)) if len(usual) > 1 and not diverged else "",
+            outcome.largest_rate(),
             f"{100 * best[1]:.1f} % at {best[0]:.3g}" if best else "none",
         ]
 
@@ -191,21 +222,30 @@ class Comparison:
         """(how many of the networks of its depth it is surely above, below)."""
         own = self.outcomes[cell.label].usual
         others = [self.outcomes[o.label].usual for o in self.grid.cells if o.depth == cell.depth and o != cell]
-        answers = [above(own, other) for other in others if other]
-        return answers.count("yes"), answers.count("no")
+        answers = [_intervals.difference(own, other) for other in others]
+        return answers.count(1), answers.count(-1)
 
-    def _note(self) -> str:
+    def _training(self) -> str:
+        """What is to be known of the trainings."""
         if not self.records:
-            return WITHOUT
+            return self.note
         first = self.records[0]
+        own: dict[str, list[str]] = {}
+        for cell in self.grid.cells:
+            for name, value in cell.changes.items():
+                networks = own.setdefault(f"{name} {value}", [])
+                networks += [] if cell.curve in networks else [cell.curve]
+        told = [f"; {setting} of {' and '.join(curves)}" for setting, curves in own.items()]
         return TRAINING.format(
             images=f"{first.data}, fingerprint {first.fingerprint}: {first.counted()}",
-            settings=_training.described(self.grid.dataset, self.settings),
+            settings=_provenance.describe(self.grid.dataset, self.settings),
+            own="".join(told) if len(told) < 3 else "",
+            guessing=100 * (first.guessing or 1 / first.classes),
             errors=_rates.ERRORS,
             rate=self.rate(),
             order=self._order(),
-            devices=f"Trained on {_training.devices(self.records)}",
-            versions=_training.versions(self.records),
+            devices=_provenance.devices(self.records),
+            versions=_provenance.versions(self.records),
         )
 
     def _order(self) -> str:
@@ -213,18 +253,11 @@ class Comparison:
         parts = []
         for depth in self.grid.depths:
             groups = [self.outcomes[cell.label].usual for cell in self.grid.cells if cell.depth == depth]
-            ends = [{r.seed: r.final("test_accuracy") for r in group if r.diverged is None} for group in groups]
-            seeds = sorted(set.union(*map(set, ends)))
-            found = []
-            for one, other in itertools.combinations(seeds, 2):
-                both = [(end[one], end[other]) for end in ends if one in end and other in end]
-                if all(len(set(values)) > 1 for values in zip(*both, strict=True)):  # else there is no order
-                    found.append(float(stats.spearmanr(both).statistic))
-            if found:
-                parts.append(f"{statistics.fmean(found):.2f} at {depth} layers")
+            if (found := _intervals.rank_correlation(groups)) is not None:
+                parts.append(f"{found[0]:.2f} at {depth} layers (of at least {found[1]} networks)")
         if not parts:
-            return "With one seed, the order of the networks says nothing. "
-        return f"Rank correlation of the networks' accuracies between two seeds, on average: {', '.join(parts)}. "
+            return "No two seeds have three networks of one depth in common: their order says nothing."
+        return f"Rank correlation of the networks' accuracies between two seeds, on average: {', '.join(parts)}."
 
     def _rows(self) -> list[list[Any]]:
         rows: list[list[Any]] = [["network", "learning rate", "seed", "trains", "test accuracy", "diverged"]]
@@ -237,78 +270,29 @@ class Comparison:
         return rows
 
 
-def comparisons(grid: Grid, request: Request) -> list[Comparison]:
+def comparisons(grid: Grid, request: Request, images: Images | None = None) -> list[Comparison]:
     """What there is of a grid with the settings that are asked for.
 
     Args:
         grid: What is compared.
         request: What is asked for.
+        images: Those that were to be trained on.
 
     Returns:
         One comparison for each set of images that was trained on; where there is none, what is known before training.
     """
-    first, read = grid.cells[0], _rates.outcomes(grid, request)
+    first, read = grid.cells[0], _rates.make_reader(grid, request)
     bare = dataclasses.replace(first, changes={})
-    settings = _runs.workdirs.essence(_runs.make_config(grid.dataset, bare, 0, request))
+    settings = _runs.make_run(grid, bare, 0, request).settings
     known = [record for record in _records.read(request.out) if record.dataset == grid.dataset]
     found = []
     for data, fingerprint in dict.fromkeys((record.data, record.fingerprint) for record in known):
         if request.data_name and data != request.data_name:
             continue
         here = [record for record in known if (record.data, record.fingerprint) == (data, fingerprint)]
-        beginnings = _beginnings.read(grid, request, here[0].classes)
-        comparison = Comparison(grid, settings, beginnings, read(here))
+        classes = here[0].classes
+        comparison = Comparison(grid, settings, classes, _beginnings.read(grid, request, classes), read(here))
         found += [comparison] if comparison.records else []
-    return found or [Comparison(grid, settings, _beginnings.read(grid, request, CLASSES), read([]))]
-
-
-# ---------------------------------------------------------------- the picture
-
-Shown = tuple[float | None, str]  # (what decides the colour, None for a network that does not train; text)
-
-
-def _accuracy(outcome: Outcome) -> Shown | None:
-    usual = outcome.usual
-    if not usual:
-        return None
-    diverged = all(record.diverged is not None for record in usual)
-    seeds = f" ({len(usual)})" if len(usual) > 1 else ""
-    if not any(map(_rates.trains, usual)):
-        return None, ("÷" if diverged else "✗") + seeds
-    reached = _records.over_seeds(usual, "test_accuracy")
-    return 100 * reached.mean, f"{100 * reached.mean:.0f}{seeds}"
-
-
-def _largest(outcome: Outcome) -> Shown | None:
-    if not outcome.trained:
-        return None
-    low, high = _rates.bracket(outcome.trained)
-    if low < _rates.LOWEST:
-        return (None, "✗") if high == _rates.LOWEST else (None, f"< {outcome.rate * 2.0**high:.2g}")
-    return low, f"{outcome.rate * 2.0**low:.2g}" if high - low == 1 else f"≥ {outcome.rate * 2.0**low:.2g}"
-
-
-def _best(outcome: Outcome) -> Shown | None:
-    if not outcome.trained:
-        return None
-    best = outcome.best()
-    return (None, "✗") if best is None else (100 * best[1], f"{100 * best[1]:.0f}")
-
-
-def _draw(axes: Axes, cells: Mapping[tuple[int, int], Shown | None]) -> None:
-    """A field for each network: from dark for the worst to light for the best, red where it does not train."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    values = [shown[0] for shown in cells.values() if shown is not None and shown[0] is not None]
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    colours = colormaps["viridis"]
-    for (row, column), shown in cells.items():
-        colour, ink, text = "#eeeeee", "#777777", "·"
-        if shown is not None:
-            value, text = shown
-            share = None if value is None else (value - low) / (high - low) if high > low else 1.0
-            colour = "#8c1d18" if share is None else colours(0.15 + 0.85 * share)
-            ink = "black" if share is not None and share > 0.5 else "white"
-        axes.add_patch(Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=colour, linewidth=0))
-        axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=ink)
+    classes = images.classes if images else CLASSES
+    nothing = NOTHING_YET if images else NOTHING
+    return found or [Comparison(grid, settings, classes, _beginnings.read(grid, request, classes), read([]), nothing)]

@@ -51,8 +51,8 @@ TORCHVISION = 0.7613
 class Cell:
     """One network with one choice of settings, to be trained with several seeds.
 
-    curve: a name in `curves.CURVES`. changes: {"optim.weight_decay": 5e-4}, over the settings of the whole grid. label:
-    what it is called beside the others.
+    curve: a name in `_curves.NETWORKS`. changes: {"optim.weight_decay": 5e-4}, over the settings of the whole grid.
+    label: what it is called beside the others.
     """
 
     depth: int
@@ -125,7 +125,6 @@ RULES = Grid(
         for depth in (18, 50, 101)
         for cell in _networks(depth, *OF_RULES)
     ),
-    by_depth=True,
 )
 
 
@@ -144,15 +143,12 @@ def _very_deep(depth: int, sizes: tuple[int, ...]) -> tuple[Cell, ...]:
     )
     assert depth == 2 * sum(sizes) + 2
     shape = {"model.stage_sizes": sizes, "model.block": "basic"}
-    return tuple(dataclasses.replace(cell, changes=shape) for cell in _networks(depth, *curves))
+    return tuple(Cell(depth, curve, f"{depth} layers, {curve}", shape) for curve in curves)
 
 
 # Not in the paper: the effective fan-out where it should matter most.
 VERY_DEEP = Grid(
-    "Very deep, narrow networks",
-    ANY,
-    _very_deep(200, (24, 25, 25, 25)) + _very_deep(500, (62, 62, 62, 63)),
-    by_depth=True,
+    "Very deep networks of basic blocks", ANY, _very_deep(200, (24, 25, 25, 25)) + _very_deep(500, (62, 62, 62, 63))
 )
 
 

@@ -21,8 +21,12 @@ ERRORS = 3  # standard errors of guessing as many test images, by which a networ
 
 
 def trains(record: Record) -> bool:
-    """Whether a run came to its end, and above guessing by more than chance."""
-    guessing, end = 1 / record.classes, record.final("test_accuracy")
+    """Whether a run came to its end, and above guessing by more than chance.
+
+    The claims of the paper are about long trainings, and ask for twice the accuracy of guessing; after few steps this
+    would ask how fast a network trains, and not whether.
+    """
+    guessing, end = record.guessing or 1 / record.classes, record.final("test_accuracy")
     error = math.sqrt(guessing * (1 - guessing) / record.images[1])
     return record.diverged is None and end is not None and end > guessing + ERRORS * error
 
@@ -87,16 +91,16 @@ class Outcome:
         """Whether the first seed trains, by exponent."""
         return {exponent: trains(seeds[0]) for exponent, seeds in self.runs.items() if 0 in seeds}
 
-    def largest(self) -> str:
+    def largest_rate(self) -> str:
         """The largest rate at which it trains, for a person: "0.32"; "0.04 to 0.32" between a rate that trains and one
-        that does not, where nothing in between was tried; empty where nothing was.
+        that does not, where what is between was not tried; empty where nothing was.
         """
         if not self.trained:
             return ""
         low, high = bracket(self.trained)
         shown = [f"{self.rate * 2.0**exponent:.3g}" for exponent in (low, high)]
         if low < LOWEST:
-            return "none" if high == LOWEST else f"less than {shown[1]}"
+            return "none" if high == LOWEST else f"none yet, less than {shown[1]}"
         if high > HIGHEST:
             return f"at least {shown[0]}"
         return shown[0] if high - low == 1 else " to ".join(shown)
@@ -114,11 +118,16 @@ class Outcome:
         return rate, accuracy
 
 
-def outcomes(grid: Grid, request: Request) -> Callable[[Sequence[Record]], dict[str, Outcome]]:
-    """What records say of each network of a grid, by its label."""
-    usual = {cell.label: _runs.make_config(grid.dataset, cell, 0, request) for cell in grid.cells}
-    essences = {label: _settings(_runs.workdirs.essence(config)) for label, config in usual.items()}
-    rates = {label: config.optim.learning_rate for label, config in usual.items()}
+def make_reader(grid: Grid, request: Request) -> Callable[[Sequence[Record]], dict[str, Outcome]]:
+    """From records to what they say of each network of a grid, by its label.
+
+    Raises:
+        ValueError: The config's learning rate is not positive, or a setting is wrong.
+    """
+    usual = {cell.label: _runs.make_run(grid, cell, 0, request).settings for cell in grid.cells}
+    rates = {label: settings[RATE] for label, settings in usual.items()}
+    if wrong := [rate for rate in rates.values() if not 0 < rate < math.inf]:
+        raise ValueError(f"optim.learning_rate={wrong[0]:g} must be positive")
 
     def read(known: Sequence[Record]) -> dict[str, Outcome]:
         by_network: dict[tuple[int, str], list[Record]] = {}
@@ -128,8 +137,8 @@ def outcomes(grid: Grid, request: Request) -> Callable[[Sequence[Record]], dict[
         for cell in grid.cells:
             runs: dict[int, dict[int, Record]] = {}
             for record in by_network.get((cell.depth, cell.curve), []):
-                exponent = _exponent(record.settings[RATE], rates[cell.label])
-                if exponent is not None and _records.agree(_settings(record.settings), essences[cell.label]):
+                exponent = _exponent(record.rate, rates[cell.label])
+                if exponent is not None and _records.agree(_shared(record.settings), _shared(usual[cell.label])):
                     runs.setdefault(exponent, {})[record.seed] = record
             found[cell.label] = Outcome(rates[cell.label], runs)
         return found
@@ -137,13 +146,13 @@ def outcomes(grid: Grid, request: Request) -> Callable[[Sequence[Record]], dict[
     return read
 
 
-def plan(grid: Grid, request: Request) -> Plan:
+def plan_rates(grid: Grid, request: Request) -> Plan:
     """For each network, the most telling first: one run at the rate of the config; the largest rate at which it trains,
     as far as it is known which run tells it, beginning where it is for the same network with fewer layers; further
     seeds.
     """
-    cells = _runs.chosen(grid, request)
-    read = outcomes(grid, request)
+    cells = _runs.choose_cells(grid, request)
+    read = make_reader(grid, request)
     made: dict[tuple[str, int, int], Run] = {}
 
     def run(cell: Cell, exponent: int, seed: int) -> Run:
@@ -159,8 +168,8 @@ def plan(grid: Grid, request: Request) -> Plan:
             trained = found[cell.label].trained
             tried = sorted(set(trained) - {0})
             following = next_exponent(trained, _likely(cell, grid, found))
-            runs += [run(cell, exponent, 0) for exponent in tried if LOWEST <= exponent <= HIGHEST]
-            runs += [run(cell, following, 0)] if following else []
+            runs += [run(cell, exponent, 0) for exponent in tried]
+            runs += [] if following is None or following == 0 else [run(cell, following, 0)]
         further = range(1, request.seeds)
         return runs + [
             run(cell, 0, seed) for depth in grid.depths for seed in further for cell in cells if cell.depth == depth
@@ -181,19 +190,21 @@ def _likely(cell: Cell, grid: Grid, found: Mapping[str, Outcome]) -> int | None:
 
 
 def _at(grid: Grid, cell: Cell, exponent: int, seed: int, request: Request) -> Run:
-    rate = _runs.make_config(grid.dataset, cell, 0, request).optim.learning_rate
     if exponent:
+        rate = _runs.make_run(grid, cell, seed, request).settings[RATE]
         told = f"{cell.label}, learning rate {rate * 2.0**exponent:.3g}"
         cell = dataclasses.replace(cell, label=told, changes={**cell.changes, RATE: rate * 2.0**exponent})
-    return Run(cell, seed, _runs.make_config(grid.dataset, cell, seed, request))
+    return _runs.make_run(grid, cell, seed, request)
 
 
 def _exponent(rate: float, usual: float) -> int | None:
     """None for a rate that is not of the grid."""
+    if not 0 < rate < math.inf:
+        return None
     exponent = round(math.log2(rate / usual))
-    return exponent if math.isclose(rate, usual * 2.0**exponent) else None
+    return exponent if LOWEST <= exponent <= HIGHEST and math.isclose(rate, usual * 2.0**exponent) else None
 
 
-def _settings(settings: Mapping[str, object]) -> dict[str, object]:
+def _shared(settings: Mapping[str, object]) -> dict[str, object]:
     """But for those in which the runs of a network differ."""
     return {name: value for name, value in settings.items() if name not in ("seed", RATE)}

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
-import json
-import os
+import math
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
-from absl import logging
 
-from nfjax import storage
+from nfjax.reproduce import _lines
 
 FILE = "training.jsonl"
 # The settings in which the runs of one comparison differ; in all others they are equal.
@@ -55,12 +51,14 @@ class Record:
         fingerprint: Of what is in them.
         images: How many to train on and to test with.
         classes: How many there are.
-        curve: A name in `_curves.CURVES`.
+        curve: A name in `_curves.NETWORKS`.
         settings: {"model.depth": 18, ...}, all that decide what a run comes to.
         epochs: {"test_accuracy": [...], ...}, those of `PER_EPOCH`, one number per epoch.
         diverged: Why the run ended early, if it did.
         seconds: Of training, compilation included, evaluation not.
         starts: The entries of its versions.json.
+        guessing: The share of the test images that are of the most frequent class; None in records of before that was
+            noted.
     """
 
     dataset: str
@@ -74,6 +72,7 @@ class Record:
     diverged: str | None
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     starts: Sequence[Start]
+    guessing: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot be read off a run."""
@@ -103,6 +102,12 @@ class Record:
     @property
     def seed(self) -> int:
         return self.settings["seed"]
+
+    @property
+    def rate(self) -> float:
+        """The learning rate; NaN for what is none."""
+        rate = self.settings.get("optim.learning_rate")
+        return float(rate) if isinstance(rate, int | float) else math.nan
 
     @property
     def terms(self) -> dict[str, Any]:
@@ -146,32 +151,10 @@ def read(out: pathlib.Path) -> list[Record]:
         ValueError: A line is no record; one cut short by a crash, which can only be the last, is left out, with a
             warning.
     """
-    path = out / FILE
-    try:
-        *lines, last = storage.read_bytes(path, "move it away").split(b"\n")
-    except FileNotFoundError:
-        return []
-    if last and not _is_json(last):
-        logging.warning("the last line of %s was cut short; it is left out, and its run is not known", path)
-    elif last:  # an editor left it without its end
-        lines.append(last)
     records: list[Record] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = storage.parse_json(line, Record, "it", "remove or mend that line")
-        except storage.DamagedFileError as error:
-            raise storage.DamagedFileError(f"{path}, line {number} is not the record of a run ({error})") from error
-        same = [known for known in records if _same_run(known, record)]
-        records = [known for known in records if known not in same] + [record]
+    for record in _lines.read(out / FILE, Record, "the record of a run"):
+        records = [known for known in records if not _same_run(known, record)] + [record]
     return records
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _same_run(one: Record, other: Record) -> bool:
@@ -179,32 +162,8 @@ def _same_run(one: Record, other: Record) -> bool:
 
 
 def append(out: pathlib.Path, record: Record) -> None:
-    """Adds a line, in one piece, also where several processes do; a line that a crash cut short is ended first.
-
-    Args:
-        out: The folder.
-        record: Of the run.
-
-    Raises:
-        OSError: It cannot be written; then nothing of it is.
-    """
-    path = out / FILE
-    with open(path, "a+b", buffering=0) as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.seek(0)
-        before, end, last = stream.read().rpartition(b"\n")
-        line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
-        if _is_json(last):  # an editor left the last line without its end
-            before, end, line = before + end + last, b"", b"\n" + line
-        whole = len(before + end)
-        stream.truncate(whole)
-        try:
-            if stream.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(stream.fileno())
-        except OSError as error:
-            stream.truncate(whole)
-            raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
+    """Adds a record to those in a folder; OSError where it cannot be written, and then nothing of it is."""
+    _lines.append(out / FILE, record)
 
 
 def groups(records: Iterable[Record]) -> list[list[Record]]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -25,8 +26,11 @@ from nfjax.reproduce._curves import NETWORKS
 from nfjax.reproduce._grids import Cell, Grid
 from nfjax.reproduce._records import Record, Start
 from nfjax.runs import metrics, workdirs
-from nfjax.training import checks, loader
+from nfjax.training import checks, keywords, loader
 from nfjax.training import loop as train
+
+# Fields that would overrule what is compared: the network itself, or its depth.
+OVERRULING = ("model.name", "model.stage_sizes", "model.block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +83,21 @@ class Run:
     seed: int
     config: ConfigDict
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
+        """All that decide what it comes to."""
         return workdirs.essence(self.config)
+
+    def is_done(self, settings: Mapping[str, Any]) -> bool:
+        """Whether it is the run that has these settings."""
+        quick = ("model.depth", "seed", "model.residual", "optim.learning_rate")
+        own = self.settings
+        return all(settings.get(name, own[name]) == own[name] for name in quick) and _records.agree(settings, own)
 
     def __str__(self) -> str:
         return f"{self.cell.label}, seed {self.seed}"
 
 
-SHAPE = ("model.stage_sizes", "model.block")  # which would overrule the depth
 # What is to be trained, the most telling first, by the records that there are of these images.
 Plan = Callable[[Sequence[Record]], Sequence[Run]]
 
@@ -104,11 +114,15 @@ def parse_changes(given: Sequence[settings.Setting]) -> dict[str, Any]:
     for setting in given:
         if setting.field == "log.evaluate_every_epochs":
             raise ValueError(f"{setting}: the figures show every epoch; to evaluate less often, use nfjax.main")
-        if setting.field in (*_records.COMPARED, *SHAPE, "data.dir"):
+        if setting.field in (*_records.COMPARED, *OVERRULING, "data.dir"):
             raise ValueError(
                 f"{setting}: {setting.field} is not for you to choose here; --seeds and --data are, or use nfjax.main"
             )
-    return settings.values(configs.base(), given)
+    changes = settings.values(configs.base(), given)
+    for name in keywords.parse("model.arguments", changes.get("model.arguments", "")):
+        if (field := f"model.{name}") in (*_records.COMPARED, *OVERRULING):
+            raise ValueError(f"--config.model.arguments has {name!r}: {field} is not for you to choose here")
+    return changes
 
 
 def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> ConfigDict:
@@ -138,6 +152,11 @@ def make_config(dataset: str, cell: Cell, seed: int, request: Request) -> Config
     return config
 
 
+def make_run(grid: Grid, cell: Cell, seed: int, request: Request) -> Run:
+    """A run of a grid; ValueError as `make_config`."""
+    return Run(cell, seed, make_config(grid.dataset, cell, seed, request))
+
+
 def _expected(config: ConfigDict, name: str) -> str:
     """What the field is, for a person who gave it something else."""
     there = functools.reduce(getattr, name.split("."), config)
@@ -146,7 +165,7 @@ def _expected(config: ConfigDict, name: str) -> str:
     return f"expected a value of the kind of {there!r}"
 
 
-def chosen(grid: Grid, request: Request) -> list[Cell]:
+def choose_cells(grid: Grid, request: Request) -> list[Cell]:
     """Those of the networks that are asked for.
 
     Raises:
@@ -162,7 +181,7 @@ def chosen(grid: Grid, request: Request) -> list[Cell]:
 def planned(grid: Grid, request: Request) -> list[Run]:
     """All runs of a grid, the most telling first: of each depth all networks with the first seed, then the next."""
     return [
-        Run(cell, seed, make_config(grid.dataset, cell, seed, request))
+        make_run(grid, cell, seed, request)
         for depth in grid.depths
         for seed in range(request.seeds)
         for cell in grid.cells
@@ -170,9 +189,9 @@ def planned(grid: Grid, request: Request) -> list[Run]:
     ]
 
 
-def plan(grid: Grid, request: Request) -> Plan:
+def plan_grid(grid: Grid, request: Request) -> Plan:
     """That of a grid all of whose runs are known beforehand: those of the networks that are asked for."""
-    cells = chosen(grid, request)
+    cells = choose_cells(grid, request)
     runs = [run for run in planned(grid, request) if run.cell in cells]
     return lambda known: runs
 
@@ -186,11 +205,36 @@ def deviations(dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def is_the_papers(record: Record) -> bool:
     """Whether a run has the settings of the paper, its data set by name, and as many images."""
     images = BASES[record.dataset].images
-    same_data = record.data == record.dataset and (images is None or tuple(record.images) == images)
+    same_data = record.data == record.dataset and tuple(record.images) == images
     return same_data and not deviations(record.dataset, record.settings)
 
 
-def train_missing(title: str, dataset: str, plan: Plan, request: Request) -> None:
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """What has to be known of a data set.
+
+    Attributes:
+        fingerprint: Of what is in it.
+        counts: Training and test images.
+        classes: How many there are.
+        guessing: The share of the test images that are of the most frequent class.
+    """
+
+    fingerprint: str
+    counts: tuple[int, int]
+    classes: int
+    guessing: float
+
+
+def inspect(dataset: str, config: ConfigDict) -> Images:
+    """Reads the images of a config; ValueError as `open_data`."""
+    found = open_data(dataset, config)
+    labels = np.asarray(found.test.labels)
+    guessing = float(np.bincount(labels).max()) / len(labels)
+    return Images(contents(found), (len(found.train), len(found.test)), len(found.class_names), guessing)
+
+
+def train_missing(title: str, dataset: str, plan: Plan, request: Request, images: Images | None = None) -> None:
     """Trains every run of a plan that has no record in `request.out`, and writes one for each as soon as it is over.
 
     Stopped at any point, the same call goes on from there. The plan is asked anew after every run: it may depend on
@@ -202,39 +246,43 @@ def train_missing(title: str, dataset: str, plan: Plan, request: Request) -> Non
         dataset: A name in `BASES`.
         plan: What is to be trained, the most telling first, by what there is.
         request: What is asked for.
+        images: What `inspect` says of them, where it was asked before.
 
     Raises:
-        ValueError: The images are not of this data set, or are called like others that were trained on, or there is no
-            such network. What `loop.train` raises passes through, but for runs that diverge: this is a result.
+        ValueError: The images are not of this data set, or are called like others that were trained on. What
+            `loop.train` raises passes through, but for runs that diverge: this is a result.
     """
-    runs = plan([])
-    checks.check(runs[0].config)
-    found = open_data(dataset, runs[0].config)
-    fingerprint, images = contents(found), (len(found.train), len(found.test))
-    classes = len(found.class_names)
-    del found
-    forecast = _pace.Forecast(request.until, request.runs, images)
-    _check_name(dataset, runs, request, fingerprint)
+    first = plan([])
+    checks.check(first[0].config)
+    images = images or inspect(dataset, first[0].config)
+    check_name(dataset, first, request, images.fingerprint)
+    forecast = _pace.Forecast(request.until, request.runs, images.counts)
     left_out: list[Run] = []
 
-    def missing() -> list[Run]:
-        known = [r for r in _records.read(request.out) if (r.dataset, r.fingerprint) == (dataset, fingerprint)]
-        nonlocal runs
-        runs = plan(known)
+    def find_missing() -> tuple[int, list[Run]]:
+        """(how many runs the plan has now, those that are neither there nor left out)."""
+        known = [
+            record
+            for record in _records.read(request.out)
+            if (record.dataset, record.fingerprint) == (dataset, images.fingerprint)
+        ]
         done = [*(record.settings for record in known), *(run.settings for run in left_out)]
-        return [run for run in runs if not any(_records.agree(settings, run.settings) for settings in done)]
+        runs = plan(known)
+        return len(runs), [run for run in runs if not any(map(run.is_done, done))]
 
-    for run in {run.cell.label: run for run in missing()}.values():
+    count, missing = find_missing()
+    for run in {run.cell.label: run for run in missing}.values():
         checks.check(run.config)
-    print(f"{title}: {len(runs) - len(missing())} of {len(runs)} runs are there", flush=True)
+    print(f"{title}: {count - len(missing)} of {count} runs are there", flush=True)
     number = 0
-    while todo := missing():
-        run, number = todo[0], number + 1
-        workdir = request.runs / _folder(run, request.data_name, fingerprint)
+    while missing:
+        run, number, left = missing[0], number + 1, len(missing) - 1
+        workdir = request.runs / _folder(run, request.data_name, images.fingerprint)
         starts, told = forecast.of(run.config, workdir)
-        print(f"\n{number}/{number + len(todo) - 1}    {run}{told}", flush=True)
+        print(f"\n{number}/{number + left}    {run}{told}", flush=True)
         if not starts:
             left_out.append(run)
+            missing = missing[1:]
             continue
         diverged = None
         try:
@@ -248,8 +296,10 @@ def train_missing(title: str, dataset: str, plan: Plan, request: Request) -> Non
             diverged = str(error).partition(";")[0]
             print(f"diverged: {error}", flush=True)
         measured = _measured(workdir, run, diverged)
-        about = {"dataset": dataset, "data": request.data_name, "fingerprint": fingerprint}
-        _records.append(request.out, Record(**about, images=images, classes=classes, **measured))
+        about = {"dataset": dataset, "data": request.data_name, "fingerprint": images.fingerprint}
+        about |= {"images": images.counts, "classes": images.classes, "guessing": images.guessing}
+        _records.append(request.out, Record(**about, **measured))
+        _, missing = find_missing()
     if forecast.left_out:
         print(f"\n{forecast.summary()}", flush=True)
 
@@ -285,10 +335,13 @@ def _until(end: float) -> Callable[[train.Run], None]:
     return stop
 
 
-def _check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint: str) -> None:
-    """Other images of the same name would be drawn as the same figure."""
+def check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint: str) -> None:
+    """Raises ValueError for other images of the same name, which would be drawn as the same figure."""
     for record in _records.read(request.out):
-        comparable = any(_records.agree(record.terms, _records.terms(run.settings)) for run in runs)
+        # Where any images may be compared, runs on other terms are in the same figures.
+        comparable = dataset == _grids.ANY or any(
+            _records.agree(record.terms, _records.terms(run.settings)) for run in runs
+        )
         if record.dataset == dataset and comparable:
             # Names that differ in case or punctuation only would share the figures' files.
             same_name, same_data = slug(record.data) == slug(request.data_name), record.fingerprint == fingerprint
@@ -307,7 +360,8 @@ def _check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint
 def _folder(run: Run, data_name: str, fingerprint: str) -> str:
     """One for each run, under a name that tells a person what is in it."""
     exact = json.dumps([run.settings, fingerprint], sort_keys=True)
-    name = slug(f"{data_name} ResNet-{run.cell.depth} {run.cell.curve} seed {run.seed}")
+    network = run.cell.label if run.cell.curve in run.cell.label else f"ResNet-{run.cell.depth} {run.cell.curve}"
+    name = slug(f"{data_name} {network} seed {run.seed}")
     return f"{name}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from nfjax import _figures as figures
 from nfjax import spp, storage
-from nfjax.reproduce import _grids, _records, _runs
+from nfjax.reproduce import _grids, _provenance, _records, _runs
 from nfjax.reproduce._curves import styles
 from nfjax.reproduce._grids import Cell, Grid
 from nfjax.reproduce._records import Record
@@ -65,7 +65,7 @@ class TrainingFigure:
 
     def setting(self) -> str:
         """What is not as in the paper, for a person."""
-        return described(self.grid.dataset, self.settings)
+        return _provenance.describe(self.grid.dataset, self.settings)
 
     def title(self) -> str:
         return f"{self.grid.title}, {self.first.data}"
@@ -76,8 +76,8 @@ class TrainingFigure:
         note = NOTE.format(
             images=f"{self.first.data}, fingerprint {self.first.fingerprint}: {self.first.counted()}; ",
             settings=self.setting(),
-            devices=devices(everything),
-            versions=versions(everything),
+            devices=_provenance.devices(everything),
+            versions=_provenance.versions(everything),
         )
         about = [text for curve, text in ABOUT.items() if any(record.curve == curve for record in everything)]
         return Table(self.title(), COLUMNS, rows, " ".join([note, *about]) + self._diverged() + self._lacking())
@@ -87,9 +87,7 @@ class TrainingFigure:
 
     def write(self, path: pathlib.Path) -> list[pathlib.Path]:
         """PATH_<data and settings> with .md, .png, and .csv of every epoch of every run."""
-        differing = _runs.deviations(self.grid.dataset, self.settings)
-        parts = [f"{name.rpartition('.')[2]}{value}" for name, value in differing.items()]
-        stem = path.with_name("_".join([path.name, *map(_runs.slug, [self.first.data, *parts])]))
+        stem = _provenance.stem(path, self.grid.dataset, self.settings, self.first.data)
         written = [stem.with_suffix(suffix) for suffix in (".md", ".png", ".csv")]
         storage.write_text(written[0], self.table().markdown())
         storage.write_figure(written[1], self.plot(), dpi=120)
@@ -148,7 +146,7 @@ class TrainingFigure:
                 axes.spines[["top", "right"]].set_visible(False)
             row[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         everything = [record for group in self.found.values() for record in group]
-        figure.suptitle(f"{self.title()}, {devices(everything)}\n{self.setting()}", fontsize=10)
+        figure.suptitle(f"{self.title()}, {_provenance.devices(everything)}\n{self.setting()}", fontsize=10)
         return figure
 
     def _plot_by_depth(self) -> Figure:
@@ -170,7 +168,7 @@ class TrainingFigure:
             axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         everything = [record for group in self.found.values() for record in group]
-        figure.suptitle(f"{self.title()}, {devices(everything)}\n{self.setting()}", fontsize=10)
+        figure.suptitle(f"{self.title()}, {_provenance.devices(everything)}\n{self.setting()}", fontsize=10)
         return figure
 
     def _of(self, depth: int) -> list[Cell]:
@@ -220,7 +218,7 @@ def _others(grid: Grid, known: Sequence[Record]) -> str:
     """What runs there are of networks of this grid, with other settings or images."""
     curves = {(cell.depth, cell.curve) for cell in grid.cells}
     sets = dict.fromkeys(
-        f"{group[0].data}, {described(grid.dataset, group[0].settings)}"
+        f"{group[0].data}, {_provenance.describe(grid.dataset, group[0].settings)}"
         for group in _records.groups(record for record in known if (record.depth, record.curve) in curves)
     )
     return "".join([". There are runs of", *(f"\n  {text}" for text in sets)]) if sets else ""
@@ -228,18 +226,6 @@ def _others(grid: Grid, known: Sequence[Record]) -> str:
 
 def _same_network(record: Record, run: _runs.Run) -> bool:
     return _records.agree(record.settings, {name: value for name, value in run.settings.items() if name != "seed"})
-
-
-def described(dataset: str, settings: Mapping[str, Any]) -> str:
-    """How settings differ from the paper's, for a person."""
-    differing = _runs.deviations(dataset, settings)
-    if not differing:
-        return "the settings of the paper, and where it states none those of the configs"
-    return "not as in the configs: " + ", ".join(f"{name} {_shown(value)}" for name, value in differing.items())
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
 
 
 def _row(label: str, group: Sequence[Record]) -> list[str | int]:
@@ -263,27 +249,6 @@ def _row(label: str, group: Sequence[Record]) -> list[str | int]:
         f"{minutes.mean:.1f}" if minutes else "",
         hashlib.sha256(json.dumps(without_seed, sort_keys=True).encode()).hexdigest()[:8],
     ]
-
-
-def devices(group: Sequence[Record]) -> str:
-    """ "1 x cpu or 1 x H100", of all starts."""
-    starts = [start["device"] for record in group for start in record.starts]
-    return " or ".join(sorted({f"{device['count']} x {device['kind']}" for device in starts}))
-
-
-def versions(group: Sequence[Record]) -> str:
-    """The versions and commits of all starts."""
-    starts = [start for record in group for start in record.starts]
-    packages = {name for start in starts for name in start["packages"]} & {"nfjax", "jax", "flax", "optax"}
-    used = {name: sorted({start["packages"][name] for start in starts}) for name in sorted(packages)}
-    named = [f"{name} {' or '.join(versions)}" for name, versions in used.items()]
-    commits = sorted({_short(start["commit"]) for start in starts if start["commit"]})
-    return ", ".join(named) + (f", commit {' and '.join(commits)}" if commits else "")
-
-
-def _short(commit: str) -> str:
-    number, dash, dirty = commit.partition("-")
-    return number[:12] + dash + dirty
 
 
 def _looks(cells: Sequence[Cell]) -> dict[str, spp.Style]:
