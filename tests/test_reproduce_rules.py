@@ -352,7 +352,7 @@ def test_every_run_is_a_row_and_the_picture_has_a_field_for_every_network(tmp_pa
     assert panels == [
         ["40", "·", "✗", "·", "÷", "·"],
         ["≥ 0.02", "·", "< 0.01", "·", "< 0.01", "·"],
-        ["50", "·", "✗", "·", "✗", "·"],
+        ["50", "·", "·", "·", "·", "·"],
     ]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [IDSHORT, NF, FIXUP]
 

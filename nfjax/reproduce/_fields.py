@@ -51,8 +51,9 @@ def best(outcome: Outcome) -> Field:
     """The best test accuracy in percent, of all rates that were tried with the first seed."""
     if not outcome.trained:
         return UNKNOWN
-    found = outcome.best()
-    return (False, "✗") if found is None else (100 * found[1], f"{100 * found[1]:.0f}")
+    if (found := outcome.best()) is not None:
+        return 100 * found[1], f"{100 * found[1]:.0f}"
+    return (False, "✗") if _rates.largest(outcome.trained) is not None else UNKNOWN
 
 
 def draw(axes: Axes, fields: Mapping[tuple[int, int], Field]) -> None:
