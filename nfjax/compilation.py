@@ -6,10 +6,13 @@ program, so `import nfjax` leaves it alone; call `keep` for the same.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import hashlib
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +46,34 @@ def keep() -> None:
         # XLA's notes on the kernels that it measured on a GPU would lie in the folder, and its path would be part of
         # what a program is found by: after a move, none would be.
         _prefer("jax_persistent_cache_enable_xla_caches", "none")
+
+
+_programs: collections.OrderedDict[str, Any] = collections.OrderedDict()
+_programs_lock = threading.Lock()
+_MOST_PROGRAMS = 32  # of the last ones that are held in the process
+
+
+def compile_once(lowered: Any, options: Mapping[str, Any] | None = None, placed: Sequence[str] = ()) -> Any:
+    """The executable of a lowered program, the same one for equal programs of this process, wherever they come from:
+    another seed, or another initialization of the same network, is the same program.
+
+    Args:
+        lowered: Of `jax.jit(...).lower`.
+        options: Of the compiler.
+        placed: What else tells programs apart, such as where their arguments lie.
+    """
+    text = lowered.as_text()
+    if "callback" in text:  # which Python function it calls does not stand in the text
+        return lowered.compile(options)
+    exact = "\n".join([text, repr(sorted((options or {}).items())), *placed])
+    name = hashlib.sha256(exact.encode()).hexdigest()
+    with _programs_lock:
+        if name not in _programs:
+            _programs[name] = lowered.compile(options)
+            if len(_programs) > _MOST_PROGRAMS:
+                _programs.popitem(last=False)
+        _programs.move_to_end(name)
+        return _programs[name]
 
 
 @contextlib.contextmanager

@@ -73,3 +73,19 @@ def test_short_programs_are_kept_in_a_chosen_place_too(monkeypatch):
 def test_a_cache_that_cannot_be_made_is_only_a_warning(run, tmp_path):
     (tmp_path / "file").touch()
     assert b"cannot be kept" in run(NFJAX_CACHE=str(tmp_path / "file"))
+
+
+def test_equal_programs_of_a_process_are_compiled_once(monkeypatch):
+    monkeypatch.setattr(compilation, "_programs", type(compilation._programs)())
+
+    def lowered(factor):
+        return jax.jit(lambda x: factor * x).lower(jax.ShapeDtypeStruct((2,), "float32"))
+
+    first = compilation.compile_once(lowered(2.0))
+    assert compilation.compile_once(lowered(2.0)) is first
+    assert compilation.compile_once(lowered(3.0)) is not first
+    assert compilation.compile_once(lowered(2.0), {"xla_cpu_enable_fast_math": True}) is not first
+    assert compilation.compile_once(lowered(2.0), placed=["elsewhere"]) is not first
+    monkeypatch.setattr(compilation, "_MOST_PROGRAMS", 1)
+    compilation.compile_once(lowered(4.0))
+    assert len(compilation._programs) == 4  # one came, one went

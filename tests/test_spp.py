@@ -12,7 +12,7 @@ import pytest
 from flax import linen, nnx
 from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 
-from nfjax import _flax, resnet, spp
+from nfjax import _flax, compilation, resnet, spp
 from nfjax.spp import _measuring, _monitor, _statistics, _tracing
 from tests.conftest import TINY
 
@@ -623,19 +623,19 @@ def test_nothing_per_block_is_kept_but_statistics():
 
 
 def test_seeds_do_not_compile_again_and_neither_does_another_init(tiny, monkeypatch):
-    monkeypatch.setattr(_measuring, "_programs", type(_measuring._programs)())
+    monkeypatch.setattr(compilation, "_programs", type(compilation._programs)())
     x = spp.noise((4, 8, 8, 3))
     profile = spp.propagate_seeds(tiny, x, seeds=4)
-    assert len(_measuring._programs) == 1
+    assert len(compilation._programs) == 1
     assert profile.samples["forward_var"].shape == (4, 4)
     assert len(set(profile.samples["forward_var"][:, 0].tolist())) == 4
     np.testing.assert_allclose(profile.forward_var, np.median(profile.samples["forward_var"], axis=0))
     assert (profile.quantile("backward_var", 0.0) <= profile.backward_var).all()
     spp.propagate_seeds(lambda seed: tiny(seed, init="brock"), x, seeds=[7, 8])
     spp.propagate(tiny(9), images(4, 8, 8, 3))
-    assert len(_measuring._programs) == 1
+    assert len(compilation._programs) == 1
     spp.propagate_seeds(lambda seed: tiny(seed, "convshort"), x, seeds=1)
-    assert len(_measuring._programs) == 2
+    assert len(compilation._programs) == 2
 
 
 def test_a_seed_equals_a_single_run(tiny):
@@ -877,11 +877,11 @@ def test_plot_of_what_is_not_finite(tmp_path):
 
 def test_a_statistic_is_one_line(monkeypatch, tiny, tmp_path):
     """Attribute, quantiles over seeds, table, CSV and JSON follow, and the compiled pass stays."""
-    monkeypatch.setattr(_measuring, "_programs", type(_measuring._programs)())
+    monkeypatch.setattr(compilation, "_programs", type(compilation._programs)())
     before = spp.propagate_seeds(tiny, spp.noise((4, 8, 8, 3)), seeds=2)
     monkeypatch.setitem(spp.STATISTICS, "backward_channel_var", lambda seen: seen.gradient.channel_var)
     profile = spp.propagate_seeds(tiny, spp.noise((4, 8, 8, 3)), seeds=2)
-    assert len(_measuring._programs) == 1
+    assert len(compilation._programs) == 1
     assert profile.samples["backward_channel_var"].shape == (2, 4)
     assert (profile.backward_channel_var > 0).all()
     assert (profile.backward_channel_var < profile.backward_var).all()
@@ -902,7 +902,7 @@ def test_a_statistic_is_one_line(monkeypatch, tiny, tmp_path):
 
 
 def test_a_monitor_compiles_once(monkeypatch, tiny):
-    monkeypatch.setattr(_measuring, "_programs", type(_measuring._programs)())
+    monkeypatch.setattr(compilation, "_programs", type(compilation._programs)())
     x = images(4, 8, 8, 3)
     monitor = spp.Monitor(x, seed=2)
     model = tiny()

@@ -8,11 +8,8 @@ times, and turns what comes out into statistics (`_statistics`).
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-import hashlib
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
+from nfjax import compilation
 from nfjax._flax import Runnable, bind
 from nfjax.spp import _losses, _outputs, _statistics, _tracing, _variables
 from nfjax.spp._evaluation import BLOCK, check_supported, evaluate
@@ -201,7 +199,7 @@ def _prepare(model: Runnable, choice: Choice) -> Measurement:
         outputs=tuple(path + _outputs.leaf_path(calls, tag) for path, tag in zip(paths, tags, strict=True)),
         shapes=tuple(ran[place][1] for place in places),
         dtypes=tuple(str(_outputs.dtype(calls, tag)) for tag in tags),
-        program=_compile(lowered, leaves),
+        program=compilation.compile_once(lowered, placed=[str(getattr(leaf, "sharding", None)) for leaf in leaves]),
         _mode=_mode(model, traced, slots),
         _slots=slots,
         _factors=_variables.factors(traced, slots, tags),
@@ -243,26 +241,3 @@ def _branch_places(calls: Sequence[Call], ran: Sequence[Tag], roles: Mapping[Tag
             block = calls[block].parent
         pending[block] = place
     return tuple(found)
-
-
-_programs: collections.OrderedDict[str, Any] = collections.OrderedDict()
-_programs_lock = threading.Lock()
-_KEPT_PROGRAMS = 16
-
-
-def _compile(lowered: Any, leaves: Sequence[Any]) -> Any:
-    """The same program on the same devices is compiled once in a process, whichever model it comes from: another
-    initialization of the same network is the same program.
-    """
-    text = lowered.as_text()
-    if "callback" in text:  # which Python function it calls does not stand in the text
-        return lowered.compile()
-    placed = [str(getattr(leaf, "sharding", None)) for leaf in leaves]
-    name = hashlib.sha256("\n".join([text, *placed]).encode()).hexdigest()
-    with _programs_lock:
-        if name not in _programs:
-            _programs[name] = lowered.compile()
-            if len(_programs) > _KEPT_PROGRAMS:
-                _programs.popitem(last=False)
-        _programs.move_to_end(name)
-        return _programs[name]

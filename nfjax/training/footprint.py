@@ -64,6 +64,7 @@ class Compiled:
     def __call__(self, *arguments: Any) -> Any:
         if self._compiled is None:
             with compilation.not_kept(self._options):
-                self._compiled = self._jitted.lower(*arguments, **self._static).compile(self._options)
+                lowered = self._jitted.lower(*arguments, **self._static)
+                self._compiled = compilation.compile_once(lowered, self._options)
             self._say(described(of(self._compiled), available(jax.local_devices()[0])))
         return self._compiled(*arguments)
