@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import hashlib
 import os
 import threading
@@ -50,7 +51,7 @@ def keep() -> None:
 
 _programs: collections.OrderedDict[str, Any] = collections.OrderedDict()
 _programs_lock = threading.Lock()
-_MOST_PROGRAMS = 32  # of the last ones that are held in the process
+_MOST_PROGRAMS = 16  # of the last ones that are held in the process
 
 
 def compile_once(lowered: Any, options: Mapping[str, Any] | None = None, placed: Sequence[str] = ()) -> Any:
@@ -74,6 +75,18 @@ def compile_once(lowered: Any, options: Mapping[str, Any] | None = None, placed:
                 _programs.popitem(last=False)
         _programs.move_to_end(name)
         return _programs[name]
+
+
+def forget() -> None:
+    """Lets go of all programs of this process, JAX's own included; what is kept on the disk stays.
+
+    A program of a deep network on a CPU takes some thousand memory maps, of which Linux allows a process 65,530: after
+    some dozens of networks, LLVM could compile no more.
+    """
+    with _programs_lock:
+        _programs.clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @contextlib.contextmanager

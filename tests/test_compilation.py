@@ -89,3 +89,30 @@ def test_equal_programs_of_a_process_are_compiled_once(monkeypatch):
     monkeypatch.setattr(compilation, "_MOST_PROGRAMS", 1)
     compilation.compile_once(lowered(4.0))
     assert len(compilation._programs) == 4  # one came, one went
+
+
+MANY = """
+import jax
+from nfjax import compilation
+
+def maps():
+    return sum(1 for _ in open("/proc/self/maps"))
+
+before, held = maps(), []
+for i in range(40):
+    jitted = jax.jit(lambda x, i=i: jax.numpy.sort(x + i) @ x)
+    held.append(jitted)
+    jitted(jax.numpy.ones(8))
+    compilation.compile_once(jitted.lower(jax.numpy.ones(9)))
+taken = maps()
+compilation.forget()
+print(before, taken, maps())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc")
+def test_what_is_forgotten_gives_back_its_memory_maps():
+    done = subprocess.run([sys.executable, "-c", MANY], stdout=subprocess.PIPE, text=True, check=True)
+    before, taken, after = map(int, done.stdout.split())
+    assert taken > before + 80  # at least one for each program
+    assert after < before + (taken - before) / 4

@@ -15,7 +15,7 @@ import jax
 import msgspec
 import numpy as np
 
-from nfjax import cost, spp
+from nfjax import compilation, cost, spp
 from nfjax.reproduce import _lines, _runs
 from nfjax.reproduce._grids import Grid
 from nfjax.reproduce._pace import shown
@@ -116,6 +116,7 @@ def measure_missing(grid: Grid, request: Request, classes: int) -> None:
         if begin + longest >= until:
             return
         _lines.append(request.out / FILE, measure(_runs.make_run(grid, cell, 0, request), classes))
+        compilation.forget()
         now = time.monotonic()
         longest = max(longest, now - begin)
         left = (now - start) / (number + 1) * (len(missing) - number - 1)

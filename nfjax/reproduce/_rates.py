@@ -149,7 +149,7 @@ def make_reader(grid: Grid, request: Request) -> Callable[[Sequence[Record]], di
 def plan_rates(grid: Grid, request: Request) -> Plan:
     """For each network, the most telling first: one run at the rate of the config; the largest rate at which it trains,
     as far as it is known which run tells it, beginning where it is for the same network with fewer layers; further
-    seeds.
+    seeds, network by network, since these are the same program.
     """
     cells = _runs.choose_cells(grid, request)
     read = make_reader(grid, request)
@@ -172,7 +172,7 @@ def plan_rates(grid: Grid, request: Request) -> Plan:
             runs += [] if following is None or following == 0 else [run(cell, following, 0)]
         further = range(1, request.seeds)
         return runs + [
-            run(cell, 0, seed) for depth in grid.depths for seed in further for cell in cells if cell.depth == depth
+            run(cell, 0, seed) for depth in grid.depths for cell in cells if cell.depth == depth for seed in further
         ]
 
     return plan

@@ -17,8 +17,8 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from nfjax import compilation, data, preemption, storage
 from nfjax import config as configs
-from nfjax import data, preemption, storage
 from nfjax.cli import settings
 from nfjax.data.contents import contents
 from nfjax.reproduce import _grids, _pace, _records
@@ -300,6 +300,8 @@ def train_missing(title: str, dataset: str, plan: Plan, request: Request, images
         about |= {"images": images.counts, "classes": images.classes, "guessing": images.guessing}
         _records.append(request.out, Record(**about, **measured))
         _, missing = find_missing()
+        if missing and missing[0].cell != run.cell:
+            compilation.forget()
     if forecast.left_out:
         print(f"\n{forecast.summary()}", flush=True)
 
