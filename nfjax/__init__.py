@@ -1,8 +1,9 @@
-"""Residual networks without batch normalization: initializers, networks, signal propagation, cost and training.
+"""Residual networks without batch normalization: initializers, networks, signal propagation and its repair, cost and
+training.
 
 What is imported is read when it is first used::
 
-    from nfjax import cost, initializers, models, resnet, spp
+    from nfjax import cost, initializers, models, rescale, resnet, spp
 
 After Civitelli et al., "A Robust Initialization of Residual Blocks for Effective ResNet Training without Batch
 Normalization" (arXiv 2112.12299).
@@ -11,7 +12,7 @@ Normalization" (arXiv 2112.12299).
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["augment", "cost", "initializers", "layers", "models", "residual", "resnet", "spp"]
+__all__ = ["augment", "cost", "initializers", "layers", "models", "rescale", "residual", "resnet", "spp"]
 
 
 def __getattr__(name: str):

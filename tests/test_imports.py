@@ -12,7 +12,7 @@ import pytest
 import nfjax
 
 ROOT = pathlib.Path(__file__).parent.parent / "nfjax"
-LIGHT = ("initializers", "layers", "residual", "resnet", "models", "spp", "cost", "augment")
+LIGHT = ("initializers", "layers", "residual", "resnet", "models", "spp", "rescale", "cost", "augment")
 
 
 def module_name(path):

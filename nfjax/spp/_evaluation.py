@@ -101,7 +101,7 @@ def evaluate(
             if tagged.entry and tagged.call in blocks:
                 given_to[tagged.call] += given
         elif not roles.keys() & runs.keys():
-            out = _bind(eqn, given)
+            out = bind_equation(eqn, given)
         elif name in INLINED:
             closed = eqn.params[INLINED[name]]
             out, found = inner(closed.jaxpr, closed.consts, given, own)
@@ -128,7 +128,8 @@ def _tapped(value: jax.Array, sinks: Sinks, given: Sequence[jax.Array]) -> tuple
     return [value], Taken((measured,), (changed,), value)
 
 
-def _bind(eqn: Any, given: Sequence[Any]) -> Sequence[Any]:
+def bind_equation(eqn: Any, given: Sequence[Any]) -> Sequence[Any]:
+    """What an equation of a jaxpr returns for these inputs."""
     params, functions = eqn.primitive.get_bind_params(eqn.params), ()
     if isinstance(params, tuple):  # before JAX 0.10.2 a pair, with the functions of a custom derivative in front
         functions, params = params

@@ -1,0 +1,153 @@
+"""Balance: one factor for each kernel, such that the signal's variances are as flat as factors can make them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from nfjax._flax import ABSENT
+from nfjax.rescale import _models
+from nfjax.rescale._report import Reader, Report, Row
+from nfjax.spp._measuring import Choice
+from nfjax.spp._monitor import COTANGENT, stream
+from nfjax.spp._outputs import Output
+from nfjax.spp._selection import Where
+
+DIRECTIONS = {"forward": (1.0, 0.0), "backward": (0.0, 1.0), "both": (1.0, 1.0)}  # name -> weights of the two
+ROUNDS = 20  # of Gauss and Newton's method, at most
+STEP = 0.05  # in a factor's logarithm, by which its effect is measured
+LONGEST = 1.5  # in a factor's logarithm, in one round
+HALVINGS = 6  # of a step that makes nothing better
+SETTLED = 1e-8  # a sum of squares below which all is flat
+PROGRESS = 0.01  # relative, of the sum of squares in one round, below which there is no more to be had
+HOLD = 0.02  # by which a factor's logarithm must move some variance's, to have a hold of the signal
+SMALLEST = 1e-2  # singular values below this share of the largest are left out: what they would move is noise
+
+
+def balance(
+    model: Any,
+    *inputs: Any,
+    direction: str = "both",
+    variables: Mapping[str, Any] | None = None,
+    kernels: Callable[[str], bool] | None = None,
+    where: Where | None = None,
+    output: Output | None = None,
+    seed: int = 0,
+    rngs: Any = ABSENT,
+    mutable: Any = None,
+    report: Reader | None = None,
+    **kwargs: Any,
+) -> Any:
+    """One positive factor for each kernel, such that the variances that `spp.propagate` measures are as flat as can be.
+
+    Minimized is the sum, over the blocks and the directions, of the squared deviation of a variance's logarithm from
+    its mean over the blocks: by Gauss and Newton's method, with the effect of each factor measured. Of all factors that
+    do equally well, those closest to 1 are taken. What factors cannot reach, such as the sum at an identity shortcut,
+    stays; the report has the variances before and after.
+
+    Args:
+        model: Any `nnx.Module`, called as `model(*inputs, **kwargs)`, or any Linen module. It is left as it was.
+        *inputs: A batch, as the model is called with it.
+        direction: "forward", of activations; "backward", of gradients; or "both".
+        variables: Of a Linen module; drawn by `model.init` from `seed` if left out.
+        kernels: Which of them may be changed, `path -> bool`; all if left out.
+        where: The blocks between which the signal is measured, as for `spp.propagate`.
+        output: Which array of a block that returns several, likewise.
+        seed: Of the gradient at the last block, and of what else is drawn.
+        rngs: Of the model's call.
+        mutable: Collections that a Linen module may write; left out, all but the parameters if it writes any.
+        report: Called with the `Report`, such as `print`.
+        **kwargs: Of the model's call.
+
+    Returns:
+        The model with other kernels: an `nnx.Module`, or the variables of a Linen module.
+
+    Raises:
+        ValueError: There is no such direction, no kernel, no block, or a variance is zero or not finite; nothing is
+            changed.
+        TypeError: It is no Flax model, or variables, arrays are none. An error from inside the model passes through.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"unknown direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
+    begin, passes = time.perf_counter(), 0
+    opened = _models.open_model(model, inputs, kwargs, variables, rngs, mutable, seed)
+    network = opened.passes(Choice(where, "branch", output))
+    may = np.flatnonzero(_models.choose(network, kernels))
+    weights, key = DIRECTIONS[direction], stream(seed, COTANGENT)
+
+    def measure(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal passes
+        passes += 1
+        return _models.positive(network, network.blocks(np.exp(logs), key))
+
+    def deviations(found: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        logs = [weight * np.log(values) for weight, values in zip(weights, found, strict=True)]
+        return np.concatenate([values - values.mean() for values in logs])
+
+    start = measure(np.zeros(len(network.units)))
+    logs, now, hold = _flatten(start, measure, deviations, may, len(network.units))
+    if report is not None:
+        ones = np.ones(len(network.units))
+        before, after = network.products(ones), network.products(np.exp(logs))
+        notes = {unit: "has no hold of the signal between the blocks" for unit in may if hold[unit] < HOLD}
+        notes |= {unit: "left out" for unit in range(len(logs)) if unit not in may}
+        rows = [
+            Row(unit.path, float(np.exp(logs[i])), float(before[i]), float(after[i]), notes.get(i, ""))
+            for i, unit in enumerate(network.units)
+        ]
+        signal = {name: (start[i], now[i]) for i, name in enumerate(("forward", "backward"))}
+        seconds = time.perf_counter() - begin
+        report(Report(f"balance, {direction}", rows, signal, network.paths, network.others, passes, seconds))
+    return opened.rebuilt(network.multiplied(np.exp(logs)))
+
+
+Signal = tuple[np.ndarray, np.ndarray]  # the variances at the blocks, forward and backward
+
+
+def _flatten(
+    start: Signal,
+    measure: Callable[[np.ndarray], Signal],
+    deviations: Callable[[Signal], np.ndarray],
+    may: np.ndarray,
+    count: int,
+) -> tuple[np.ndarray, Signal, np.ndarray]:
+    """Gauss and Newton's method, from factors of 1.
+
+    Args:
+        start: What is measured there.
+        measure: From logarithms of factors to the signal.
+        deviations: Of a signal, whose squares are to be small.
+        may: Which factors may change.
+        count: Of all factors.
+
+    Returns:
+        The logarithms of the factors, the signal with them, and how far each of them moves a variance's logarithm.
+    """
+    logs, now, hold = np.zeros(count), start, np.zeros(count)
+    for _ in range(ROUNDS):
+        error = deviations(now)
+        if (total := float((error**2).sum())) < SETTLED:
+            break
+        jacobian = np.zeros((len(error), count))
+        for unit in may:
+            nudged = logs.copy()
+            nudged[unit] += STEP
+            jacobian[:, unit] = (deviations(measure(nudged)) - error) / STEP
+        hold = np.maximum(hold, np.abs(jacobian).max(axis=0))
+        jacobian[:, hold < HOLD] = 0.0
+        step = -np.linalg.lstsq(jacobian, error, rcond=SMALLEST)[0]
+        step[hold < HOLD] = 0.0
+        step *= min(1.0, LONGEST / max(float(np.abs(step).max()), LONGEST))
+        gained = 0.0
+        for halvings in range(HALVINGS):
+            found = measure(logs + step / 2**halvings)
+            gained = 1 - float((deviations(found) ** 2).sum()) / total
+            if gained > 0:
+                logs, now = logs + step / 2**halvings, found
+                break
+        if gained < PROGRESS:
+            break
+    return logs, now, hold

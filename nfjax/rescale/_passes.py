@@ -1,0 +1,177 @@
+"""The passes of one network with a factor for each of its kernels: the variances that follow from these factors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nfjax._flax import Runnable, bind
+from nfjax.spp import _measuring, _outputs, _statistics, _tracing, _variables
+from nfjax.spp._evaluation import BLOCK, BRANCH, evaluate
+from nfjax.spp._flow import order
+from nfjax.spp._measuring import Choice
+from nfjax.spp._products import Kernel, tag_products
+from nfjax.spp._statistics import NOTHING, Moments
+from nfjax.spp._tracing import Tag
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What gets a factor of its own: a kernel, or one round's slice of a kernel that a loop goes through.
+
+    Attributes:
+        kernel: Its number.
+        path: In the model, with the number of the slice in brackets.
+        index: Of the slice, None for a whole kernel.
+    """
+
+    kernel: int
+    path: str
+    index: int | None = None
+
+
+class Passes:
+    """A model whose kernels are multiplied by factors, compiled once for all of these.
+
+    Attributes:
+        kernels: In the order in which they are first used.
+        units: Of the kernels, in the order in which they are first used.
+        others: Paths of the parameters of two and more axes that are no such kernels.
+    """
+
+    def __init__(self, model: Runnable, choice: Choice | None = None) -> None:
+        """Traces the model.
+
+        Args:
+            model: With its inputs.
+            choice: Of the blocks between which the signal is measured; None where only kernels are.
+
+        Raises:
+            ValueError: As `spp.propagate` does, where there is a choice.
+        """
+        self._model, self._leaves = model, jax.tree.leaves(model.arrays)
+        slots = _variables.slots(model.arrays)
+        blocks: Mapping[Tag, str] = {}
+        if choice is None:
+            traced = _tracing.trace(model)
+        else:
+            traced, calls, branches = _measuring.choose(model, choice)
+            blocks = _outputs.choose(traced, calls, branches, choice.output, choice.loss)
+            blocks = {tag: role for tag, role in blocks.items() if role == BLOCK}
+        first = len(traced.calls)
+        self._traced, self.kernels, self.others = tag_products(traced, slots, self._leaves)
+        self._products = {Tag(first + number, 0): BRANCH for number in range(len(self.kernels))}
+        self._blocks, self._first = blocks, first
+        self.units = self._in_order(
+            [
+                unit
+                for number, kernel in enumerate(self.kernels)
+                for unit in (
+                    [Unit(number, kernel.path)]
+                    if kernel.rounds is None
+                    else [Unit(number, f"{kernel.path}[{i}]", i) for i in range(kernel.rounds)]
+                )
+            ]
+        )
+        self._forward = self._compiled(self._measure_products)
+        self._both = self._compiled(self._measure_blocks) if blocks else None
+
+    # ------------------------------------------------------------ what is measured
+
+    def products(self, factors: np.ndarray) -> np.ndarray:
+        """The variance of what each unit returns, float64 [units]; the geometric mean over all its uses."""
+        found = _statistics.on_host(self._forward(self._leaves, self._split(factors)))
+        uses: list[list[float]] = [[] for _ in self.units]
+        for unit, variance in zip(self._uses(self.units), found.var, strict=True):
+            uses[unit].append(variance)
+        with np.errstate(divide="ignore"):
+            return np.array([np.exp(np.mean(np.log(values))) for values in uses])
+
+    def blocks(self, factors: np.ndarray, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """(forward, backward) variance at each block, both float64 [blocks]."""
+        forward, backward = self._both(self._leaves, self._split(factors), key)
+        return _statistics.on_host(forward).var, _statistics.on_host(backward).var
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the blocks."""
+        ran = order(self._traced.jaxpr.jaxpr, self._blocks)
+        return _outputs.numbered([self._traced.calls[tag.call].path for tag, _ in ran])
+
+    def multiplied(self, factors: np.ndarray) -> Any:
+        """The arrays of the model with every kernel multiplied by its factor; all others are the same objects."""
+        leaves = self._scaled(self._leaves, self._split(factors))
+        return jax.tree.unflatten(jax.tree.structure(self._model.arrays), leaves)
+
+    # ------------------------------------------------------------ the programs
+
+    def _compiled(self, measure: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = jax.jit(bind(measure, self._traced.axes))
+
+        def run(*args: Any) -> Any:
+            with jax.disable_jit(False):
+                return compiled(*args)
+
+        return run
+
+    def _measure_products(self, leaves: Sequence[jax.Array], factors: Sequence[jax.Array]) -> Moments:
+        jaxpr = self._traced.jaxpr
+        _, taken = evaluate(jaxpr.jaxpr, jaxpr.consts, self._scaled(leaves, factors), [], self._products)
+        return jax.tree.map(lambda *fields: jnp.stack(fields), *taken.forward)
+
+    def _measure_blocks(
+        self, leaves: Sequence[jax.Array], factors: Sequence[jax.Array], key: jax.Array
+    ) -> tuple[Moments, Moments]:
+        jaxpr, number = self._traced.jaxpr, len(order(self._traced.jaxpr.jaxpr, self._blocks))
+        leaves = self._scaled(leaves, factors)
+
+        def run(sinks: list[Moments]) -> tuple[jax.Array, Any]:
+            _, taken = evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, sinks, self._blocks)
+            return taken.last, taken.forward
+
+        last, pull, forward = jax.vjp(run, [NOTHING] * number, has_aux=True)
+        start = jax.random.normal(key, last.shape, jnp.float32).astype(last.dtype)
+        stacked = [jax.tree.map(lambda *fields: jnp.stack(fields), *found) for found in (forward, pull(start)[0])]
+        return stacked[0], stacked[1]
+
+    # ------------------------------------------------------------ factors
+
+    def _in_order(self, units: Sequence[Unit]) -> list[Unit]:
+        """In the order of their first use."""
+        return list(dict.fromkeys(units[number] for number in self._uses(units)))
+
+    def _uses(self, units: Sequence[Unit]) -> list[int]:
+        """The unit of each product, in the order in which they are computed."""
+        ran = [tag.call - self._first for tag, _ in order(self._traced.jaxpr.jaxpr, self._products)]
+        number = {(unit.kernel, unit.index): i for i, unit in enumerate(units)}
+        seen, found = dict.fromkeys(ran, 0), []
+        for kernel in ran:
+            rounds, reverse = self.kernels[kernel].rounds, self.kernels[kernel].reverse
+            index = None if rounds is None else seen[kernel] * rounds // ran.count(kernel)
+            found.append(number[kernel, rounds - 1 - index if reverse and rounds is not None else index])
+            seen[kernel] += 1
+        return found
+
+    def _split(self, factors: np.ndarray) -> list[np.ndarray]:
+        """The factors of each kernel, [] or [rounds]."""
+        found = [np.ones(() if kernel.rounds is None else kernel.rounds, np.float32) for kernel in self.kernels]
+        for unit, factor in zip(self.units, factors, strict=True):
+            found[unit.kernel][() if unit.index is None else unit.index] = factor
+        return found
+
+    def _scaled(self, leaves: Sequence[Any], factors: Sequence[Any]) -> list[Any]:
+        scaled = list(leaves)
+        for kernel, factor in zip(self.kernels, factors, strict=True):
+            scaled[kernel.leaf] = _times(scaled[kernel.leaf], factor, kernel)
+        return scaled
+
+
+def _times(leaf: Any, factor: Any, kernel: Kernel) -> jax.Array:
+    if kernel.rounds is not None:
+        factor = jnp.reshape(factor, (kernel.rounds, *[1] * (jnp.ndim(leaf) - 1)))
+    return (jnp.asarray(leaf).astype(jnp.float32) * factor).astype(leaf.dtype)
