@@ -102,9 +102,7 @@ def tag_products(
 class _Walk:
     """Evaluates a jaxpr, and tags products on the way; gives values and their marks."""
 
-    def __init__(
-        self, meet: Callable[[Marks], str | None], slice_by: Callable[[Marks, int, bool], None]
-    ) -> None:
+    def __init__(self, meet: Callable[[Marks], str | None], slice_by: Callable[[Marks, int, bool], None]) -> None:
         self._meet, self._slice = meet, slice_by
 
     def __call__(
