@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from nfjax import cli, data, preemption, reproduce
+from nfjax import cli, compilation, data, preemption, reproduce
 from nfjax.data.contents import contents
 from nfjax.reproduce import _grids, _intervals, _lines, _provenance, _records, _runs, _training
 from nfjax.reproduce._claims import CLAIMS, claims_table
@@ -577,6 +577,7 @@ def _all_is_kept():
     """Of what is compiled, however short it takes."""
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation.forget()  # what other tests have left in the process, and not on the disk
     yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
