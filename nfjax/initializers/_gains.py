@@ -61,19 +61,24 @@ def _gain(activation: Callable[[jax.Array], jax.Array]) -> Gain:
         return Gain(2.0, 2.0, 2 / (1 - 1 / math.pi))
     if activation is ACTIVATIONS["linear"]:
         return Gain(1.0, 1.0, 1.0)
-    # Gauss-Legendre on each side of 0, so that a kink there costs no accuracy; the density beyond 12 is below 1e-31.
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-    z = np.concatenate([6 * nodes - 6, 6 * nodes + 6])
-    density = np.tile(6 * weights, 2) * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    with jax.ensure_compile_time_eval():
-        points = jnp.asarray(z, jnp.float32)
-        value = np.asarray(activation(points), np.float64)
-        slope = np.asarray(jax.vmap(jax.grad(activation))(points), np.float64)
-    mean, second_moment, slope_moment = (float(density @ f) for f in (value, value**2, slope**2))
-    variance = second_moment - mean**2
+    second_moment, variance, slope_moment = normal_moments(activation)
     if not (math.isfinite(second_moment) and math.isfinite(slope_moment) and variance > 0 and slope_moment > 0):
         raise ValueError(
             f"activation {activation} has no finite gain: E[g^2] = {second_moment}, Var[g] = {variance}, "
             f"E[g'^2] = {slope_moment} over z ~ N(0, 1); all three must be finite and positive"
         )
     return Gain(1 / second_moment, 1 / slope_moment, 1 / variance)
+
+
+def normal_moments(function: Callable[[jax.Array], jax.Array]) -> tuple[float, float, float]:
+    """(E[g(z)^2], Var[g(z)], E[g'(z)^2]) over z ~ N(0, 1) of an elementwise function with kinks, if any, at 0."""
+    # Gauss-Legendre on each side of 0, so that a kink there costs no accuracy; the density beyond 12 is below 1e-31.
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    z = np.concatenate([6 * nodes - 6, 6 * nodes + 6])
+    density = np.tile(6 * weights, 2) * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    with jax.ensure_compile_time_eval():
+        points = jnp.asarray(z, jnp.float32)
+        value = np.asarray(function(points), np.float64)
+        slope = np.asarray(jax.vmap(jax.grad(function))(points), np.float64)
+    mean, second_moment, slope_moment = (float(density @ f) for f in (value, value**2, slope**2))
+    return second_moment, second_moment - mean**2, slope_moment

@@ -5,6 +5,8 @@ A convolution with zero-mean weights of variance v multiplies, rule by rule:
 - forward (rule 1, eq. 1): E[y^2] = v n_in E[z^2], and E[z^2] = E[x^2] / 2 behind a ReLU. Where each output channel's
   weights sum to zero (eq. 3), the mean of z drops out: E[y^2] = v n_in Var[z], Var[z] = E[x^2] (1 - 1/pi) / 2.
 - backward (rule 2, eq. 2): Var[dL/dz] = v n_out Var[dL/dy], and half of it passes the ReLU.
+- another activation g in place of ReLU, with dynamic tanh or erf in front of it: E[g(x)^2] and E[g'(x)^2] over a normal
+  x of that variance, by quadrature.
 - sum (rule 3, eq. 5): independent terms add, a^2 in front of the shortcut's and b^2 in front of the branch's, both
   ways; beta^2 divides what the branch reads, and what flows back through it.
 
@@ -15,7 +17,8 @@ own.
 Where it breaks. Each element is taken to be normal with mean 0, independent of the gradient; borders are averaged over
 the image, not followed; and the channel means of a kernel that is standardized as a whole are sampled anew in every
 block, which adds a spread that no mean value shows. Batch norm's gradient is taken without the terms that project out
-mean and scale, and with the variance within channels as its divisor. Max-pooling has no closed form: behind the
+mean and scale, and with the variance within channels as its divisor; group norm's likewise, with that within groups,
+each image as good as the whole batch. Max-pooling has no closed form: behind the
 ImageNet stem, forward variances are NaN.
 
 How far the measurement then lies, at 32x32 pixels (results/figure2.md, figure6.md): within sampling error over a few
@@ -37,6 +40,7 @@ from flax import nnx
 
 from nfjax import layers, resnet
 from nfjax.initializers import effective_taps
+from nfjax.initializers._gains import normal_moments
 
 # Behind a ReLU, of x ~ N(0, q): E[z^2] / q, and (E z)^2 / E[z^2].
 _HALF = 0.5
@@ -82,7 +86,7 @@ def predict(model: nnx.Module, input_shape: Sequence[int]) -> Prediction | None:
 
     Returns:
         The prediction; None where a part of the network has no closed form: a block that is no sum with coefficients,
-        a norm other than batch norm, an activation other than ReLU, a stem of one's own.
+        a norm or a stem of one's own.
 
     Raises:
         TypeError: It is another model.
@@ -141,20 +145,49 @@ def _block(block: resnet.Block, x: _Signal) -> tuple[_Signal, float]:
 
 
 def _activate(activation: layers.Activation, x: _Signal) -> tuple[_Signal, float]:
-    """(Norm and) ReLU: half of the second moment and half of the gradient pass."""
-    function = activation.function if type(activation) is layers.Activation else None
-    function, factor = (function.function, function.factor) if isinstance(function, layers.Scaled) else (function, 1.0)
-    if function is not jax.nn.relu or any(
+    """(Norm and) activation: what passes of the second moment, and of the gradient."""
+    if type(activation) is not layers.Activation or any(
         bias is not None and bias[...] != 0 for bias in (activation.before, activation.behind)
     ):
         raise NoClosedFormError(activation)
-    half = _HALF * factor**2
-    if activation.norm is None:
-        return _Signal(half * x.moment, _MEAN_SHARE, x.size), half
-    if not isinstance(activation.norm, nnx.BatchNorm):
-        raise NoClosedFormError(activation.norm)
-    within_channels = x.moment * (1 - x.mean_share)
-    return _Signal(half, _MEAN_SHARE, x.size), half / within_channels
+    function, norm, moment, through = activation.function, activation.norm, x.moment, 1.0
+    if isinstance(norm, nnx.BatchNorm | nnx.GroupNorm):
+        # The means of channels whose statistics are taken together are part of their variance.
+        together = norm.group_size if isinstance(norm, nnx.GroupNorm) else 1
+        moment, through = 1.0, 1 / (x.moment * (1 - x.mean_share / together))
+    elif isinstance(norm, layers.DynamicTanh):
+        if (norm.scale[...] != 1).any() or (norm.bias[...] != 0).any():
+            raise NoClosedFormError(norm)
+        function = _Chain(norm.squashed, function)
+    elif norm is not None:
+        raise NoClosedFormError(norm)
+    second, slope, mean_share = _of_normal(function, moment)
+    return _Signal(second, mean_share, x.size), slope * through
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """One elementwise function behind another."""
+
+    first: layers.Elementwise
+    second: layers.Elementwise
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.first(x))
+
+
+def _of_normal(function: layers.Elementwise, moment: float) -> tuple[float, float, float]:
+    """(E[g(x)^2], E[g'(x)^2], E[g(x)]^2 / E[g(x)^2]) over x ~ N(0, moment)."""
+    if isinstance(function, layers.Scaled):
+        second, slope, mean_share = _of_normal(function.function, moment)
+        return function.factor**2 * second, function.factor**2 * slope, mean_share
+    if function is jax.nn.relu:
+        return _HALF * moment, _HALF, _MEAN_SHARE
+    if not math.isfinite(moment):
+        return math.nan, math.nan, 0.0
+    deviation = math.sqrt(moment)
+    second, variance, slope = normal_moments(lambda z: function(deviation * z))
+    return second, slope / moment if moment else math.nan, 1 - variance / second if second else 0.0
 
 
 def _convolve(convolution: Any, z: _Signal) -> tuple[_Signal, float]:
