@@ -19,6 +19,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TINY = 10  # the depth of the smallest network, one basic block per stage
+# Of `nfjax reproduce`: a run that takes a second, on made-up images.
+TINY_FLAGS = [
+    "--epochs=1", "--config.batch_size=64", "--config.model.width=2", "--config.data.image_size=8",
+    "--config.data.source=synthetic", "--config.augment.crop_padding=1", "--config.augment.rand_operations=0",
+    "--config.data.share=0.25", "--config.train.onednn=False", "--data=made-up",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ from nfjax.reproduce._beginnings import Beginning
 from nfjax.reproduce._curves import NETWORKS
 from nfjax.reproduce._grids import ANY, RULES, VERY_DEEP, Cell, Grid
 from nfjax.training import loop as train
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_FLAGS
 
 START = {
     "started": "2026-01-01T00:00:00+00:00",
@@ -323,7 +323,7 @@ def test_several_processes_may_measure_at_once(tmp_path):
     )
     processes = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    found = _lines.read(path, Beginning, "what is known of a network")
+    found = _lines.read(path, Beginning, "what is known of a network", "")
     assert {one.network for one in found} == {f"{number}-{i}" for number in range(2) for i in range(40)}
 
 
@@ -359,12 +359,6 @@ def test_every_run_is_a_row_and_the_picture_has_a_field_for_every_network(tmp_pa
 
 # ---------------------------------------------------------------- the command
 
-FLAGS = [
-    "--epochs=1", "--config.batch_size=64", "--config.model.width=2", "--config.data.image_size=8",
-    "--config.data.source=synthetic", "--config.augment.crop_padding=1", "--config.augment.rand_operations=0",
-    "--config.data.share=0.25", "--config.train.onednn=False", "--data=made-up",
-]  # fmt: skip
-
 
 @pytest.fixture
 def tiny(monkeypatch):
@@ -396,7 +390,7 @@ def pretending(started, limits):
 def test_the_command_finds_the_largest_rate_of_each_rule_and_goes_on_where_it_was_stopped(
     monkeypatch, tmp_path, capsys
 ):
-    flags = ["rules", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *FLAGS, "--seeds=2"]
+    flags = ["rules", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *TINY_FLAGS, "--seeds=2"]
     started = []
     trained = pretending(started, {"idshort": 0.05, "nf": 0.005})
 
@@ -429,13 +423,13 @@ def test_the_command_finds_the_largest_rate_of_each_rule_and_goes_on_where_it_wa
 
 @pytest.mark.usefixtures("tiny")
 def test_without_images_the_command_shows_what_is_known_before_training(tmp_path, capsys):
-    flags = [flag for flag in FLAGS if not flag.startswith("--data=")]
+    flags = [flag for flag in TINY_FLAGS if not flag.startswith("--data=")]
     assert run("rules", f"--out={tmp_path}", *flags, "--network=ResNet-10 Id") == 0
     shown = capsys.readouterr().out
     assert "ResNet-10 IdShort, He fan-out" in shown
     assert "NF" not in shown
     assert _comparison.NOTHING in shown
-    (known,) = _lines.read(tmp_path / "rules" / _beginnings.FILE, Beginning, "what is known of a network")
+    (known,) = _lines.read(tmp_path / "rules" / _beginnings.FILE, Beginning, "what is known of a network", "")
     assert len(known.forward) == len(known.backward) == _beginnings.SEEDS
     model = resnet.PreActResNet(TINY, "idshort", width=2, image_size=8, rngs=nnx.Rngs(0))
     assert known.parameters == cost.count(model, (1, 8, 8, 3)).parameters
@@ -444,7 +438,7 @@ def test_without_images_the_command_shows_what_is_known_before_training(tmp_path
 
 @pytest.mark.usefixtures("tiny")
 def test_what_does_not_end_in_the_minutes_is_left_for_the_next_time(monkeypatch, tmp_path, capsys):
-    flags = ["rules", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *FLAGS]
+    flags = ["rules", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *TINY_FLAGS]
     monkeypatch.setattr(train, "train", None)  # nothing is started
     monkeypatch.setattr(_beginnings, "measure", None)
     assert run(*flags, "--minutes=0.001") == 0
@@ -454,7 +448,7 @@ def test_what_does_not_end_in_the_minutes_is_left_for_the_next_time(monkeypatch,
 @pytest.mark.usefixtures("tiny")
 def test_what_is_wrong_is_said_before_anything_is_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(_beginnings, "measure", None)
-    flags = ["rules", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *FLAGS]
+    flags = ["rules", f"--out={tmp_path}", f"--runs={tmp_path / 'runs'}", *TINY_FLAGS]
     assert run(*flags, "--config.batch_size=0") == 1
     assert "batch_size=0 must be positive" in capsys.readouterr().err
     (tmp_path / "rules" / _records.FILE).write_text("[]\n")
@@ -492,7 +486,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(monkeypatch, tmp_path
     ],
 )
 def test_wrong_arguments_are_explained(tmp_path, capsys, arguments, code, message):
-    flags = [flag for flag in FLAGS if "--data=" not in flag]
+    flags = [flag for flag in TINY_FLAGS if "--data=" not in flag]
     assert run("rules", f"--out={tmp_path}", *flags, *arguments) == code
     assert message in capsys.readouterr().err
 

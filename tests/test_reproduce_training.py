@@ -22,7 +22,7 @@ from nfjax.reproduce._claims import CLAIMS, claims_table
 from nfjax.reproduce._curves import CURVES
 from nfjax.reproduce._grids import BASELINE, BROCK, CONVSHORT, SCHEMES, Cell, Grid
 from nfjax.training import loop as train
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_FLAGS
 
 START = {
     "started": "2026-01-01T00:00:00+00:00",
@@ -546,13 +546,6 @@ def tiny_grid(monkeypatch):
     """A figure of two networks that are the same program, on made-up images."""
     cells = tuple(Cell(TINY, curve, curve) for curve in (CONVSHORT, BROCK[0]))
     monkeypatch.setitem(reproduce.TRAINED, "figure7", lambda request: Grid("Tiny", "CIFAR-10", cells))
-
-
-TINY_FLAGS = [
-    "--epochs=1", "--config.batch_size=64", "--config.model.width=2", "--config.data.image_size=8",
-    "--config.data.source=synthetic", "--config.augment.crop_padding=1", "--config.augment.rand_operations=0",
-    "--config.data.share=0.25", "--config.train.onednn=False", "--data=made-up",
-]  # fmt: skip
 
 
 @contextlib.contextmanager

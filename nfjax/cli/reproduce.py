@@ -50,6 +50,7 @@ from nfjax.reproduce import (
     Result,
     _campaign,
     _comparison,
+    _rates,
     _runs,
 )
 from nfjax.reproduce._grids import GRIDS
@@ -204,7 +205,9 @@ def _trained(name: str, request: Request) -> None:
     stopped = None
     if request.data:
         try:
-            _runs.train_missing(grid.title, grid.dataset, _runs.plan_grid(grid, request), request)
+            plan = _runs.plan_grid(grid, request)
+            images = _runs.prepare(grid.dataset, plan, request)
+            _runs.train_missing(grid.title, grid.dataset, plan, request, images)
         except preemption.TrainingInterruptedError as error:
             stopped = error
     try:
@@ -223,7 +226,7 @@ def _compared(name: str, request: Request) -> None:
     request = dataclasses.replace(request, out=_made(request.out / name, "--out"))
     _comparison.check(grid, request)
     if request.data:
-        images = _comparison.inspect(grid, request)
+        images = _runs.prepare(grid.dataset, _rates.plan_rates(grid, request), request)
     try:
         _comparison.run(grid, request, images)
     except preemption.TrainingInterruptedError as error:

@@ -91,7 +91,8 @@ def measure(run: Run, classes: int) -> Beginning:
 
 def read(grid: Grid, request: Request, classes: int) -> dict[str, Beginning]:
     """Those that were measured, by the label of their network."""
-    known = {one.network: one for one in _lines.read(request.out / FILE, Beginning, "what is known of a network")}
+    entries = _lines.read(request.out / FILE, Beginning, "what is known of a network", "its network is measured again")
+    known = {one.network: one for one in entries}
     keys = {cell.label: _key(_runs.make_run(grid, cell, 0, request), classes) for cell in grid.cells}
     return {label: known[key] for label, key in keys.items() if key in known}
 

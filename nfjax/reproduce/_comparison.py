@@ -17,7 +17,6 @@ from nfjax.reproduce._rates import Outcome
 from nfjax.reproduce._records import Record
 from nfjax.reproduce._runs import Images, Request
 from nfjax.reproduce._tables import Table
-from nfjax.training import checks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,22 +72,13 @@ def check(grid: Grid, request: Request) -> None:
     _beginnings.read(grid, request, CLASSES)
 
 
-def inspect(grid: Grid, request: Request) -> Images:
-    """Reads the images; ValueError where they cannot be read, or the first run could not be started."""
-    first, *_ = _rates.plan_rates(grid, request)([])
-    checks.check(first.config)
-    images = _runs.inspect(grid.dataset, first.config)
-    _runs.check_name(grid.dataset, [first], request, images.fingerprint)
-    return images
-
-
 def run(grid: Grid, request: Request, images: Images | None) -> None:
     """Measures what is missing of the networks before training, then trains what is missing.
 
     Args:
         grid: What is compared.
         request: What is asked for.
-        images: Those to train on, None to train nothing.
+        images: What `_runs.prepare` says of those to train on, None to train nothing.
 
     Raises:
         ValueError: As `_runs.train_missing`.
@@ -233,13 +223,15 @@ class Comparison:
         own: dict[str, list[str]] = {}
         for cell in self.grid.cells:
             for name, value in cell.changes.items():
+                if name in _runs.OVERRULING:  # the number of layers says it
+                    continue
                 networks = own.setdefault(f"{name} {value}", [])
                 networks += [] if cell.curve in networks else [cell.curve]
         told = [f"; {setting} of {' and '.join(curves)}" for setting, curves in own.items()]
         return TRAINING.format(
             images=f"{first.data}, fingerprint {first.fingerprint}: {first.counted()}",
             settings=_provenance.describe(self.grid.dataset, self.settings),
-            own="".join(told) if len(told) < 3 else "",
+            own="".join(told),
             guessing=100 * (first.guessing or 1 / first.classes),
             errors=_rates.ERRORS,
             rate=self.rate(),

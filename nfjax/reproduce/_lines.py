@@ -17,13 +17,14 @@ from nfjax import storage
 T = TypeVar("T")
 
 
-def read(path: pathlib.Path, expected: type[T], what: str) -> list[T]:
+def read(path: pathlib.Path, expected: type[T], what: str, lost: str) -> list[T]:
     """The entries of a file, none if there is no such file.
 
     Args:
         path: Of the file.
         expected: The class of an entry.
         what: An entry, for a person: "the record of a run".
+        lost: What follows where one is left out: "its run is not known".
 
     Raises:
         ValueError: A line is no such entry; one cut short by a crash, which can only be the last, is left out, with a
@@ -34,7 +35,7 @@ def read(path: pathlib.Path, expected: type[T], what: str) -> list[T]:
     except FileNotFoundError:
         return []
     if last and not _is_json(last):
-        logging.warning("the last line of %s was cut short; it is left out, and its run is not known", path)
+        logging.warning("the last line of %s was cut short; it is left out, and %s", path, lost)
     elif last:  # an editor left it without its end
         lines.append(last)
     entries = []

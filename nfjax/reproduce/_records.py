@@ -152,7 +152,7 @@ def read(out: pathlib.Path) -> list[Record]:
             warning.
     """
     records: list[Record] = []
-    for record in _lines.read(out / FILE, Record, "the record of a run"):
+    for record in _lines.read(out / FILE, Record, "the record of a run", "its run is not known"):
         records = [known for known in records if not _same_run(known, record)] + [record]
     return records
 

@@ -234,7 +234,21 @@ def inspect(dataset: str, config: ConfigDict) -> Images:
     return Images(contents(found), (len(found.train), len(found.test)), len(found.class_names), guessing)
 
 
-def train_missing(title: str, dataset: str, plan: Plan, request: Request, images: Images | None = None) -> None:
+def prepare(dataset: str, plan: Plan, request: Request) -> Images:
+    """Reads the images of a plan, before anything is trained.
+
+    Raises:
+        ValueError: The first run could not be started; the images cannot be read, are not of this data set, or are
+            called like others that were trained on.
+    """
+    runs = plan([])
+    checks.check(runs[0].config)
+    images = inspect(dataset, runs[0].config)
+    _check_name(dataset, runs, request, images.fingerprint)
+    return images
+
+
+def train_missing(title: str, dataset: str, plan: Plan, request: Request, images: Images) -> None:
     """Trains every run of a plan that has no record in `request.out`, and writes one for each as soon as it is over.
 
     Stopped at any point, the same call goes on from there. The plan is asked anew after every run: it may depend on
@@ -246,16 +260,12 @@ def train_missing(title: str, dataset: str, plan: Plan, request: Request, images
         dataset: A name in `BASES`.
         plan: What is to be trained, the most telling first, by what there is.
         request: What is asked for.
-        images: What `inspect` says of them, where it was asked before.
+        images: What `prepare` says of them.
 
     Raises:
-        ValueError: The images are not of this data set, or are called like others that were trained on. What
-            `loop.train` raises passes through, but for runs that diverge: this is a result.
+        ValueError: A run could not be started. What `loop.train` raises passes through, but for runs that diverge: this
+            is a result.
     """
-    first = plan([])
-    checks.check(first[0].config)
-    images = images or inspect(dataset, first[0].config)
-    check_name(dataset, first, request, images.fingerprint)
     forecast = _pace.Forecast(request.until, request.runs, images.counts)
     left_out: list[Run] = []
 
@@ -337,7 +347,7 @@ def _until(end: float) -> Callable[[train.Run], None]:
     return stop
 
 
-def check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint: str) -> None:
+def _check_name(dataset: str, runs: Sequence[Run], request: Request, fingerprint: str) -> None:
     """Raises ValueError for other images of the same name, which would be drawn as the same figure."""
     for record in _records.read(request.out):
         # Where any images may be compared, runs on other terms are in the same figures.

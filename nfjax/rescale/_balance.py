@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from nfjax._flax import ABSENT
+from nfjax._flax import ABSENT, runnable
 from nfjax.rescale import _models
 from nfjax.rescale._report import Reader, Report, Row
 from nfjax.spp._measuring import Choice
@@ -73,8 +74,8 @@ def balance(
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
     begin, passes = time.perf_counter(), 0
-    opened = _models.open_model(model, inputs, kwargs, variables, rngs, mutable, seed)
-    network = opened.passes(Choice(where, "branch", output))
+    called = runnable(model, inputs, kwargs, variables, rngs, mutable, jax.random.key(seed))
+    network = _models.open_passes(called, Choice(where=where, output=output))
     may = np.flatnonzero(_models.choose(network, kernels))
     weights, key = DIRECTIONS[direction], stream(seed, COTANGENT)
 
@@ -101,7 +102,7 @@ def balance(
         signal = {name: (start[i], now[i]) for i, name in enumerate(("forward", "backward"))}
         seconds = time.perf_counter() - begin
         report(Report(f"balance, {direction}", rows, signal, network.paths, network.others, passes, seconds))
-    return opened.rebuilt(network.multiplied(np.exp(logs)))
+    return _models.rebuild(model, called, network.multiplied(np.exp(logs)))
 
 
 Signal = tuple[np.ndarray, np.ndarray]  # the variances at the blocks, forward and backward

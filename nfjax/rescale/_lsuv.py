@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from nfjax import initializers
-from nfjax._flax import ABSENT
+from nfjax._flax import ABSENT, runnable
 from nfjax.rescale import _models
 from nfjax.rescale._report import Reader, Report, Row
 
@@ -60,13 +60,14 @@ def lsuv(
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be positive")
     begin = time.perf_counter()
-    given = _models.open_model(model, inputs, kwargs, variables, rngs, mutable, seed)
-    start = given.passes()
-    may = _models.choose(start, kernels)
-    before = _models.finite(start, start.products(np.ones(len(start.units))))
+    key = jax.random.key(seed)
+    called = runnable(model, inputs, kwargs, variables, rngs, mutable, key)
+    network = _models.open_passes(called)
+    may = _models.choose(network, kernels)
+    before = _models.finite(network, network.products(np.ones(len(network.units))))
     if init is not None:
-        given = given.redrawn(start, may, initializers.get(init), jax.random.key(seed))
-    network = given.passes() if init is not None else start
+        drawn = _models.redraw(network, called.arrays, may, initializers.get(init), key)
+        network = network.with_arrays(drawn)
     factors, notes, passes = np.ones(len(network.units)), [""] * len(network.units), 1
 
     def measure() -> np.ndarray:
@@ -100,4 +101,4 @@ def lsuv(
             for unit, factor, old, new, note in zip(network.units, factors, before, found, notes, strict=True)
         ]
         report(Report("lsuv", rows, {}, (), network.others, passes, time.perf_counter() - begin))
-    return given.rebuilt(network.multiplied(factors))
+    return _models.rebuild(model, called, network.multiplied(factors))

@@ -1,9 +1,8 @@
-"""A model that is rescaled: opened as a function of arrays, and closed again with others."""
+"""What both methods do with a model: its passes, other kernels, the model again, and what it cannot be."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,70 +10,41 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nfjax._flax import Runnable, runnable
+from nfjax._flax import Runnable
 from nfjax.initializers import Initializer
 from nfjax.rescale._passes import Passes
 from nfjax.spp._measuring import Choice
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A model with its inputs.
-
-    Attributes:
-        model: As it was given.
-        called: As a function of arrays.
-    """
-
-    model: Any
-    called: Runnable
-
-    def passes(self, choice: Choice | None = None) -> Passes:
-        """Its passes; ValueError where it has no kernel, otherwise as `spp.propagate` where there is a choice."""
-        passes = Passes(self.called, choice)
-        if not passes.kernels:
-            raise ValueError(
-                f"{self.called.name} has no kernel that could be rescaled: no parameter of two or more axes multiplies "
-                "by itself what comes from its inputs"
-            )
-        return passes
-
-    def redrawn(self, passes: Passes, may: Sequence[bool], init: Initializer, key: jax.Array) -> Opened:
-        """With new kernels, each slice of one that a loop goes through by itself."""
-        leaves, tree = jax.tree.flatten(self.called.arrays)
-        for number, kernel in enumerate(passes.kernels):
-            if not any(may[i] for i, unit in enumerate(passes.units) if unit.kernel == number):
-                continue
-            leaf, own = leaves[kernel.leaf], jax.random.fold_in(key, number)
-            if kernel.rounds is None:
-                leaves[kernel.leaf] = init(own, leaf.shape, leaf.dtype)
-            else:
-                slices = [init(jax.random.fold_in(own, i), leaf.shape[1:], leaf.dtype) for i in range(kernel.rounds)]
-                leaves[kernel.leaf] = jnp.stack(slices)
-        return dataclasses.replace(
-            self, called=dataclasses.replace(self.called, arrays=jax.tree.unflatten(tree, leaves))
+def open_passes(called: Runnable, choice: Choice | None = None) -> Passes:
+    """The passes of a model; ValueError where it has no kernel, and as `spp.propagate` where there is a choice."""
+    passes = Passes(called, choice)
+    if not passes.kernels:
+        raise ValueError(
+            f"{called.name} has no kernel that could be rescaled: no parameter of two or more axes multiplies by "
+            "itself what comes from its inputs"
         )
-
-    def rebuilt(self, arrays: Any) -> Any:
-        """A model of the same kind: an NNX module with these arrays, or the variables of a Linen module."""
-        return nnx.merge(self.called.network, arrays[0]) if isinstance(self.model, nnx.Module) else arrays[0]
+    return passes
 
 
-def open_model(
-    model: Any,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    variables: Mapping[str, Any] | None,
-    rngs: Any,
-    mutable: Any,
-    seed: int,
-) -> Opened:
-    """As `_flax.runnable` does; an NNX model is copied, so that what comes back shares no array that could be written.
+def redraw(passes: Passes, arrays: Any, may: Sequence[bool], init: Initializer, key: jax.Array) -> Any:
+    """The arrays of a model with new kernels, each slice of one that a loop goes through drawn by itself."""
+    leaves, tree = jax.tree.flatten(arrays)
+    for number, kernel in enumerate(passes.kernels):
+        if not any(may[i] for i, unit in enumerate(passes.units) if unit.kernel == number):
+            continue
+        leaf, own = leaves[kernel.leaf], jax.random.fold_in(key, number)
+        if kernel.rounds is None:
+            leaves[kernel.leaf] = init(own, leaf.shape, leaf.dtype)
+        else:
+            slices = [init(jax.random.fold_in(own, i), leaf.shape[1:], leaf.dtype) for i in range(kernel.rounds)]
+            leaves[kernel.leaf] = jnp.stack(slices)
+    return jax.tree.unflatten(tree, leaves)
 
-    Raises:
-        TypeError: As `_flax.runnable`.
-    """
-    return Opened(model, runnable(model, inputs, kwargs, variables, rngs, mutable, jax.random.key(seed)))
+
+def rebuild(model: Any, called: Runnable, arrays: Any) -> Any:
+    """A model of the same kind: an NNX module with these arrays, or the variables of a Linen module."""
+    return nnx.merge(called.network, arrays[0]) if isinstance(model, nnx.Module) else arrays[0]
 
 
 def choose(passes: Passes, kernels: Callable[[str], bool] | None) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class Passes:
     Attributes:
         kernels: In the order in which they are first used.
         units: Of the kernels, in the order in which they are first used.
+        paths: Of the blocks; empty where only kernels are measured.
         others: Paths of the parameters of two and more axes that are no such kernels.
     """
 
@@ -66,20 +68,20 @@ class Passes:
         first = len(traced.calls)
         self._traced, self.kernels, self.others = tag_products(traced, slots, self._leaves)
         self._products = {Tag(first + number, 0): BRANCH for number in range(len(self.kernels))}
-        self._blocks, self._first = blocks, first
-        self.units = self._in_order(
-            [
-                unit
-                for number, kernel in enumerate(self.kernels)
-                for unit in (
-                    [Unit(number, kernel.path)]
-                    if kernel.rounds is None
-                    else [Unit(number, f"{kernel.path}[{i}]", i) for i in range(kernel.rounds)]
-                )
-            ]
-        )
+        self._blocks = blocks
+        ran = [tag.call - first for tag, _ in order(self._traced.jaxpr.jaxpr, self._products)]
+        uses = [self._unit(kernel, ran[:place].count(kernel), ran.count(kernel)) for place, kernel in enumerate(ran)]
+        self.units = list(dict.fromkeys(uses))
+        self._uses = [self.units.index(unit) for unit in uses]
+        self.paths = _outputs.numbered([traced.calls[tag.call].path for tag, _ in order(traced.jaxpr.jaxpr, blocks)])
         self._forward = self._compiled(self._measure_products)
         self._both = self._compiled(self._measure_blocks) if blocks else None
+
+    def with_arrays(self, arrays: Any) -> Passes:
+        """The same programs for a model with other arrays."""
+        other = copy.copy(self)
+        other._model, other._leaves = dataclasses.replace(self._model, arrays=arrays), jax.tree.leaves(arrays)
+        return other
 
     # ------------------------------------------------------------ what is measured
 
@@ -87,7 +89,7 @@ class Passes:
         """The variance of what each unit returns, float64 [units]; the geometric mean over all its uses."""
         found = _statistics.on_host(self._forward(self._leaves, self._split(factors)))
         uses: list[list[float]] = [[] for _ in self.units]
-        for unit, variance in zip(self._uses(self.units), found.var, strict=True):
+        for unit, variance in zip(self._uses, found.var, strict=True):
             uses[unit].append(variance)
         with np.errstate(divide="ignore"):
             return np.array([np.exp(np.mean(np.log(values))) for values in uses])
@@ -96,12 +98,6 @@ class Passes:
         """(forward, backward) variance at each block, both float64 [blocks]."""
         forward, backward = self._both(self._leaves, self._split(factors), key)
         return _statistics.on_host(forward).var, _statistics.on_host(backward).var
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Of the blocks."""
-        ran = order(self._traced.jaxpr.jaxpr, self._blocks)
-        return _outputs.numbered([self._traced.calls[tag.call].path for tag, _ in ran])
 
     def multiplied(self, factors: np.ndarray) -> Any:
         """The arrays of the model with every kernel multiplied by its factor; all others are the same objects."""
@@ -127,7 +123,7 @@ class Passes:
     def _measure_blocks(
         self, leaves: Sequence[jax.Array], factors: Sequence[jax.Array], key: jax.Array
     ) -> tuple[Moments, Moments]:
-        jaxpr, number = self._traced.jaxpr, len(order(self._traced.jaxpr.jaxpr, self._blocks))
+        jaxpr, number = self._traced.jaxpr, len(self.paths)
         leaves = self._scaled(leaves, factors)
 
         def run(sinks: list[Moments]) -> tuple[jax.Array, Any]:
@@ -141,21 +137,14 @@ class Passes:
 
     # ------------------------------------------------------------ factors
 
-    def _in_order(self, units: Sequence[Unit]) -> list[Unit]:
-        """In the order of their first use."""
-        return list(dict.fromkeys(units[number] for number in self._uses(units)))
-
-    def _uses(self, units: Sequence[Unit]) -> list[int]:
-        """The unit of each product, in the order in which they are computed."""
-        ran = [tag.call - self._first for tag, _ in order(self._traced.jaxpr.jaxpr, self._products)]
-        number = {(unit.kernel, unit.index): i for i, unit in enumerate(units)}
-        seen, found = dict.fromkeys(ran, 0), []
-        for kernel in ran:
-            rounds, reverse = self.kernels[kernel].rounds, self.kernels[kernel].reverse
-            index = None if rounds is None else seen[kernel] * rounds // ran.count(kernel)
-            found.append(number[kernel, rounds - 1 - index if reverse and rounds is not None else index])
-            seen[kernel] += 1
-        return found
+    def _unit(self, number: int, use: int, uses: int) -> Unit:
+        """What gets the factor of the use-th of so many uses of a kernel."""
+        kernel = self.kernels[number]
+        if kernel.rounds is None:
+            return Unit(number, kernel.path)
+        index = use * kernel.rounds // uses
+        index = kernel.rounds - 1 - index if kernel.reverse else index
+        return Unit(number, f"{kernel.path}[{index}]", index)
 
     def _split(self, factors: np.ndarray) -> list[np.ndarray]:
         """The factors of each kernel, [] or [rounds]."""
