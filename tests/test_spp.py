@@ -761,7 +761,8 @@ def made(forward, backward, shapes=None):
     forward, backward = np.array(forward, np.float64), np.array(backward, np.float64)
     n = len(forward)
     nan = np.full(n, np.nan)
-    samples = dict(zip(_statistics.STATISTICS, (forward, backward, nan, nan, nan, nan), strict=True))
+    rest = [nan] * (len(_statistics.STATISTICS) - 2)
+    samples = dict(zip(_statistics.STATISTICS, (forward, backward, *rest), strict=True))
     return spp.Profile(
         tuple(f"blocks/{i}" for i in range(n)),
         tuple(shapes or [(4, 8)] * n),
@@ -813,7 +814,9 @@ def test_profiles_are_written_and_shown(tmp_path, tiny):
     profile = spp.propagate_seeds(tiny, images(4, 8, 8, 3), seeds=2)
     profile.to_csv(tmp_path / "p.csv")
     lines = (tmp_path / "p.csv").read_text().splitlines()
-    statistics = "forward_var,backward_var,channel_sq_mean,channel_var,branch_var,branch_share"
+    statistics = (
+        "forward_var,backward_var,channel_sq_mean,channel_var,branch_var,branch_share,similarity,dead,saturated"
+    )
     assert lines[0] == f"seed,index,path,shape,dtype,{statistics},output,mode"
     assert len(lines) == 1 + 2 * 4
     assert float(lines[6].split(",")[5]) == pytest.approx(profile.samples["forward_var"][1, 1], rel=1e-6)

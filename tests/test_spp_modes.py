@@ -182,7 +182,9 @@ def test_our_own_networks(monkeypatch):
     plain = spp.propagate(resnet.PreActResNet(TINY, "idshort", rngs=nnx.Rngs(0), **settings), x)
     assert str(plain.mode) == ""
     assert plain.diagnose().notes == ()
-    assert str(plain.diagnose()) == f"{plain.diagnose().forward}\n{plain.diagnose().backward}"
+    diagnosis = plain.diagnose()
+    causes = [f"cause: {cause}" for cause in diagnosis.causes]
+    assert str(diagnosis) == "\n".join([str(diagnosis.forward), str(diagnosis.backward), *causes])
 
 
 def test_seeds_of_which_one_is_trained():

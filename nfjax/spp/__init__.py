@@ -12,7 +12,9 @@ measured of each block.
 
 from __future__ import annotations
 
+from nfjax.spp._causes import Cause
 from nfjax.spp._diagnosis import Diagnosis, Direction
+from nfjax.spp._kernels import Kernel
 from nfjax.spp._mode import Mode
 from nfjax.spp._monitor import Monitor, noise, propagate, propagate_seeds, scalars
 from nfjax.spp._plotting import Style, plot, styles
@@ -21,8 +23,8 @@ from nfjax.spp._statistics import STATISTICS, Moments, Observed
 from nfjax.spp._theory import Prediction, predict
 
 __all__ = [
-    "STATISTICS", "Diagnosis", "Direction", "Mode", "Moments", "Monitor", "Observed", "Prediction", "Profile", "Style",
-    "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles",
+    "STATISTICS", "Cause", "Diagnosis", "Direction", "Kernel", "Mode", "Moments", "Monitor", "Observed", "Prediction",
+    "Profile", "Style", "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles",
 ]  # fmt: skip
 
 

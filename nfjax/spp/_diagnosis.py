@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from nfjax.spp._mode import Mode
+from nfjax.spp import _causes
+from nfjax.spp._causes import Cause, Seen, Verdicts, listed
+from nfjax.spp._selection import BLOCKS
 from nfjax.spp._statistics import IDENTITY
-
-
-class Measured(Protocol):
-    """What a verdict is drawn from: a `Profile`."""
-
-    paths: tuple[str, ...]
-    mode: Mode
-    zeros: Mapping[str, tuple[str, ...]]
-
-    @property
-    def forward_var(self) -> np.ndarray: ...
-    @property
-    def backward_var(self) -> np.ndarray: ...
-    @property
-    def branch_share(self) -> np.ndarray: ...
-    @property
-    def stages(self) -> list[slice]: ...
-    def __len__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +28,7 @@ class Direction:
         extreme: The ratio to the start farthest from 1.
         stages: `per_block` within each stage, in execution order, NaN for a stage of one block.
         transitions: The ratio across each boundary between stages.
+        unit: What is called a block here, "block" or "layer"; of layers there are no stages.
     """
 
     quantity: str
@@ -54,6 +39,7 @@ class Direction:
     extreme: float
     stages: tuple[float, ...]
     transitions: tuple[float, ...]
+    unit: str = BLOCKS
 
     def __str__(self) -> str:
         way = "towards the output" if self.quantity == "activation" else "towards the input"
@@ -65,7 +51,7 @@ class Direction:
             change = "changes without bound"
         else:
             verb, factor = ("grows", self.per_block) if self.per_block >= 1 else ("shrinks", 1 / self.per_block)
-            change = f"{verb} {factor:.3g}x per block"
+            change = f"{verb} {factor:.3g}x per {self.unit}"
         line = f"{self.quantity} variance {change} {way}, {self.total:.3g}x in all: {self.verdict}"
         if self.block is not None:
             line += f" from {self.block!r}"
@@ -88,29 +74,42 @@ class Diagnosis:
         mode: In which mode the network ran, in words; empty where it has but one.
         notes: What the verdicts rest on, where that is not what one would think: norms on initial statistics, blocks
             that are the identity, parameters that are all zero.
+        causes: Why the signal does not survive, or the network will not train for another reason, as far as it can be
+            known; each with its evidence and a remedy, what is to be mended first in front.
     """
 
     forward: Direction
     backward: Direction
     mode: str = ""
     notes: tuple[str, ...] = ()
+    causes: tuple[Cause, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether both variances are preserved, and no cause is fatal by itself."""
+        preserved = self.forward.verdict == self.backward.verdict == "preserved"
+        return preserved and not any(cause.fatal for cause in self.causes)
 
     def __str__(self) -> str:
         ran = [f"measured with {self.mode}"] if self.mode else []
-        return "\n".join([str(self.forward), str(self.backward), *ran, *(f"note: {note}" for note in self.notes)])
+        causes = [f"cause: {cause}" for cause in self.causes if not cause.in_notes]
+        return "\n".join(
+            [str(self.forward), str(self.backward), *ran, *causes, *(f"note: {note}" for note in self.notes)]
+        )
 
 
-def diagnose(profile: Measured, tolerance: float) -> Diagnosis:
+def diagnose(profile: Seen, tolerance: float) -> Diagnosis:
     """`Profile.diagnose`."""
     if not tolerance > 1:
         raise ValueError(f"tolerance={tolerance} must be more than 1: it is a factor")
     forward = _direction(profile, profile.forward_var, tolerance, "activation")
     backward = _direction(profile, profile.backward_var, tolerance, "gradient")
     notes = (profile.mode.caveat(), _identities(profile, forward, backward), *_zeros(profile))
-    return Diagnosis(forward, backward, str(profile.mode), tuple(filter(None, notes)))
+    causes = _causes.find(profile, Verdicts(forward.verdict, backward.verdict))
+    return Diagnosis(forward, backward, str(profile.mode), tuple(filter(None, notes)), causes)
 
 
-def _identities(profile: Measured, forward: Direction, backward: Direction) -> str | None:
+def _identities(profile: Seen, forward: Direction, backward: Direction) -> str | None:
     """Where blocks that add nothing preserve a signal."""
     preserved = [way.quantity for way in (forward, backward) if way.verdict == "preserved"]
     number = int((profile.branch_share < IDENTITY).sum())
@@ -120,54 +119,52 @@ def _identities(profile: Measured, forward: Direction, backward: Direction) -> s
     return (
         f"{number} of {len(profile)} blocks are the identity at these parameters, their branches less than "
         f"{IDENTITY:.1%} of their output's variance (branch_share): that {' and '.join(preserved)} are preserved is "
-        f"trivial, and says nothing yet about the branches{f'; all zero: {_listed(zero)}' if zero else ''}. Measure "
+        f"trivial, and says nothing yet about the branches{f'; all zero: {listed(zero)}' if zero else ''}. Measure "
         "again after some steps of training"
     )
 
 
-def _zeros(profile: Measured) -> list[str]:
+def _zeros(profile: Seen) -> list[str]:
     """Where a variance is zero because a parameter is."""
     notes = []
     still, paths = np.flatnonzero(profile.forward_var == 0), ("", *profile.paths)
     if still.size and (names := profile.zeros.get(paths[still[0]])):
-        notes.append(f"no activation comes through {_listed(names)}, all zero: it is this that makes it 0, not depth")
+        notes.append(f"no activation comes through {listed(names)}, all zero: it is this that makes it 0, not depth")
     still = np.flatnonzero(profile.backward_var == 0)
     if still.size and (names := profile.zeros.get(profile.paths[still[-1]])):
         way = "; without loss= the gradient starts at the last block" if still[-1] == len(profile) - 1 else ""
         notes.append(
-            f"no gradient comes back through {_listed(names)}, all zero: it is this that makes it 0, not depth. "
+            f"no gradient comes back through {listed(names)}, all zero: it is this that makes it 0, not depth. "
             f"Measure with other values there, as after a step of training{way}"
         )
     return notes
 
 
-def _listed(names: Sequence[str]) -> str:
-    names = list(dict.fromkeys(names))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
-
-
-def _direction(profile: Measured, variances: np.ndarray, tolerance: float, quantity: str) -> Direction:
+def _direction(profile: Seen, variances: np.ndarray, tolerance: float, quantity: str) -> Direction:
     forward = quantity == "activation"
 
     def along(values: Sequence[Any]) -> list[Any]:
         return list(values) if forward else list(reversed(values))
 
-    way, paths = np.array(along(variances.tolist())), along(profile.paths)
+    # A layer that no gradient reaches lies on another way.
+    there = [i for i, path in enumerate(profile.paths) if forward or path not in profile.unreached]
+    way, paths = np.array(along(variances[there].tolist())), along([profile.paths[i] for i in there])
     steps = len(way) - 1
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratios = way / way[0]
         total = float(ratios[-1])
         per_block = float(total ** (1 / steps)) if steps else 1.0
         growth, transitions = [], []
-        for stage in profile.stages:
+        stages = profile.stages if profile.level == BLOCKS else []  # layers of one shape are not one stage
+        for stage in stages:
             inside = along(variances[stage].tolist())
             growth.append(_root(inside[-1], inside[0], len(inside) - 1))
-        for stage in profile.stages[1:]:
+        for stage in stages[1:]:
             pair = along([variances[stage.start - 1], variances[stage.start]])
             transitions.append(_root(pair[1], pair[0], 1))
     broken = np.flatnonzero(~np.isfinite(way))
     common = {"total": total, "per_block": per_block, "stages": tuple(growth), "transitions": tuple(transitions)}
+    common["unit"] = profile.level
     if broken.size:
         return Direction(quantity, "non-finite", paths[broken[0]], extreme=math.nan, **common)
     if way[0] == 0:

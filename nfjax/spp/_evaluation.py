@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal, jaxprs_in_params
 
+from nfjax.spp import _activations
 from nfjax.spp._flow import INLINED, REMATERIALIZED, SCAN, executions, scan_layout
-from nfjax.spp._statistics import Moments, change, moments
+from nfjax.spp._statistics import Moments, change, moments, similarity
 from nfjax.spp._tracing import Call, Tag, tag
 
 BLOCK, BRANCH = "block", "branch"  # the roles of what is tapped
@@ -48,17 +49,21 @@ class Taken(NamedTuple):
     Attributes:
         forward: Moments of every tapped value.
         changes: Of the blocks, by `change`.
+        similarities: Likewise, by `similarity`.
+        shares: Of the activations, by `_activations.share`, in the order of `_activations.order`.
         last: The value at the last block; None where there was none.
     """
 
     forward: tuple[Moments, ...] = ()
     changes: tuple[jax.Array, ...] = ()
+    similarities: tuple[jax.Array, ...] = ()
+    shares: tuple[jax.Array, ...] = ()
     last: jax.Array | None = None
 
     def then(self, later: Taken) -> Taken:
         """Both, one after the other."""
-        last = self.last if later.last is None else later.last
-        return Taken(self.forward + later.forward, self.changes + later.changes, last)
+        joined = [own + after for own, after in zip(self[:-1], later[:-1], strict=True)]
+        return Taken(*joined, self.last if later.last is None else later.last)
 
 
 Sinks = Sequence[Moments]
@@ -83,7 +88,7 @@ def evaluate(
     values: dict[Any, Any] = {}
     blocks = {tagged.call for tagged, role in roles.items() if role == BLOCK}
     given_to: dict[int, list[jax.Array]] = collections.defaultdict(list)
-    inner, taken = functools.partial(evaluate, roles=roles), Taken()
+    inner, taken, activations = functools.partial(evaluate, roles=roles), Taken(), _activations.kinds(jaxpr)
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
@@ -102,6 +107,8 @@ def evaluate(
                 given_to[tagged.call] += given
         elif not roles.keys() & runs.keys():
             out = bind_equation(eqn, given)
+            if eqn.outvars and eqn.outvars[0] in activations:
+                found = Taken(shares=(_activations.share(activations[eqn.outvars[0]], out[0]),))
         elif name in INLINED:
             closed = eqn.params[INLINED[name]]
             out, found = inner(closed.jaxpr, closed.consts, given, own)
@@ -125,7 +132,7 @@ def _tapped(value: jax.Array, sinks: Sinks, given: Sequence[jax.Array]) -> tuple
     same = [jax.lax.stop_gradient(x) for x in given if x.shape == value.shape]
     changed = change(same, still, measured)
     value = _tap(value, *sinks)
-    return [value], Taken((measured,), (changed,), value)
+    return [value], Taken((measured,), (changed,), (similarity(still, measured),), last=value)
 
 
 def bind_equation(eqn: Any, given: Sequence[Any]) -> Sequence[Any]:

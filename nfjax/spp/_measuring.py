@@ -20,14 +20,16 @@ from flax import linen
 
 from nfjax import compilation
 from nfjax._flax import Runnable, bind
-from nfjax.spp import _losses, _outputs, _statistics, _tracing, _variables
+from nfjax.spp import _activations, _kernels, _losses, _outputs, _statistics, _tracing, _variables
+from nfjax.spp._activations import Activation
 from nfjax.spp._evaluation import BLOCK, check_supported, evaluate
 from nfjax.spp._flow import calls_of, executions_of, order
+from nfjax.spp._kernels import Kernel, Layout
 from nfjax.spp._losses import Loss
 from nfjax.spp._mode import Mode
 from nfjax.spp._outputs import Output
 from nfjax.spp._profile import Profile
-from nfjax.spp._selection import Where, select, select_branches
+from nfjax.spp._selection import BLOCKS, LAYERS, Where, layers, select, select_branches
 from nfjax.spp._statistics import IDENTITY, NOTHING, Moments
 from nfjax.spp._tracing import Call, Tag
 from nfjax.spp._variables import Slot
@@ -43,6 +45,7 @@ class Choice:
     branch: Where = "branch"
     output: Output | None = None
     loss: str | Loss | None = None
+    level: str = BLOCKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +56,15 @@ class Run:
         statistics: Each of `STATISTICS`, float64 [blocks].
         mode: In which the network ran.
         zeros: `Profile.zeros`.
+        unreached: Paths of what no gradient reached.
+        kernels: `Profile.kernels`.
     """
 
     statistics: Mapping[str, np.ndarray]
     mode: Mode
     zeros: Mapping[str, tuple[str, ...]]
+    unreached: tuple[str, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +77,7 @@ class Measurement:
         shapes: Of these arrays.
         dtypes: Likewise.
         program: What was compiled.
+        level: BLOCKS or LAYERS.
     """
 
     paths: tuple[str, ...]
@@ -77,12 +85,15 @@ class Measurement:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
     program: Any
+    level: str
     _mode: Mode
     _slots: tuple[Slot, ...]
     _factors: Mapping[int, set[Tag | None]]
     _tags: tuple[Tag, ...]  # of each block
     _blocks: tuple[int, ...]
     _branches: tuple[int, ...]
+    _activations: list[Activation]
+    _layouts: Mapping[str, Layout]
 
     def start(self, arrays: Any, key: jax.Array) -> Started:
         """Sets the pass going.
@@ -95,15 +106,21 @@ class Measurement:
         with jax.disable_jit(False):  # a compiled program cannot be run without, and nobody's function is in it
             return leaves, self.program(leaves, key)
 
-    def read(self, started: Started) -> Run:
+    def read(self, started: Started, kernels: bool = False) -> Run:
         """Waits for a pass.
+
+        Args:
+            started: By `start`.
+            kernels: Whether the kernels themselves are looked at, too.
 
         Raises:
             ValueError: No gradient came to a block.
         """
-        leaves, (forward, changes, backward) = started
-        seen = _statistics.observed(forward, changes, backward, self._blocks, self._branches)
-        if not seen.gradient.reached.all():
+        leaves, (forward, changes, similarities, shares, backward) = started
+        idle = _activations.by_block(self._activations, np.asarray(shares, np.float64), len(self.paths))
+        seen = _statistics.observed(forward, changes, similarities, idle, backward, self._blocks, self._branches)
+        unreached = tuple(path for path, one in zip(self.paths, seen.gradient.reached, strict=True) if not one)
+        if unreached and self.level == BLOCKS:
             missed = int(np.flatnonzero(seen.gradient.reached == 0)[-1])
             raise ValueError(
                 f"no gradient reaches the output of {self.outputs[missed]!r}: a derivative rule behind it (of jax.grad "
@@ -111,9 +128,15 @@ class Measurement:
                 "of theirs with output=, or another target with loss="
             )
         statistics = _statistics.compute(seen)
+        if self.level == LAYERS:  # a layer adds nothing to its input
+            statistics["branch_share"] = np.full(len(self.paths), np.nan)
+        if unreached:
+            statistics["backward_var"] = np.where(seen.gradient.reached > 0, statistics["backward_var"], np.nan)
         mode = dataclasses.replace(self._mode, initial=_variables.initial(self._mode, self._slots, leaves))
         stopped = (seen.gradient.var == 0) | (seen.output.var == 0) | (statistics["branch_share"] < IDENTITY)
-        return Run(statistics, mode, self._zeros(leaves) if stopped.any() else {})
+        zeros = self._zeros(leaves) if stopped.any() else {}
+        looked_at = _kernels.read(self._layouts, self._slots, leaves) if kernels else ()
+        return Run(statistics, mode, zeros, unreached, tuple(looked_at))
 
     def _zeros(self, leaves: Sequence[Any]) -> dict[str, tuple[str, ...]]:
         zeros = _variables.zeros(self._factors, self._slots, leaves)
@@ -134,6 +157,9 @@ class Measurement:
             outputs=self.outputs,
             mode=functools.reduce(Mode.merged, [run.mode for run in runs]),
             zeros=zeros,
+            level=self.level,
+            kernels=runs[0].kernels,
+            unreached=runs[0].unreached,
         )
 
 
@@ -158,32 +184,38 @@ def choose(model: Runnable, choice: Choice) -> tuple[_tracing.Trace, list[int], 
     if not jaxpr.out_avals:
         raise ValueError(f"{model.name} returns no array: is there a return statement missing?")
     reached = calls_of(executions_of(jaxpr.jaxpr))
-    blocks = select(jaxpr.jaxpr, calls, reached, choice.where)
+    if choice.level == LAYERS and choice.where is None:
+        owners = {slot.owner for slot in _variables.slots(model.arrays) if slot.kind == _variables.PARAMETER}
+        if not (blocks := layers(calls, reached, owners)):
+            raise ValueError(f"{model.name} calls no module that holds parameters: choose modules with where=")
+    else:
+        blocks = select(jaxpr.jaxpr, calls, reached, choice.where)
     return traced, blocks, select_branches(calls, reached, blocks, choice.branch)
 
 
 def _prepare(model: Runnable, choice: Choice) -> Measurement:
     traced, blocks, branches = choose(model, choice)
     jaxpr, calls, loss = traced.jaxpr, traced.calls, choice.loss
-    roles = _outputs.choose(traced, blocks, branches, choice.output, loss)
+    roles = _outputs.choose(traced, blocks, branches, choice.output, loss, choice.level == BLOCKS)
     check_supported(jaxpr.jaxpr, calls, roles)
     ran = order(jaxpr.jaxpr, roles)
     places = [i for i, (tag, _) in enumerate(ran) if roles[tag] == BLOCK]
     leaves = jax.tree.leaves(model.arrays)
     slots = tuple(_variables.slots(model.arrays))
+    activations = _activations.order(jaxpr.jaxpr, roles, {tag for tag, role in roles.items() if role == BLOCK})
 
-    def measure(leaves: Sequence[jax.Array], key: jax.Array) -> tuple[Moments, jax.Array, Moments]:
+    def measure(leaves: Sequence[jax.Array], key: jax.Array) -> tuple[Moments, jax.Array, jax.Array, Any, Moments]:
         def run(sinks: list[Moments]) -> tuple[jax.Array, Any]:
             out, taken = evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, sinks, roles)
-            found = _stacked(taken.forward), jnp.stack(taken.changes)
+            found = _stacked(taken.forward), jnp.stack(taken.changes), jnp.stack(taken.similarities), taken.shares
             if loss is None:
                 return taken.last, found
             return _losses.apply(loss, jax.tree.unflatten(traced.out_tree, out), key), found
 
-        value, pull, (forward, changes) = jax.vjp(run, [NOTHING] * len(places), has_aux=True)
+        value, pull, found = jax.vjp(run, [NOTHING] * len(places), has_aux=True)
         # Drawn in float32 also where JAX's default is float64, which has other numbers.
         start = jnp.ones(value.shape, jnp.float32) if loss else jax.random.normal(key, value.shape, jnp.float32)
-        return forward, changes, _stacked(pull(start.astype(value.dtype))[0])
+        return *found, _stacked(pull(start.astype(value.dtype))[0])
 
     try:
         # Unused arguments stay, so that equal programs have equal arguments.
@@ -200,12 +232,15 @@ def _prepare(model: Runnable, choice: Choice) -> Measurement:
         shapes=tuple(ran[place][1] for place in places),
         dtypes=tuple(str(_outputs.dtype(calls, tag)) for tag in tags),
         program=compilation.compile_once(lowered, placed=[str(getattr(leaf, "sharding", None)) for leaf in leaves]),
+        level=choice.level,
         _mode=_mode(model, traced, slots),
         _slots=slots,
         _factors=_variables.factors(traced, slots, tags),
         _tags=tags,
         _blocks=tuple(places),
         _branches=_branch_places(calls, [tag for tag, _ in ran], roles),
+        _activations=activations,
+        _layouts=_kernels.layouts(calls, calls_of(executions_of(jaxpr.jaxpr))),
     )
 
 

@@ -18,7 +18,7 @@ from nfjax.spp._losses import Loss
 from nfjax.spp._measuring import Choice, Measurement, choose, prepare
 from nfjax.spp._outputs import Output
 from nfjax.spp._profile import Profile
-from nfjax.spp._selection import Where
+from nfjax.spp._selection import BLOCKS, LAYERS, Where
 
 GAUSSIAN = "gaussian"
 # Streams of a seed of their own: an input or a parameter that the user draws from the same seed is another number.
@@ -50,6 +50,7 @@ class Monitor:
         loss: str | Loss | None = None,
         seed: int = 0,
         mutable: Any = None,
+        level: str = BLOCKS,
         **kwargs: Any,
     ):
         """Says what will be measured; nothing is computed yet.
@@ -62,15 +63,19 @@ class Monitor:
             loss: Where the gradient starts.
             seed: Of what is drawn at random.
             mutable: Of a Linen model.
+            level: "block" or "layer".
             **kwargs: Of the model's call.
 
         Raises:
             TypeError: The loss is neither a name nor a function.
+            ValueError: There is no such level.
         """
+        if level not in (BLOCKS, LAYERS):
+            raise ValueError(f"unknown level={level!r}: expected {BLOCKS!r} or {LAYERS!r}")
         if loss is not None and not (isinstance(loss, str) or callable(loss)):
             raise TypeError(f"loss={loss!r}: expected a function of the model's output or a name")
         self.inputs, self.kwargs, self.seed, self.mutable = inputs, kwargs, seed, mutable
-        self.choice = Choice(where, branch, output, loss)
+        self.choice = Choice(where, branch, output, loss, level)
         self._prepared: tuple[Any, Measurement] | None = None
 
     def __call__(self, model: Any, variables: Mapping[str, Any] | None = None, rngs: Any = ABSENT) -> Profile:
@@ -87,9 +92,12 @@ class Monitor:
         Raises:
             ValueError: As `propagate` does, likewise TypeError.
         """
+        return self._measure(model, variables, rngs, kernels=False)
+
+    def _measure(self, model: Any, variables: Mapping[str, Any] | None, rngs: Any, kernels: bool) -> Profile:
         measurement, arrays = self.prepare(model, variables, rngs, self.inputs, self.seed)
         started = measurement.start(arrays, stream(self.seed, COTANGENT))
-        return measurement.profile([self.seed], [measurement.read(started)])
+        return measurement.profile([self.seed], [measurement.read(started, kernels)])
 
     def check(self, model: Any, variables: Mapping[str, Any] | None = None, rngs: Any = ABSENT) -> None:
         """Whether the blocks can be found, from shapes alone: arrays may be `jax.ShapeDtypeStruct`.
@@ -150,6 +158,7 @@ def propagate(
     seed: int = 0,
     rngs: Any = ABSENT,
     mutable: Any = None,
+    level: str = BLOCKS,
     **kwargs: Any,
 ) -> Profile:
     """Variances of activations and gradients at every block of a Flax model, in one jitted pass forward and back.
@@ -176,6 +185,8 @@ def propagate(
         seed: Of these draws.
         rngs: Of the model's call.
         mutable: Collections that a Linen module may write; left out, all but the parameters if it writes any.
+        level: "block"; or "layer": with `where` left out, every convolution, dense layer, norm, attention and whatever
+            else holds parameters, or with it, what it selects, is measured, whether a gradient reaches it or not.
         **kwargs: Of the model's call. An argument of the model that has the name of one of these cannot be passed by
             keyword.
 
@@ -189,7 +200,8 @@ def propagate(
     """
     _check(cotangent)
     options = {"where": where, "branch": branch, "output": output, "loss": loss, "seed": seed, "mutable": mutable}
-    return Monitor(*inputs, **options, **kwargs)(model, variables, rngs)
+    monitor = Monitor(*inputs, **options, level=level, **kwargs)
+    return monitor._measure(model, variables, rngs, kernels=True)
 
 
 def propagate_seeds(
@@ -203,6 +215,7 @@ def propagate_seeds(
     loss: str | Loss | None = None,
     rngs: Any = ABSENT,
     mutable: Any = None,
+    level: str = BLOCKS,
     **kwargs: Any,
 ) -> Profile:
     """`propagate` for several seeds.
@@ -222,6 +235,7 @@ def propagate_seeds(
         loss: Where the gradient starts.
         rngs: Of the model's call.
         mutable: Of a Linen model.
+        level: "block" or "layer".
         **kwargs: Of the model's call.
 
     Returns:
@@ -234,7 +248,8 @@ def propagate_seeds(
     seeds = tuple(seeds) if isinstance(seeds, Sequence) else tuple(range(operator.index(seeds)))
     if not seeds:
         raise ValueError("seeds is empty: expected a number of seeds, 1 or more, or a sequence of them")
-    monitor = Monitor(*inputs, where=where, branch=branch, output=output, loss=loss, mutable=mutable, **kwargs)
+    options = {"where": where, "branch": branch, "output": output, "loss": loss, "mutable": mutable, "level": level}
+    monitor = Monitor(*inputs, **options, **kwargs)
     first: Measurement | None = None
     runs, started = [], None
     for seed in seeds:
@@ -251,9 +266,9 @@ def propagate_seeds(
             )
         # While a pass runs, the parameters of the next seed are drawn.
         if started is not None:
-            runs.append(measurement.read(started))
+            runs.append(measurement.read(started, kernels=not runs))
         started = measurement.start(arrays, stream(seed, COTANGENT))
-    runs.append(measurement.read(started))
+    runs.append(measurement.read(started, kernels=not runs))
     return measurement.profile(seeds, runs)
 
 

@@ -18,7 +18,12 @@ Output = Callable[[Any], Any] | int | str | Sequence[int | str]
 
 
 def choose(
-    traced: Trace, blocks: Sequence[int], branches: Sequence[int], output: Output | None, loss: str | Loss | None
+    traced: Trace,
+    blocks: Sequence[int],
+    branches: Sequence[int],
+    output: Output | None,
+    loss: str | Loss | None,
+    all_reached: bool = True,
 ) -> dict[Tag, str]:
     """The tag to be measured of every block and branch, with its role.
 
@@ -33,7 +38,8 @@ def choose(
     Ways along which a gradient comes back count first, and where these do not decide, others. Of each block, the array
     of highest rank is measured that a gradient reaches; of a branch likewise, by what goes into its block's output.
 
-    Raises ValueError where no gradient reaches a block's array, saying why, and where `output` does not name one.
+    Raises ValueError where no gradient reaches a block's array, saying why, if `all_reached` asks for it, and where
+    `output` does not name one.
     """
     executed = _flow.executions_of(traced.jaxpr.jaxpr)
     there = {tag for tag in executed if not tag.entry}
@@ -41,7 +47,7 @@ def choose(
     wanted = {} if output is None else {call: _named(output, traced.calls[call], call) for call in blocks}
     sinks = _sinks(traced, loss)
     ranked = {call: [wanted[call]] for call in blocks} if wanted else _ranked(traced, candidates, sinks)
-    chosen = _with_gradient(traced, ranked, sinks if loss is not None else None)
+    chosen = _with_gradient(traced, ranked, sinks if loss is not None else None, all_reached)
     return dict.fromkeys(_branch_outputs(traced, branches, chosen, there), BRANCH) | dict.fromkeys(chosen, BLOCK)
 
 
@@ -173,7 +179,9 @@ def _sinks(traced: Trace, loss: str | Loss | None) -> list[Marks]:
     return [read >> i & 1 for i in range(len(avals))]
 
 
-def _with_gradient(traced: Trace, ranked: Mapping[int, Sequence[Tag]], sinks: Sequence[Marks] | None) -> list[Tag]:
+def _with_gradient(
+    traced: Trace, ranked: Mapping[int, Sequence[Tag]], sinks: Sequence[Marks] | None, all_reached: bool
+) -> list[Tag]:
     """The best of every call that a gradient reaches: from `sinks`, or from the output of the last block, None."""
     jaxpr = traced.jaxpr.jaxpr
     tags = [tag for group in ranked.values() for tag in group]
@@ -189,7 +197,7 @@ def _with_gradient(traced: Trace, ranked: Mapping[int, Sequence[Tag]], sinks: Se
         with_gradient = [tag for tag in group if own[tag] & reached]
         chosen.append(with_gradient[0] if with_gradient else group[0])
     missed = [tag for tag in chosen if not own[tag] & reached]
-    if missed:
+    if missed and all_reached:
         raise ValueError(_why(traced, chosen, missed, start, sinks))
     return chosen
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from nfjax import _names, storage
 from nfjax.spp._diagnosis import Diagnosis, diagnose
+from nfjax.spp._kernels import Kernel
 from nfjax.spp._mode import Mode
+from nfjax.spp._selection import BLOCKS
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -31,6 +33,12 @@ class Profile:
     - branch_share: Var[branch] / Var[x_l] over whole tensors: of what is called a branch, or where nothing is, or where
       a factor behind it makes the block the identity, of x_l - x for the input x that has x_l's shape; NaN where there
       is none.
+    - similarity: The cosine between the activations of an example and those of the next, averaged over the batch, of
+      which the first axis is taken to count the examples. Close to 1, different inputs have become the same.
+    - dead: Of the units (last axis) of the ReLUs since the block before, the share that is 0 for the whole batch and at
+      every place; NaN where there is no ReLU.
+    - saturated: Of the values of tanh, erf and the logistic function there, the share within 1 % of its range from a
+      bound, where little gradient comes through; NaN where there is none.
 
     All are population statistics, accumulated in float32.
 
@@ -46,6 +54,10 @@ class Profile:
         zeros: Parameters that are all zero and multiply what a block returns, before any other block does, by the
             block's path ("" for what comes before the first); looked for only where a variance is 0 or a block is the
             identity.
+        level: What "block" means here: "block", or "layer".
+        kernels: Those of the modules that the model calls, of the first seed; none from a `Monitor`, which looks at a
+            network that trains.
+        unreached: Layers that no gradient reaches; their backward variance is NaN.
     """
 
     paths: tuple[str, ...]
@@ -56,6 +68,9 @@ class Profile:
     outputs: tuple[str, ...] = ()
     mode: Mode = dataclasses.field(default_factory=Mode)
     zeros: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    level: str = BLOCKS
+    kernels: tuple[Kernel, ...] = ()
+    unreached: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.outputs:
@@ -107,6 +122,19 @@ class Profile:
         """
         return diagnose(self, tolerance)
 
+    def assert_healthy(self, tolerance: float = 10.0) -> None:
+        """For a test of one's own model: the signal survives both ways, and nothing else is wrong that can be known.
+
+        Args:
+            tolerance: As for `diagnose`.
+
+        Raises:
+            AssertionError: It does not, or something is; the message is the diagnosis, with causes and remedies.
+            ValueError: The tolerance is not more than 1.
+        """
+        if not (found := self.diagnose(tolerance)).healthy:
+            raise AssertionError(f"the network is not healthy\n{found}")
+
     def rows(self) -> Iterator[list[Any]]:
         """A table of the samples: its head, then one row per seed and block, values to seven digits."""
         yield ["seed", "index", "path", "shape", "dtype", *self.samples, "output", "mode"]
@@ -148,6 +176,9 @@ class Profile:
             "outputs": self.outputs,
             "mode": {"text": str(self.mode), **dataclasses.asdict(self.mode)},
             "zeros": dict(self.zeros),
+            "level": self.level,
+            "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
+            "unreached": self.unreached,
             **{name: [[plain(v) for v in row] for row in rows.tolist()] for name, rows in self.samples.items()},
         }
         text = json.dumps(content, indent=1)
@@ -159,7 +190,9 @@ class Profile:
         names = tuple(self.samples)
         columns = [getattr(self, name) for name in names]
         shown = [i for i, column in enumerate(columns) if not np.isnan(column).all()]
-        head = ["", "block", "output", *(names[i] for i in shown)]
+        # Units that do nothing are told of where there are any.
+        shown = [i for i in shown if names[i] not in ("dead", "saturated") or np.nanmax(columns[i]) > 0]
+        head = ["", self.level, "output", *(names[i] for i in shown)]
         lines = [head]
         for i, path in enumerate(self.outputs):
             shape = "x".join(map(str, self.shapes[i]))
@@ -170,5 +203,5 @@ class Profile:
             "  ".join(a(cell, w) for a, cell, w in zip(align, line, widths, strict=True)).rstrip() for line in lines
         ]
         seeds = f", median of {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
-        head = f"Profile of {len(self)} blocks, {'/'.join(sorted(set(self.dtypes)))}{seeds}"
+        head = f"Profile of {len(self)} {self.level}s, {'/'.join(sorted(set(self.dtypes)))}{seeds}"
         return "\n".join([head, *filter(None, [str(self.mode)]), *table])

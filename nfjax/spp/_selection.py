@@ -6,7 +6,7 @@ import collections
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from flax import linen, nnx
@@ -15,6 +15,7 @@ from nfjax.spp._residuals import IDENTITY, ancestors, in_one_line, residual_call
 from nfjax.spp._tracing import Call, class_name
 
 DEFAULT_BRANCH = "branch"
+BLOCKS, LAYERS = "block", "layer"  # what is measured where `where` is left out
 
 Where = type | str | Sequence[type | str] | Callable[[str, Any], bool]
 
@@ -41,6 +42,21 @@ def select(jaxpr: Any, calls: Sequence[Call], reached: Mapping[int, int], where:
             f"calls {_census(calls, reached)}"
         )
     return found
+
+
+def layers(calls: Sequence[Call], reached: Mapping[int, int], owners: Collection[str]) -> list[int]:
+    """The indices of the calls of layers: of the innermost modules that hold parameters, of norms without any, and of
+    attention around its projections.
+
+    Args:
+        calls: Of the model's trace.
+        reached: As for `select`.
+        owners: The paths of the modules that hold parameters.
+    """
+    holding = {i for i in reached if calls[i].path in owners or class_name(calls[i].module).endswith("Norm")}
+    around = {a for i in holding for a in ancestors(calls, i) if calls[a].path != calls[i].path}
+    attention = {i for i in reached if "attention" in class_name(calls[i].module).lower()}
+    return sorted(attention & around | holding - around)
 
 
 def _unknown(name: str, calls: Sequence[Call], reached: Mapping[int, int]) -> str:

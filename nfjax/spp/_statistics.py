@@ -20,6 +20,7 @@ import numpy as np
 # signal goes. A hundred pre-normalized blocks, each of which adds as much as the first, still have ten times that.
 IDENTITY = 1e-3
 _UNKNOWN = -1.0  # of a share: a NaN would stop a program under JAX's debugging switch
+_NO_COSINE = 2.0  # likewise, of a cosine
 
 
 @jax.tree_util.register_dataclass
@@ -105,6 +106,30 @@ def change(given: Sequence[jax.Array], out: jax.Array, measured: Moments) -> jax
     return jnp.where(total > 0, share, _UNKNOWN)
 
 
+def similarity(out: jax.Array, measured: Moments) -> jax.Array:
+    """How much alike the activations of different examples are.
+
+    Args:
+        out: Of a block, [B, ...].
+        measured: Its moments.
+
+    Returns:
+        The cosine between an example's activations and those of the next one, without taking off a mean, averaged over
+        the batch: a float32 scalar, larger than 1 where there are no two examples that are not zero. Its course over
+        the depth is the "C map" (Poole et al. 2016; Martens et al. 2021).
+    """
+    if out.ndim < 2 or out.shape[0] < 2:
+        return jnp.float32(_NO_COSINE)
+    axes = tuple(range(1, out.ndim))
+    scaled = out.astype(jnp.float32) / measured.scale
+    squares, products = jnp.square(scaled).sum(axis=axes), (scaled[:-1] * scaled[1:]).sum(axis=axes)
+    norms = jnp.sqrt(squares[:-1]) * jnp.sqrt(squares[1:])
+    known = norms > 0
+    cosines = jnp.where(known, products / jnp.where(known, norms, 1.0), 0.0)
+    number = known.sum(dtype=jnp.float32)
+    return jnp.where(number > 0, cosines.sum() / jnp.maximum(number, 1.0), _NO_COSINE)
+
+
 # ---------------------------------------------------------------- on the host
 
 
@@ -118,6 +143,9 @@ class Observed:
         branch: Of the residual branches before they are added; NaN where a block has none.
         has_branch: Whether it has one, [blocks].
         change: By `change`, [blocks]; NaN where it is not known.
+        similarity: By `similarity`, likewise.
+        dead: By `_activations.by_block`, likewise.
+        saturated: Likewise.
     """
 
     output: Moments
@@ -125,6 +153,9 @@ class Observed:
     branch: Moments
     has_branch: np.ndarray
     change: np.ndarray
+    similarity: np.ndarray
+    dead: np.ndarray
+    saturated: np.ndarray
 
 
 def on_host(stacked: Moments) -> Moments:
@@ -133,18 +164,27 @@ def on_host(stacked: Moments) -> Moments:
 
 
 def observed(
-    forward: Moments, changes: Any, gradient: Moments, blocks: Sequence[int], branches: Sequence[int]
+    forward: Moments,
+    changes: Any,
+    similarities: Any,
+    idle: tuple[np.ndarray, np.ndarray],
+    gradient: Moments,
+    blocks: Sequence[int],
+    branches: Sequence[int],
 ) -> Observed:
     """From what a pass computed.
 
     Args:
         forward: Moments of blocks and branches together, [n].
         changes: By `change`, [blocks].
+        similarities: By `similarity`, [blocks].
+        idle: Dead and saturated shares, by `_activations.by_block`.
         gradient: Moments of the gradient at the blocks, [blocks].
         blocks: Where in `forward` each block stands.
         branches: Where each block's branch does, -1 for none.
     """
     forward, changes = on_host(forward), np.asarray(changes, np.float64)
+    similarities = np.asarray(similarities, np.float64)
     has_branch = np.array(branches) >= 0
     return Observed(
         output=jax.tree.map(lambda field: field[list(blocks)], forward),
@@ -152,6 +192,9 @@ def observed(
         branch=jax.tree.map(lambda field: np.where(has_branch, field[list(branches)], np.nan), forward),
         has_branch=has_branch,
         change=np.where(changes == _UNKNOWN, np.nan, changes),
+        similarity=np.where(similarities == _NO_COSINE, np.nan, similarities),
+        dead=idle[0],
+        saturated=idle[1],
     )
 
 
@@ -171,6 +214,9 @@ STATISTICS: dict[str, Callable[[Observed], np.ndarray]] = {
     "channel_var": lambda seen: seen.output.channel_var,
     "branch_var": lambda seen: seen.branch.channel_var,
     "branch_share": _branch_share,
+    "similarity": lambda seen: seen.similarity,
+    "dead": lambda seen: seen.dead,
+    "saturated": lambda seen: seen.saturated,
 }
 
 

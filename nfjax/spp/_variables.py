@@ -117,14 +117,14 @@ def initial(ran: Mode, found: Sequence[Slot], leaves: Sequence[Any]) -> tuple[st
 
 
 def _begins(name: str, leaf: Any) -> bool:
-    values = _on_host(leaf)
+    values = values_of(leaf)
     if values is None or not jnp.issubdtype(values.dtype, jnp.number):
         return values is not None
     starts = [0] if "mean" in name else [1] if "var" in name else [0, 1]
     return any(bool((values == start).all()) for start in starts)
 
 
-def _on_host(leaf: Any) -> np.ndarray | None:
+def values_of(leaf: Any) -> np.ndarray | None:
     """Its values, None where they lie on devices of other processes or are no numbers."""
     if isinstance(leaf, jax.Array):
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -171,7 +171,7 @@ def zeros(
     """Of `factors`, the parameters that are all zero, by the block whose output they multiply."""
     by_block: dict[Tag | None, list[str]] = collections.defaultdict(list)
     for i in sorted(multiplied):
-        values = _on_host(leaves[i])
+        values = values_of(leaves[i])
         if values is not None and not values.any():
             for tag in multiplied[i]:
                 by_block[tag].append(found[i].name)

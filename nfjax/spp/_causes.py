@@ -1,0 +1,333 @@
+"""Why a signal does not survive, and what to do: each cause that is known is one function of a profile.
+
+A cause says what is wrong, by which numbers it is known, and what mends it. The order of `CAUSES` is that in which they
+are told: what makes every other number meaningless comes first.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from nfjax.spp._kernels import Kernel
+from nfjax.spp._mode import Mode
+
+IDLE = 0.5  # share of dead units, or of saturated values, in a block that is told of
+FEW = 32  # examples and positions, with fewer of which a unit may be 0 by chance
+SAME = 0.99  # cosine between different inputs that have become one
+APART = 0.9  # the same where they still were different
+LIKE = 1.5  # factor between a measured ratio and one from theory, within which the one explains the other
+MOST = 0.5  # share of the kernels, or of the blocks, that must be alike to be a cause
+GROWTH = 1.1  # of a variance in one block, above which an addition adds to it
+SUBNORMAL = {"float16": 6.1e-5, "bfloat16": 1.2e-38, "float32": 1.2e-38}  # smallest number of full precision
+STEP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative, half the distance between two numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """Why a network will train badly.
+
+    Attributes:
+        what: The cause, in words.
+        evidence: The numbers by which it is known.
+        remedy: What mends it.
+        fatal: Whether the network is unhealthy for this alone, whatever its variances are.
+        in_notes: Whether a note of the diagnosis says the same.
+    """
+
+    what: str
+    evidence: str
+    remedy: str
+    fatal: bool = False
+    in_notes: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.what}\n    because {self.evidence}\n    try {self.remedy}"
+
+
+class Seen(Protocol):
+    """What causes are found in: a `Profile`, likewise its verdicts."""
+
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    mode: Mode
+    zeros: Mapping[str, tuple[str, ...]]
+    kernels: tuple[Kernel, ...]
+    level: str
+    unreached: tuple[str, ...]
+    samples: Mapping[str, np.ndarray]
+
+    @property
+    def forward_var(self) -> np.ndarray: ...
+    @property
+    def backward_var(self) -> np.ndarray: ...
+    @property
+    def branch_share(self) -> np.ndarray: ...
+    @property
+    def stages(self) -> list[slice]: ...
+    def __len__(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """The verdict of each direction: "preserved", "vanishing", "exploding" or "non-finite"."""
+
+    forward: str
+    backward: str
+
+    @property
+    def both(self) -> tuple[str, str]:
+        return self.forward, self.backward
+
+
+def find(profile: Seen, verdicts: Verdicts) -> tuple[Cause, ...]:
+    """All causes that are seen, in the order of `CAUSES`."""
+    return tuple(cause for function in CAUSES for cause in function(profile, verdicts))
+
+
+# ---------------------------------------------------------------- numbers that are none
+
+
+def _not_finite(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
+    if verdicts.forward == "non-finite":
+        first = profile.paths[int(np.flatnonzero(~np.isfinite(profile.forward_var))[0])]
+        before = "the input or the part before it" if first == profile.paths[0] else "everything before it is finite"
+        yield Cause(
+            f"the activations of {first!r} are not finite",
+            before,
+            f"the inputs and the parameters of {first!r} (is one of them NaN or infinite?); in a narrow type, "
+            "float32 for that module; rescale.lsuv if its kernels are too large",
+            fatal=True,
+        )
+    elif verdicts.backward == "non-finite":
+        reached = np.flatnonzero(~np.isfinite(profile.backward_var) & _reached(profile))
+        last = profile.paths[int(reached[-1])]
+        yield Cause(
+            f"the gradient at the output of {last!r} is not finite, while all activations are",
+            "behind that block a derivative overflows, or has no value (the root or the logarithm of 0, a norm of a "
+            "vector that is 0)",
+            "a small constant under the root or the logarithm there, float32 for that module, or gradients clipped "
+            "inside of it",
+            fatal=True,
+        )
+
+
+def _underflow(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
+    for direction, variances in (("activations", profile.forward_var), ("gradient", profile.backward_var)):
+        small = [
+            i
+            for i, (variance, dtype) in enumerate(zip(variances, profile.dtypes, strict=True))
+            if variance > 0 and math.sqrt(variance) < SUBNORMAL.get(dtype, 0.0)
+        ]
+        if small:
+            i = small[0] if direction == "activations" else small[-1]
+            yield Cause(
+                f"the {direction} at {profile.paths[i]!r} underflow in {profile.dtypes[i]}",
+                f"their standard deviation there, {math.sqrt(variances[i]):.2g}, is below the smallest number of full "
+                f"precision, {SUBNORMAL[profile.dtypes[i]]:.2g}",
+                "a loss scale, if the type is float16; otherwise first what makes them vanish (below)",
+                fatal=True,
+            )
+    lost = [
+        i
+        for i, (share, dtype) in enumerate(zip(profile.branch_share, profile.dtypes, strict=True))
+        if share > 0 and math.sqrt(share) < STEP.get(dtype, 0.0)
+    ]
+    if lost:
+        i = lost[0]
+        yield Cause(
+            f"the branches of {len(lost)} blocks are lost in the rounding of {profile.dtypes[i]}, from "
+            f"{profile.paths[i]!r}",
+            f"their standard deviation is {math.sqrt(profile.branch_share[i]):.2g} of the sum's, and half the distance "
+            f"between two numbers {STEP[profile.dtypes[i]]:.2g}",
+            "float32 for the sum of shortcut and branch, with the layers in the narrow type as they are",
+            fatal=True,
+        )
+
+
+# ---------------------------------------------------------------- what is zero, or does nothing
+
+
+def _zero(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
+    paths = ("", *profile.paths)
+    for variances, direction, places in (
+        (profile.forward_var, "activation comes", paths),
+        (profile.backward_var, "gradient comes back", profile.paths),
+    ):
+        still = np.flatnonzero(variances == 0)
+        if not still.size:
+            continue
+        place = still[0] if direction.startswith("act") else still[-1]
+        if names := profile.zeros.get(places[place]):
+            yield Cause(
+                f"no {direction} through {listed(names)}",
+                "all of it is 0: it is this that makes the signal 0, and not depth",
+                "nothing, where that is meant (a zero-initialized head or last kernel trains from the first step on); "
+                "to see past it, measure after a step of training, or with other values there",
+                in_notes=True,
+            )
+
+
+def _dead(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
+    for name, what, remedy in (
+        (
+            "dead",
+            f"units of some {profile.level}s are dead: 0 for every input",
+            "biases that begin at 0, a smaller learning rate, an input with mean 0, or an activation that does not end "
+            "at 0 (leaky_relu, gelu, silu)",
+        ),
+        (
+            "saturated",
+            f"values of some {profile.level}s are saturated: little gradient comes through",
+            "smaller kernels before them (rescale.lsuv makes the variance 1), a smaller alpha of dyt or derf, or an "
+            "activation without bounds",
+        ),
+    ):
+        seen = np.array([math.prod(shape[:-1]) >= FEW for shape in profile.shapes])
+        shares = np.where(seen, _median(profile, name), np.nan)
+        bad = np.flatnonzero(shares > IDLE)
+        if bad.size:
+            worst = bad[int(np.argmax(shares[bad]))]
+            yield Cause(
+                f"most {what}",
+                f"{shares[worst]:.0%} in {profile.paths[worst]!r}, more than {IDLE:.0%} in {bad.size} of "
+                f"{len(profile)} {profile.level}s, of a batch of {profile.shapes[worst][0]}",
+                remedy,
+                fatal=True,
+            )
+
+
+def _same(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
+    cosine = _median(profile, "similarity")
+    known = np.flatnonzero(np.isfinite(cosine))
+    if not known.size or cosine[known[0]] > APART:
+        return
+    same = known[cosine[known] > SAME]
+    if same.size and (cosine[same[0] :] > APART).all():
+        yield Cause(
+            f"different inputs become the same, from {profile.paths[same[0]]!r}",
+            f"the cosine between the activations of two examples is {cosine[known[0]]:.2f} at first and "
+            f"{cosine[known[-1]]:.4f} at the end",
+            "shortcuts, or a larger share of them; kernels without a mean per channel (initializers.brock, or scaled "
+            "weight standardization); an input with mean 0",
+            fatal=True,
+        )
+
+
+# ---------------------------------------------------------------- what the network is on
+
+
+def _initial(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
+    if (text := profile.mode.caveat()) is not None and set(verdicts.both) - {"preserved"}:
+        what, _, way = text.partition(". To measure")
+        yield Cause("norms that normalize nothing", what, f"to measure{way}", in_notes=True)
+
+
+# ---------------------------------------------------------------- kernels, sums and transitions
+
+
+def _sums(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
+    """An identity skip that adds the branch's variance at each block."""
+    if "exploding" not in verdicts.both or profile.level != "block":
+        return
+    steps = [i for stage in profile.stages for i in range(stage.start + 1, stage.stop)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        growth = np.array([profile.forward_var[i] / profile.forward_var[i - 1] for i in steps])
+        shares = np.array([profile.branch_share[i] for i in steps])
+        # Var[x + f] = Var[x] + Var[f] for a branch that is not correlated with its input.
+        explained = (growth > GROWTH) & (np.abs(growth * (1 - shares) - 1) < 0.25)
+    if len(steps) and explained.mean() > MOST:
+        typical = float(np.exp(np.log(growth[explained]).mean()))
+        yield Cause(
+            "an identity shortcut adds the variance of the branch at every block",
+            f"Var[x_l] / Var[x_(l-1)] is {typical:.3g} within the stages, and 1 / (1 - the branch's share) in "
+            f"{int(explained.sum())} of {len(steps)} blocks",
+            'sqrt(1/2) in front of the sum (in our networks residual="idshort"), a branch divided by the square root '
+            'of the number of blocks ("depthscale"), or a learned factor from 0 ("skipinit"). No scale of a kernel '
+            "mends it",
+        )
+
+
+def _fans(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
+    """Kernels with the variance that the other direction needs, or with that of layers without an activation."""
+    kernels = [kernel for kernel in profile.kernels if not kernel.zero]
+    scheme, number = _scheme(kernels)
+    if number <= MOST * len(kernels):
+        return
+    for name, verdict, needs, mode, direction in (
+        ("He fan-in", verdicts.backward, "gradient needs 2 / n_out", "fan_out", "backward"),
+        ("He fan-out", verdicts.forward, "activations need 2 / n_in", "fan_in", "forward"),
+    ):
+        differ = [kernel for kernel in kernels if len(set(kernel.fans)) > 1 and name in kernel.looks_like]
+        if name == scheme and verdict in ("vanishing", "exploding") and differ:
+            yield Cause(
+                f"kernels have the variance of {name}, and the {needs}",
+                f"{number} of {len(kernels)} kernels match {name}, {len(differ)} of them with n_in != n_out "
+                f"({differ[0]})",
+                f'kernel_init=initializers.standardize(initializers.he_normal("{mode}")), or for the network as it is '
+                f'rescale.balance(model, x, direction="{direction}")',
+            )
+    rectified = np.isfinite(_median(profile, "dead")).any()
+    if rectified and scheme == "LeCun" and "vanishing" in verdicts.both:
+        yield Cause(
+            "kernels without the gain of ReLU",
+            f"{number} of {len(kernels)} kernels have the variance 1 / n_in (LeCun's, which Flax draws by default), "
+            "and a ReLU halves the second moment at every layer",
+            'kernel_init=initializers.he_fan_out() or he_normal("fan_in"), or rescale.lsuv(model, x, init=None) for '
+            "the network as it is",
+        )
+
+
+def _scheme(kernels: Sequence[Kernel]) -> tuple[str, int]:
+    """The initialization that explains most kernels, and how many: of one alone, several may."""
+    counts = collections.Counter(name for kernel in kernels for name in kernel.looks_like)
+    return counts.most_common(1)[0] if counts else ("", 0)
+
+
+def _strides(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
+    """Transitions at which the gradient loses the square of the stride."""
+    if verdicts.backward != "vanishing" or profile.level != "block":
+        return
+    seen = []
+    for stage in profile.stages[1:]:
+        before, after = profile.shapes[stage.start - 1], profile.shapes[stage.start]
+        places = math.prod(before[1:-1]) / max(math.prod(after[1:-1]), 1) if len(before) == len(after) > 2 else 1.0
+        ratio = float(profile.backward_var[stage.start - 1] / profile.backward_var[stage.start])
+        if places > 1 and ratio > 0 and abs(math.log(ratio * places)) < math.log(LIKE * 1.5):
+            seen.append((ratio, places))
+    if seen:
+        shown = ", ".join(f"{ratio:.2g}" for ratio, _ in seen)
+        yield Cause(
+            "transitions lose the square of the stride",
+            f"the gradient's variance falls by the factor{'s' if len(seen) > 1 else ''} {shown} at "
+            f"{len(seen)} of {len(profile.stages) - 1} transitions, where the number of positions falls to "
+            f"1 / {seen[0][1]:.3g}: behind a stride, an input position feeds fewer outputs than fan-out counts",
+            'kernel_init=initializers.he_effective_fan_out(stride=2), in our networks init="he_effective_fan_out", or '
+            'rescale.balance(model, x, direction="backward")',
+        )
+
+
+CAUSES: tuple[Callable[[Any, Verdicts], Iterator[Cause]], ...] = (
+    _not_finite, _underflow, _initial, _zero, _dead, _same, _sums, _fans, _strides,
+)  # fmt: skip
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
+
+
+def _median(profile: Seen, name: str) -> np.ndarray:
+    return getattr(profile, name) if name in profile.samples else np.full(len(profile), np.nan)
+
+
+def _reached(profile: Seen) -> np.ndarray:
+    return np.array([path not in profile.unreached for path in profile.paths])
