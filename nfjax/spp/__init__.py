@@ -15,7 +15,8 @@ from __future__ import annotations
 from nfjax.spp._diagnosis import Diagnosis, Direction
 from nfjax.spp._mode import Mode
 from nfjax.spp._monitor import Monitor, noise, propagate, propagate_seeds, scalars
-from nfjax.spp._plotting import Style, plot, styles
+from nfjax.spp._panels import Style, styles
+from nfjax.spp._plotting import plot
 from nfjax.spp._profile import Profile
 from nfjax.spp._statistics import STATISTICS, Moments, Observed
 from nfjax.spp._theory import Prediction, predict
