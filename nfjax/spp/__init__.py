@@ -15,6 +15,7 @@ from __future__ import annotations
 from nfjax.spp._diagnosis import Diagnosis, Direction
 from nfjax.spp._mode import Mode
 from nfjax.spp._monitor import Monitor, noise, propagate, propagate_seeds, scalars
+from nfjax.spp._page import write_report
 from nfjax.spp._panels import Style, styles
 from nfjax.spp._plotting import plot
 from nfjax.spp._profile import Profile
@@ -23,7 +24,7 @@ from nfjax.spp._theory import Prediction, predict
 
 __all__ = [
     "STATISTICS", "Diagnosis", "Direction", "Mode", "Moments", "Monitor", "Observed", "Prediction", "Profile", "Style",
-    "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles",
+    "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles", "write_report",
 ]  # fmt: skip
 
 

@@ -81,6 +81,7 @@ class Detail:
         curves: What is drawn in it, where it was measured.
         scale: "share" from 0 to 1, "cosine" to 1, or "log".
         directions: Of whose verdicts the turn is marked in it: "forward" and "backward".
+        meaning: How to read it, in words.
     """
 
     heading: str
@@ -88,19 +89,31 @@ class Detail:
     curves: tuple[Curve, ...]
     scale: str = "share"
     directions: tuple[str, ...] = ("forward",)
+    meaning: str = ""
 
 
 DETAILS = (
-    Detail("Do different inputs become the same?", "cosine of two inputs", (Curve("similarity", ""),), "cosine"),
-    Detail("How much does each block add?", "branch's share", (Curve("branch_share", ""),)),
+    Detail(
+        "Do different inputs become the same?", "cosine of two inputs", (Curve("similarity", ""),), "cosine",
+        meaning="Mean cosine of neighbouring examples' activations. Near 1 the network no longer tells inputs apart.",
+    ),
+    Detail(
+        "How much does each block add?", "branch's share", (Curve("branch_share", ""),),
+        meaning="Variance of the residual branch, divided by that of the block's output. Near 0 the block is the "
+        "identity.",
+    ),
     Detail(
         "Which units have stopped reacting?", "share of the units",
         (Curve("dead", "dead: 0 for the whole batch"), Curve("saturated", "saturated", hollow=True)),
+        meaning="Dead: units of ReLU and its kin that are 0 for the whole batch. Saturated: outputs of tanh, sigmoid "
+        "or erf close to their bounds. Hardly any gradient passes either.",
     ),
     Detail(
         "How far does a block stretch a signal?", "singular values",
         (Curve("largest", "largest"), Curve("root_mean_square", "root mean square", hollow=True)),
         "log", ("forward", "backward"),
+        meaning="Singular values of each block's Jacobian. With a root mean square of 1 a signal keeps its length on "
+        "average; a largest value far above 1 stretches it in some direction.",
     ),
 )  # fmt: skip
 
