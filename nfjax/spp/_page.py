@@ -23,19 +23,19 @@ from nfjax.spp._plotting import by_name
 from nfjax.spp._profile import Profile
 from nfjax.spp._theory import Prediction
 
-# Columns of the table in words; others stand under their own names.
+# Columns of the table in words, in this order; others follow under their own names.
 _COLUMNS = {
     "forward_var": "activation variance",
     "backward_var": "gradient variance",
-    "channel_sq_mean": "squared channel mean",
-    "channel_var": "variance within channels",
-    "branch_var": "the branch's, within channels",
-    "branch_share": "branch's share",
     "similarity": "cosine of two inputs",
+    "branch_share": "branch's share",
     "dead": "dead units",
     "saturated": "saturated units",
     "largest": "largest singular value",
-    "root_mean_square": "root mean square singular value",
+    "root_mean_square": "rms singular value",
+    "channel_sq_mean": "squared channel mean",
+    "channel_var": "variance in channels",
+    "branch_var": "branch's, in channels",
 }
 _SHARES = ("branch_share", "dead", "saturated")  # shown in percent
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -157,28 +157,38 @@ def _verdicts(
 
 
 def _causes(diagnoses: Mapping[str, Diagnosis]) -> str:
-    parts = []
+    names_of: dict[str, list[str]] = {}  # networks of which the same is to be said are named together
     for key, diagnosis in diagnoses.items():
-        causes = panels.causes(diagnosis)
-        items = [
-            f"<li><strong>{_text(cause.what)}</strong><p>{_text(cause.evidence)}</p>"
-            f'<p class="remedy"><strong>Try:</strong> {_text(cause.remedy)}</p></li>'
-            for cause in causes
-        ]
-        inside = f"<ol>{''.join(items)}</ol>" if items else ""
-        ways = (diagnosis.forward, diagnosis.backward)
-        if not causes and any(way.verdict in ("exploding", "vanishing") for way in ways):
-            inside += "<p>No cause stands out in what was measured.</p>"
-            if all(math.isfinite(way.total) and way.total > 0 for way in ways):
-                inside += (
-                    '<p class="remedy"><strong>Try:</strong> <code>nfjax.rescale.balance</code>, which finds one '
-                    "factor for each kernel such that the variances are as flat as factors can make them.</p>"
-                )
-        if diagnosis.notes:
-            inside += f"<h3>Mind</h3><ul>{''.join(f'<li>{_text(note)}</li>' for note in diagnosis.notes)}</ul>"
-        if inside:
-            parts.append((f"<h3>{_text(key)}</h3>" if len(diagnoses) > 1 else "") + inside)
+        if inside := _cause(diagnosis):
+            names_of.setdefault(inside, []).append(key)
+    parts = [
+        (f"<h3>{_text(', '.join(names))}</h3>" if len(diagnoses) > 1 else "") + inside
+        for inside, names in names_of.items()
+    ]
     return _section("Why, and what to try", "\n".join(parts)) if parts else ""
+
+
+def _cause(diagnosis: Diagnosis) -> str:
+    causes, ways = panels.causes(diagnosis), (diagnosis.forward, diagnosis.backward)
+    items = [
+        f"<li><strong>{_text(cause.what)}</strong><p>{_text(cause.evidence)}</p>{_remedy(_text(cause.remedy))}</li>"
+        for cause in causes
+    ]
+    inside = f"<ol>{''.join(items)}</ol>" if items else ""
+    if not causes and any(way.verdict != "preserved" for way in ways):
+        inside += "<p>No cause stands out in what was measured.</p>"
+        if all(math.isfinite(way.total) and way.total > 0 for way in ways):
+            inside += _remedy(
+                "<code>nfjax.rescale.balance</code>, which finds one factor for each kernel such that the variances "
+                "are as flat as factors can make them."
+            )
+    if diagnosis.notes:
+        inside += f"<h3>Mind</h3><ul>{''.join(f'<li>{_text(note)}</li>' for note in diagnosis.notes)}</ul>"
+    return inside
+
+
+def _remedy(inside: str) -> str:
+    return f'<p class="remedy"><strong>Try:</strong> {inside}</p>'
 
 
 def _pictures(drawn: Iterable[pictures.Picture], diagnoses: Mapping[str, Diagnosis], style: Mapping[str, Style]) -> str:
@@ -202,8 +212,8 @@ def _pictures(drawn: Iterable[pictures.Picture], diagnoses: Mapping[str, Diagnos
 
 def _blocks(key: str, profile: Profile, known: Mapping[str, np.ndarray], diagnosis: Diagnosis) -> str:
     level = panels.level(profile)
-    columns = [(_COLUMNS.get(name, name), False) for name in known]
-    head = _head([("", False), (level, True), ("output", True), *columns])
+    names = sorted(known, key=[*_COLUMNS, *known].index)
+    head = _head([("", False), (level, True), *((_COLUMNS.get(name, name), False) for name in names), ("output", True)])
     turns: dict[int, list[Direction]] = {}
     for way in (diagnosis.forward, diagnosis.backward):
         if way.block is not None:
@@ -212,13 +222,13 @@ def _blocks(key: str, profile: Profile, known: Mapping[str, np.ndarray], diagnos
     for stage in profile.stages:
         rows = []
         for i in range(stage.start, stage.stop):
-            cells = "".join(f"<td>{_cell(name, values[i])}</td>" for name, values in known.items())
+            cells = "".join(f"<td>{_cell(name, known[name][i])}</td>" for name in names)
             here = turns.get(i, ())
-            badges = "".join(f"<br>{_badge(way.verdict, f'{way.quantity}s')}" for way in here)
+            badges = "".join(f"<br>{_badge(way.verdict, f'{way.quantity}s ')}" for way in here)
             attribute = f' class="turn {here[0].verdict}"' if here else ""
             rows.append(
                 f'<tr{attribute}><td>{i + 1}</td><th class="text name">{_path(profile.outputs[i])}{badges}</th>'
-                f'<td class="text">{_shape(profile.shapes[i])}</td>{cells}</tr>'
+                f'{cells}<td class="text">{_shape(profile.shapes[i])}</td></tr>'
             )
         groups.append(rows)
     seeds = f" Medians of {len(profile.seeds)} seeds." if len(profile.seeds) > 1 else ""
@@ -290,10 +300,10 @@ def _sentence(profile: Profile, way: Direction, tolerance: float) -> str:
     if way.block is None:
         return text
     bound = f"more than {tolerance:g} times" if way.verdict == "exploding" else f"less than 1/{tolerance:g} of"
-    text += f" It is {bound} where it started from {_place(profile, way)} on"
+    worst = ""
     if abs(math.log(way.extreme)) > abs(math.log(max(way.total, 1e-300))) + 1:
-        text += f", at worst {_number(way.extreme)} times"
-    return f"{text}."
+        worst = f", and {_number(way.extreme)} times at worst"
+    return f"{text} From {_place(profile, way)} on it is {bound} what it was at the {first}{worst}."
 
 
 def _short(profile: Profile, way: Direction) -> str:
@@ -336,9 +346,9 @@ def _table(head: str, groups: Iterable[Iterable[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n{bodies}</table></div>'
 
 
-def _badge(verdict: str, what: str | None = None) -> str:
+def _badge(verdict: str, what: str = "") -> str:
     symbol = panels.VERDICTS[verdict][0]
-    return f'<span class="badge {verdict}"><span aria-hidden="true">{symbol}</span> {what or ""} {verdict}</span>'
+    return f'<span class="badge {verdict}"><span aria-hidden="true">{symbol}</span> {what}{verdict}</span>'
 
 
 def _text(value: object) -> str:
@@ -347,8 +357,9 @@ def _text(value: object) -> str:
 
 
 def _path(path: str) -> str:
-    """A path, which may be broken behind its slashes."""
-    return f"<code>{_text(path).replace('/', '/<wbr>')}</code>"
+    """A path, which may be broken where a part of a name ends."""
+    parts = re.split(r"(?<=[/_.])", panels.printable(path))
+    return f"<code>{'<wbr>'.join(html.escape(part) for part in parts if part)}</code>"
 
 
 def _shape(shape: Iterable[int]) -> str:

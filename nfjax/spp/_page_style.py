@@ -39,7 +39,7 @@ code { font: .875em/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace
 }
 .exploding { color: var(--exploding); } .vanishing { color: var(--vanishing); }
 .preserved { color: var(--preserved); } .non-finite { color: var(--non-finite); }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 .card { border: 1px solid var(--rule); border-left: .35rem solid; border-radius: .4rem; padding: .7rem .9rem; }
 .card > * { color: var(--ink); }
 .card > h3 { margin-top: 0; display: flex; flex-wrap: wrap; gap: .3rem .6rem; align-items: center; }
@@ -56,7 +56,8 @@ figcaption p { margin: .1rem 0 .3rem; }
 .swatch { vertical-align: middle; }
 .scroll { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .25rem .6rem; text-align: right; vertical-align: top; white-space: nowrap; }
+th, td { padding: .25rem .5rem; text-align: right; vertical-align: top; white-space: nowrap; }
+thead th:not(:first-child) { min-width: 4.6rem; }
 thead th { border-bottom: 1.5px solid var(--rule); white-space: normal; vertical-align: bottom; line-height: 1.25; }
 tbody th { font-weight: normal; }
 .text { text-align: left; }
@@ -75,7 +76,9 @@ summary { cursor: pointer; }
 @media (max-width: 34rem) {
   body { padding: 1rem .75rem 3rem; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; }
-  tbody .name { min-width: 6.5rem; max-width: 40vw; }
+  th, td { padding: .25rem .35rem; } td.text { white-space: normal; }
+  tbody .name { min-width: 6rem; max-width: 46vw; }
+  tbody .badge { white-space: normal; overflow-wrap: normal; border-radius: .5rem; }
 }
 @media print {
   :root { color-scheme: light; }

@@ -187,10 +187,7 @@ def draw_variance(
     _finish(axes, profiles)
     _wide_enough(axes)
     if not drawn:
-        axes.text(
-            0.5, 0.5, "every value is 0, infinite or NaN", transform=axes.transAxes, ha="center", va="center",
-            color="0.45", fontsize=9,
-        )  # fmt: skip
+        _say_nothing(axes)
 
 
 def draw_detail(
@@ -207,11 +204,15 @@ def draw_detail(
                 continue
             values, look = known[key][curve.name], style[key]
             there = np.isfinite(values) & (values > 0) if detail.scale == "log" else np.isfinite(values)
+            if not there.any():
+                continue
             axes.plot(
                 np.flatnonzero(there) + 1, values[there], color=look.color, linestyle=look.linestyle,
                 marker=look.marker, markersize=3, markerfacecolor="none" if curve.hollow else look.color,
                 markevery=_every(profile), linewidth=0.9 if curve.hollow else 1.3, zorder=3, clip_on=False,
             )  # fmt: skip
+    if not axes.lines:
+        _say_nothing(axes)
     axes.set(ylabel=detail.label)
     if detail.scale == "log":
         axes.set_yscale("log")
@@ -290,13 +291,23 @@ def _finish(axes: Axes, profiles: Mapping[str, Profile]) -> None:
 
     axes.set_xlabel(level(next(iter(profiles.values()))))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if max(map(len, profiles.values())) == 1:
-        axes.set(xlim=(0.5, 1.5), xticks=[1])
+    longest = max(map(len, profiles.values()))
+    margin = 0.05 * (longest - 1)
+    axes.set_xlim((1 - margin, longest + margin) if longest > 1 else (0.5, 1.5))
+    if longest == 1:
+        axes.set_xticks([1])
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     if len({(tuple(s.start for s in p.stages), len(p)) for p in profiles.values()}) == 1:
         for stage in next(iter(profiles.values())).stages[1:]:
             axes.axvline(stage.start + 0.5, color=STAGE_COLOUR, linewidth=0.8, zorder=0)
+
+
+def _say_nothing(axes: Axes) -> None:
+    axes.text(
+        0.5, 0.5, "every value is 0, infinite or NaN", transform=axes.transAxes, ha="center", va="center", color="0.45",
+        fontsize=9, in_layout=False,
+    )  # fmt: skip
 
 
 def _every(profile: Profile) -> int:
