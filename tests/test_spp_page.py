@@ -143,7 +143,7 @@ def test_tolerance_moves_the_verdict(report):
 
 
 def test_causes_notes_and_kernels(report, monkeypatch):
-    cause = types.SimpleNamespace(what="The skip adds.", evidence="6 of 6 blocks <b>.", remedy="c = sqrt(1/2)")
+    cause = types.SimpleNamespace(what="The skip adds.", evidence="6 of 6\nblocks <b>.", remedy="c = sqrt(1/2)")
     kernel = types.SimpleNamespace(
         path="blocks/0/kernel", shape=(3, 3, 4, 8), variance=2 / 36, fan="He fan-in", zero=False, standardized=True
     )

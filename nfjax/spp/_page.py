@@ -188,7 +188,7 @@ def _cause(diagnosis: Diagnosis) -> str:
 
 
 def _remedy(inside: str) -> str:
-    return f'<p class="remedy"><strong>Try:</strong> {inside}</p>'
+    return f'<p class="remedy"><strong>Try:</strong> {inside}</p>' if inside else ""
 
 
 def _pictures(drawn: Iterable[pictures.Picture], diagnoses: Mapping[str, Diagnosis], style: Mapping[str, Style]) -> str:

@@ -281,8 +281,11 @@ def shorten(path: str) -> str:
 
 
 def printable(text: object) -> str:
-    """Text without what steers a terminal or turns the direction of writing."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+    """Text on one line, without what steers a terminal or turns the direction of writing."""
+    return "".join(
+        character if character.isprintable() else " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for character in str(text)
+    )
 
 
 def _finish(axes: Axes, profiles: Mapping[str, Profile]) -> None:
