@@ -47,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--tolerance", type=float, default=10.0, help="factor that counts as preserved (10)")
     parser.add_argument(
         "--out", action="append", default=[], type=path, metavar="FILE",
-        help="PNG, SVG, PDF, CSV or JSON; may be repeated",
+        help="PNG, SVG, PDF, CSV, JSON or HTML, a report of it all; may be repeated",
     )  # fmt: skip
 
 
@@ -64,8 +64,13 @@ def run(arguments: argparse.Namespace) -> None:
                 profile.to_csv(file)
             elif file.suffix.lower() == ".json":
                 profile.to_json(file)
+            elif file.suffix.lower() == ".html":
+                spp.write_report(file, profile, prediction, title=title, tolerance=arguments.tolerance)
             else:
-                spp.plot({"measured": profile}, prediction, title=title).savefig(file, dpi=150)
+                figure = spp.plot(
+                    {"measured": profile}, prediction, title=title, details=True, tolerance=arguments.tolerance
+                )
+                figure.savefig(file, dpi=150)
             print(f"\n{file}", end="")
         print()
     except (ValueError, TypeError, linen_errors.FlaxError) as error:  # of the model, too, which notes say
@@ -81,8 +86,10 @@ def _check(arguments: argparse.Namespace) -> tuple[str, ...] | None:
     if not arguments.tolerance > 1:
         raise UsageError("--tolerance must be more than 1: it is a factor")
     for file in map(pathlib.Path, arguments.out):
-        if file.suffix.lower() not in (*PLOTS, ".csv", ".json"):
-            raise UsageError(f"--out={file}: unknown kind of file; expected {', '.join(PLOTS)}, .csv or .json")
+        if file.suffix.lower() not in (*PLOTS, ".csv", ".json", ".html"):
+            raise UsageError(
+                f"--out={file}: unknown kind of file; expected {', '.join(PLOTS)}, .csv or .json, or .html for a report"
+            )
     if arguments.where is None:
         return None
     where = tuple(name.strip() for given in arguments.where for name in given.split(","))

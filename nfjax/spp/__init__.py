@@ -17,14 +17,16 @@ from nfjax.spp._diagnosis import Diagnosis, Direction
 from nfjax.spp._kernels import Kernel
 from nfjax.spp._mode import Mode
 from nfjax.spp._monitor import Monitor, noise, propagate, propagate_seeds, scalars
-from nfjax.spp._plotting import Style, plot, styles
+from nfjax.spp._page import write_report
+from nfjax.spp._panels import Style, styles
+from nfjax.spp._plotting import plot
 from nfjax.spp._profile import Profile
 from nfjax.spp._statistics import STATISTICS, Moments, Observed
 from nfjax.spp._theory import Prediction, predict
 
 __all__ = [
     "STATISTICS", "Cause", "Diagnosis", "Direction", "Kernel", "Mode", "Moments", "Monitor", "Observed", "Prediction",
-    "Profile", "Style", "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles",
+    "Profile", "Style", "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles", "write_report",
 ]  # fmt: skip
 
 
