@@ -18,11 +18,16 @@ from nfjax.spp._monitor import Monitor, noise, propagate, propagate_seeds, scala
 from nfjax.spp._plotting import Style, plot, styles
 from nfjax.spp._profile import Profile
 from nfjax.spp._statistics import STATISTICS, Moments, Observed
+from nfjax.spp._sweep import sweep
+from nfjax.spp._sweep_fit import SweepDiagnosis, Trend
+from nfjax.spp._sweep_plot import plot_sweep
+from nfjax.spp._sweep_result import Sweep
 from nfjax.spp._theory import Prediction, predict
 
 __all__ = [
     "STATISTICS", "Diagnosis", "Direction", "Mode", "Moments", "Monitor", "Observed", "Prediction", "Profile", "Style",
-    "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles",
+    "Sweep", "SweepDiagnosis", "Trend",
+    "noise", "plot", "plot_sweep", "predict", "propagate", "propagate_seeds", "scalars", "styles", "sweep",
 ]  # fmt: skip
 
 
