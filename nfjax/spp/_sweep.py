@@ -109,7 +109,7 @@ def sweep(
                 model, variables = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
                 called = runnable(model, batch, kwargs, variables, rngs, mutable, jax.random.key(seed))
                 if course is None or not _same(network, called):
-                    other = prepare(called, Choice(where, "branch", output, loss), rule)
+                    other = prepare(called, Choice(where, "branch", output, loss), rule if steps else None)
                     course, network = course or other, called
                     if other.program is not course.program:
                         raise ValueError(

@@ -29,8 +29,9 @@ class Sweep:
     - activation_change: That of its difference to what it returned at the start; 0 at step 0.
     - output: The root mean square of the model's output.
     - output_change: That of its difference to the output at the start.
-    - kernel_change: Of each trained parameter of two or more axes, as a matrix [in, out], the spectral norm of its
-      change since the start over that of the kernel then; NaN for a kernel that begins as zeros.
+    - kernel_change: Of each trained kernel, as a matrix [in, out], the spectral norm of its change since the start over
+      that of the kernel then, which in muP does not depend on the width; NaN for a kernel that begins as zeros. One
+      that a loop goes through is one matrix, [rounds * in, out].
 
     Attributes:
         name: Of what was swept: "width".
@@ -223,7 +224,7 @@ class Sweep:
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         head = (
             f"Sweep over {swept}{many}: {self.setting}",
-            "like what power of it, at the place where it is farthest from 0",
+            f"by what law each size follows the {self.name}, where it does so most:",
         )
         return "\n".join([*head, *(line.rstrip() for line in table)])
 

@@ -89,7 +89,7 @@ class Course:
 
     Attributes:
         paths: Of the blocks.
-        kernels: Paths of the trained parameters of two and more axes, in the order of their first use.
+        kernels: Paths of the trained ones, in the order of their first use.
         parameters: Paths of all trained parameters, in the order in which their rates are given.
         mode: In which the network runs.
         program: What was compiled.
@@ -102,7 +102,7 @@ class Course:
     program: Any
     _places: Mapping[str, int]  # path of a trained parameter -> its place among the arrays
     _start: Any  # shapes of the activations
-    _optimizer: Optimizer
+    _optimizer: Optimizer | None
 
     def run(self, arrays: Any, rates: Sequence[float], steps: int, key: jax.Array) -> dict[str, np.ndarray]:
         """Takes the steps.
@@ -120,7 +120,7 @@ class Course:
         factors = {path: np.float32(rate) for path, rate in zip(self.parameters, rates, strict=True)}
         with jax.disable_jit(False):  # a compiled program cannot be run without, and nobody's function is in it
             initial = {path: leaves[place] for path, place in self._places.items()}
-            state = jax.jit(self._optimizer.init)(initial)
+            state = () if self._optimizer is None else jax.jit(self._optimizer.init)(initial)
             start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._start)
             for step in range(steps + 1):
                 sizes, now, moved, state = self.program(leaves, state, initial, start, factors, key)
@@ -135,8 +135,8 @@ class Course:
         return {name: np.where(sizes == _UNKNOWN, np.nan, sizes) for name, sizes in stacked.items()}
 
 
-def prepare(model: Runnable, choice: Choice, optimizer: Optimizer) -> Course:
-    """Traces the model, selects its blocks and compiles a step.
+def prepare(model: Runnable, choice: Choice, optimizer: Optimizer | None) -> Course:
+    """Traces the model, selects its blocks and compiles a step; without an optimizer, one that only looks.
 
     Raises:
         ValueError: No block is selected or it is not clear which; one cannot be measured; there is nothing to train.
@@ -145,7 +145,7 @@ def prepare(model: Runnable, choice: Choice, optimizer: Optimizer) -> Course:
         return _prepare(model, choice, optimizer)
 
 
-def _prepare(model: Runnable, choice: Choice, optimizer: Optimizer) -> Course:
+def _prepare(model: Runnable, choice: Choice, optimizer: Optimizer | None) -> Course:
     traced, blocks, _ = _measuring.choose(model, choice)
     roles = _outputs.choose(traced, blocks, [], choice.output, choice.loss)
     check_supported(traced.jaxpr.jaxpr, traced.calls, roles)
@@ -159,12 +159,12 @@ def _prepare(model: Runnable, choice: Choice, optimizer: Optimizer) -> Course:
         )
     names = _outputs.numbered([slots[i].name for i in trained])
     places = dict(zip(names, trained, strict=True))
-    matrices = [path for path, i in places.items() if jnp.ndim(leaves[i]) >= 2]
-    used = [kernel.leaf for kernel in tag_products(traced, slots, leaves)[1]]
-    matrices.sort(key=lambda path: used.index(places[path]) if places[path] in used else len(used))
+    by_place = {place: path for path, place in places.items()}
+    used = tag_products(traced, slots, leaves)[1] if optimizer is not None else []
+    matrices = [by_place[kernel.leaf] for kernel in used if kernel.leaf in by_place]
     step = _step(traced, tags, places, matrices, choice.loss, optimizer)
     initial = {path: leaves[i] for path, i in places.items()}
-    state = jax.eval_shape(optimizer.init, initial)
+    state = () if optimizer is None else jax.eval_shape(optimizer.init, initial)
     start = jax.eval_shape(bind(lambda leaves: _forward(traced, tags, leaves)[1:], traced.axes), leaves)
     factors, key = {path: np.float32(1) for path in names}, jax.random.key(0)
     lowered = jax.jit(bind(step, traced.axes), keep_unused=True).lower(leaves, state, initial, start, factors, key)
@@ -201,9 +201,11 @@ def _step(
     places: Mapping[str, int],
     matrices: Sequence[str],
     loss: str | Loss,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
 ) -> Callable[..., Any]:
-    """`leaves, state, initial, start, factors, key -> sizes, activations, parameters after the step, state`."""
+    """`leaves, state, initial, start, factors, key -> sizes, activations, parameters after the step, state`; without an
+    optimizer there is no step.
+    """
 
     def step(leaves: Any, state: Any, initial: Any, start: Any, factors: Any, key: jax.Array) -> Any:
         def value(trained: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
@@ -214,12 +216,15 @@ def _step(
             return _losses.apply(loss, out, key), (blocks, outputs)
 
         params = {path: jnp.asarray(leaves[place]) for path, place in places.items()}
-        (loss_value, now), gradients = jax.value_and_grad(value, has_aux=True)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        moved = {
-            path: (x.astype(jnp.float32) + factors[path] * updates[path].astype(jnp.float32)).astype(x.dtype)
-            for path, x in params.items()
-        }
+        if optimizer is None:
+            (loss_value, now), moved = value(params), params
+        else:
+            (loss_value, now), gradients = jax.value_and_grad(value, has_aux=True)(params)
+            updates, state = optimizer.update(gradients, state, params)
+            moved = {
+                path: (x.astype(jnp.float32) + factors[path] * updates[path].astype(jnp.float32)).astype(x.dtype)
+                for path, x in params.items()
+            }
         (blocks, outputs), (first_blocks, first_outputs) = now, start
         sizes = {
             "activation": jnp.stack([_size([x]) for x in blocks]),
