@@ -243,10 +243,8 @@ def _sweep_networks(arguments: argparse.Namespace, where: tuple[str, ...] | None
         )
     kwargs = _kwargs(arguments, spp.sweep)
     options = {option: getattr(arguments, option) for option in OF_SWEEPS if getattr(arguments, option) is not None}
-    sweep = spp.sweep(
-        make, *inputs, values={name: values}, seeds=arguments.seeds if takes_seed else 1, where=where, output=arguments.output, **options,
-        **kwargs,
-    )  # fmt: skip
+    options |= {"seeds": arguments.seeds if takes_seed else 1, "where": where, "output": arguments.output}
+    sweep = spp.sweep(make, *inputs, values={name: values}, **options, **kwargs)
     given = {} if arguments.tolerance is None else {"tolerance": arguments.tolerance}
     text = f"{title}\n\n{sweep!r}\n\n{sweep.diagnose(**given)}"
     return Answer(text, sweep, lambda: spp.plot_sweep(sweep, title=f"{title}: {sweep.setting}", **given))
