@@ -283,6 +283,7 @@ def test_the_model_is_left_as_it_was_and_runs_as_it_trains():
         widths=(4, 8),
         where=(linen.Conv, linen.Dense),
         seeds=1,
+        steps=0,
         train=True,
     )
     assert "mutable: all but params" in str(other.diagnose())
@@ -386,13 +387,17 @@ def numbered(width, seed):
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (standard, {"widths": None}, "nothing is to be swept: expected one of widths="),
-        (standard, {"depths": (1, 2)}, "width, depth is to be swept"),
+        (standard, {"widths": None}, "to be swept: nothing; expected one of widths="),
+        (standard, {"depths": (1, 2)}, "to be swept: width and depth; expected one of"),
+        (standard, {"widths": None, "values": [1, 2]}, "values=[1, 2]: expected numbers by their name"),
+        (standard, {"widths": 8}, "width 8: expected two or more different numbers, such as"),
+        (standard, {"steps": 1.5}, "steps=1.5: expected an integer, 0 or more"),
+        (standard, {"seeds": 2.5}, "seeds=2.5: expected a number of seeds"),
         (standard, {"widths": (8,)}, "width 8: expected two or more different numbers"),
         (standard, {"widths": (8, 8)}, "width 8, 8: expected two or more"),
         (standard, {"widths": (8, "16")}, "width '16': expected positive numbers"),
         (standard, {"widths": (8, 0)}, "width 0: expected positive numbers"),
-        (standard, {"steps": -1}, "steps=-1: expected 0 or more"),
+        (standard, {"steps": -1}, "steps=-1: expected an integer, 0 or more"),
         (standard, {"optimizer": "sdg"}, "unknown optimizer 'sdg': expected a callable or one of sgd, adam"),
         (standard, {"optimizer": 3}, "optimizer=3: expected 'sgd', 'adam', an optimizer with init and update"),
         (standard, {"optimizer": optax.sgd(1.0), "learning_rate": 0.1}, "learning_rate=0.1 goes with optimizer='sgd'"),

@@ -21,7 +21,7 @@ import numpy as np
 from flax import errors as linen_errors
 from flax import linen, nnx
 
-from nfjax import compilation, resnet, spp
+from nfjax import _names, compilation, resnet, spp
 from nfjax.cli import _networks as networks
 from nfjax.cli._outcome import FailedError, UsageError
 from nfjax.cli._parser import Parser, names, path, positive
@@ -254,12 +254,17 @@ def _own_sweep(arguments: argparse.Namespace) -> tuple[str, Callable[..., Any], 
     """Title, `make(value, seed)`, inputs, and whether the seed reaches the model."""
     name, values = arguments.sweep
 
+    try:
+        parameters = inspect.signature(_names.imported("--module", arguments.module)).parameters.values()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if name in ("seed", "rngs") or (name not in known and not any(p.kind is p.VAR_KEYWORD for p in parameters)):
+        numbers = names(one for one in known if one not in ("seed", "rngs")) or "none"
+        raise UsageError(f"--sweep={name}:...: {arguments.module} has no such parameter to sweep; it has {numbers}")
+
     def at(value: float) -> networks.OwnModel:
-        given = argparse.Namespace(**{**vars(arguments), "make": [*arguments.make, (name, value)]})
-        try:
-            return networks.OwnModel(given)
-        except UsageError as error:
-            raise UsageError(str(error).replace(f"--make={name}=...", f"--sweep={name}:...")) from error
+        return networks.OwnModel(argparse.Namespace(**{**vars(arguments), "make": [*arguments.make, (name, value)]}))
 
     own = {value: at(value) for value in values}
     first = own[values[0]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,8 +91,8 @@ def sweep(
         TypeError: As `propagate`.
     """
     name, numbers = _swept(widths, depths, values)
-    if isinstance(steps, bool) or operator.index(steps) < 0:
-        raise ValueError(f"steps={steps!r}: expected 0 or more")
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
+        raise ValueError(f"steps={steps!r}: expected an integer, 0 or more")
     if not (isinstance(loss, str) or callable(loss)):
         raise TypeError(f"loss={loss!r}: expected a function of the model's output or a name")
     call, seeded = _caller(make)
@@ -127,7 +126,7 @@ def sweep(
         name=name,
         values=numbers,
         seeds=chosen,
-        steps=operator.index(steps),
+        steps=int(steps),
         setting=_setting(steps, optimizer, learning_rate, loss),
         paths={quantity: tuple(_paths(course, quantity) for course in courses) for quantity in QUANTITIES},
         samples={quantity: tuple(found[quantity] for found in results) for quantity in QUANTITIES},
@@ -161,18 +160,22 @@ def _swept(
     widths: Sequence[float] | None, depths: Sequence[float] | None, values: Mapping[str, Sequence[float]] | None
 ) -> tuple[str, tuple[float, ...]]:
     """Name and values, ascending."""
+    if not isinstance(values, Mapping | None):
+        raise ValueError(f"values={values!r}: expected numbers by their name, such as values={{'heads': (2, 4, 8)}}")
     given = {"width": widths, "depth": depths, **(values or {})}
     given = {name: numbers for name, numbers in given.items() if numbers is not None}
     if len(given) != 1:
         raise ValueError(
-            f"{', '.join(given) or 'nothing'} is to be swept: expected one of widths=(64, 128, 256), depths=(4, 8, 16) "
-            "and values={'heads': (2, 4, 8)}"
+            f"to be swept: {' and '.join(given) or 'nothing'}; expected one of widths=(64, 128, 256), "
+            "depths=(4, 8, 16) and values={'heads': (2, 4, 8)}"
         )
     ((name, numbers),) = given.items()
+    if not isinstance(numbers, Sequence | np.ndarray) or isinstance(numbers, str):
+        raise ValueError(f"{name} {numbers!r}: expected two or more different numbers, such as (64, 128, 256)")
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float | np.number) or not 0 < number < math.inf:
             raise ValueError(f"{name} {number!r}: expected positive numbers, whose logarithm is taken")
-    numbers = sorted(numbers)
+    numbers = sorted(number.item() if isinstance(number, np.number) else number for number in numbers)
     if len(set(numbers)) < max(len(numbers), 2):
         raise ValueError(f"{name} {', '.join(map(str, numbers))}: expected two or more different numbers")
     return name, tuple(numbers)
@@ -210,7 +213,9 @@ def _drawn(made: Any, inputs: Sequence[Any]) -> bool:
 
 def _seeds(seeds: int | Sequence[int] | None, vary: Callable[[], bool]) -> tuple[int, ...]:
     given = _SEEDS if seeds is None else seeds
-    chosen = tuple(given) if isinstance(given, Sequence) else tuple(range(operator.index(given)))
+    if isinstance(given, bool) or not isinstance(given, int | np.integer | Sequence):
+        raise ValueError(f"seeds={seeds!r}: expected a number of seeds, 1 or more, or a sequence of them")
+    chosen = tuple(given) if isinstance(given, Sequence) else tuple(range(given))
     if not chosen:
         raise ValueError("seeds is empty: expected a number of seeds, 1 or more, or a sequence of them")
     if len(chosen) > 1 and not vary():

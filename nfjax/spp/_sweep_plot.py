@@ -81,10 +81,13 @@ def _quantity(axes: Any, sweep: Sweep, quantity: str, tolerance: float) -> None:
     word = _WORDS.get(trends[-1].verdict, trends[-1].verdict).format(sweep.name)
     good = all(trend.verdict in ("independent", "zero") for trend in trends)
     unclear = not good and all(trend.verdict in ("independent", "zero", "unclear") for trend in trends)
-    _finish(axes, sweep, f"{_TITLES[quantity]}: {word}", "#00704F" if good else "0.3" if unclear else "#B34400")
+    colour = "#00704F" if good else "0.3" if unclear else "#B34400"
+    thick = dict.fromkeys(trend.place for trend in trends if trend.place)
+    drawn = f"in {', '.join(thick)}; thin: the others" if len(places) > 1 and thick else None
+    _finish(axes, sweep, f"{_TITLES[quantity]}: {word}", colour, drawn)
 
 
-def _finish(axes: Any, sweep: Sweep, title: str, colour: str = "0.0") -> None:
+def _finish(axes: Any, sweep: Sweep, title: str, colour: str = "0.0", drawn: str | None = None) -> None:
     from matplotlib.ticker import NullFormatter, NullLocator
 
     axes.set(xscale="log", yscale="log", xlabel=sweep.name)
@@ -94,11 +97,13 @@ def _finish(axes: Any, sweep: Sweep, title: str, colour: str = "0.0") -> None:
     low, high = axes.get_ylim()
     if low > 0 and high / low < 30:  # what is flat is seen to be
         middle = (low * high) ** 0.5
-        axes.set_ylim(middle / 30**0.5, middle * 30**0.5)
+        low, high = middle / 30**0.5, middle * 30**0.5
         axes.yaxis.set_minor_formatter(NullFormatter())
+    if low > 0:
+        axes.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", title=drawn, title_fontsize=8, alignment="left")
 
 
 def _colour(sweep: Sweep, step: int) -> Any:

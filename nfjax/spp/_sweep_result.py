@@ -29,9 +29,9 @@ class Sweep:
     - activation_change: That of its difference to what it returned at the start; 0 at step 0.
     - output: The root mean square of the model's output.
     - output_change: That of its difference to the output at the start.
-    - kernel_change: Of each trained kernel, as a matrix [in, out], the spectral norm of its change since the start over
-      that of the kernel then, which in muP does not depend on the width; NaN for a kernel that begins as zeros. One
-      that a loop goes through is one matrix, [rounds * in, out].
+    - kernel_change: Of each trained kernel [..., C], as a matrix of C columns, the spectral norm of its change since the
+      start over that of the kernel then, which in muP does not depend on the width; NaN for a kernel that begins as
+      zeros. One that a loop goes through is one matrix.
 
     Attributes:
         name: Of what was swept: "width".
@@ -149,7 +149,7 @@ class Sweep:
                     if (earlier := self.trend(quantity, step, tolerance)).verdict != "non-finite":
                         trends.append(earlier)
         notes = [self.mode.caveat()]
-        if math.isnan(trends[0].error):
+        if len(self.values) == 2 and len(self.seeds) == 1:
             notes.append("two values and one seed give an exponent without an error: take more of either")
         return SweepDiagnosis(tuple(trends), str(self.mode), tuple(filter(None, notes)))
 

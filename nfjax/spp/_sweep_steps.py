@@ -263,7 +263,7 @@ def _moved(kernels: Sequence[jax.Array], initial: Sequence[jax.Array]) -> jax.Ar
 
 
 def _spectral_norms(kernels: Sequence[jax.Array]) -> jax.Array:
-    """The largest singular values of kernels [..., out] as matrices [in, out], by power iteration, in one loop."""
+    """The largest singular values of kernels [..., C] as matrices of C columns, by power iteration, in one loop."""
     largest = [jnp.max(jnp.abs(x), initial=0.0) for x in kernels]
     scales = [jnp.where((top > 0) & jnp.isfinite(top), top, 1.0) for top in largest]
     matrices = [x.reshape(-1, x.shape[-1]) / scale for x, scale in zip(kernels, scales, strict=True)]
