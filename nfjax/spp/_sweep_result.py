@@ -29,8 +29,8 @@ class Sweep:
     - activation_change: That of its difference to what it returned at the start; 0 at step 0.
     - output: The root mean square of the model's output.
     - output_change: That of its difference to the output at the start.
-    - kernel_change: Of each trained kernel [..., C], as a matrix of C columns, the spectral norm of its change since the
-      start over that of the kernel then, which in muP does not depend on the width; NaN for a kernel that begins as
+    - kernel_change: Of each trained kernel [..., C], as a matrix of C columns, the spectral norm of its change since
+      the start over that of the kernel then, which in muP does not depend on the width; NaN for a kernel that begins as
       zeros. One that a loop goes through is one matrix.
 
     Attributes:
