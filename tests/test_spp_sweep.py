@@ -14,6 +14,7 @@ import pytest
 from flax import linen, nnx
 
 from nfjax import spp
+from nfjax.spp import _sweep
 from nfjax.spp._sweep_fit import fit
 from tests.toys import LinenNetwork, Network
 
@@ -287,6 +288,17 @@ def test_the_model_is_left_as_it_was_and_runs_as_it_trains():
         train=True,
     )
     assert "mutable: all but params" in str(other.diagnose())
+
+
+def test_a_step_is_compiled_once_for_each_value(monkeypatch):
+    compiled, prepare = [], _sweep.prepare
+    monkeypatch.setattr(_sweep, "prepare", lambda *args: compiled.append(prepare(*args)) or compiled[-1])
+    sweep = spp.sweep(standard, X, widths=np.array([16, 8]), where=Dense, seeds=(3, 1, 2), steps=0)
+    assert len(compiled) == 2
+    assert sweep.values == (8, 16)
+    assert sweep.seeds == (3, 1, 2)
+    assert len(set(sweep.sizes["output"].ravel().tolist())) == 2 * 3  # other parameters each time
+    assert "change" not in repr(sweep)
 
 
 # ---------------------------------------------------------------- what is special

@@ -215,7 +215,7 @@ class Sweep:
         swept = f"{self.name} {', '.join(f'{value:g}' for value in self.values)}"
         lines = [["", *(f"step {step}" for step in range(self.steps + 1))]]
         for quantity, about in QUANTITIES.items():
-            if self.places[quantity]:
+            if self.places[quantity] and (self.steps or about.from_start):
                 steps = range(0 if about.from_start else 1, self.steps + 1)
                 trends = [self.trend(quantity, step) for step in steps]
                 cells = [t.verdict if t.verdict in ("zero", "non-finite") else t.law for t in trends]
