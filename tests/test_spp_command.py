@@ -1,6 +1,7 @@
 """nfjax spp: the table, the verdict, the files, and what a user may type wrong."""
 
 import csv
+import json
 import sys
 
 import numpy as np
@@ -57,6 +58,32 @@ class Switched(nnx.Module):
             if i not in skip:
                 x = block(x)
         return x * scale
+
+class Wide(nnx.Module):
+    def __init__(self, width, rngs):
+        self.stem, self.head = nnx.Linear(3, width, rngs=rngs), nnx.Linear(width, 4, rngs=rngs)
+        self.blocks = nnx.List([Layers(width, rngs), Layers(width, rngs)])
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+class Layers(nnx.Module):
+    def __init__(self, width, rngs):
+        self.a = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.a(x)
+
+def wide(width, seed=0):
+    return Wide(width, nnx.Rngs(seed)), jax.random.normal(jax.random.key(0), (4, 3))
+
+def deep(number, scale=1.0):
+    rngs = nnx.Rngs(0)
+    blocks = Switched([Block(rngs) for _ in range(number)])
+    return blocks, scale * jax.random.normal(jax.random.key(0), (4, 8))
 
 CONSTANT = 3
 """
@@ -129,6 +156,38 @@ def test_a_model_of_the_users_own(run, arguments, expected):
     assert expected in run(*arguments)
 
 
+SWEEP = "--module=my_models:wide"
+
+
+def test_a_sweep_of_the_users_own(run, tmp_path):
+    shown = run(SWEEP, "--sweep=width:4,8,16", "--steps=1", "--seeds=2", "--out=a.png", "--out=a.csv", "--out=a.json")
+    assert "Wide\n\nSweep over width 4, 8, 16, 2 seeds: 1 step of sgd, learning rate 0.1, cross_entropy" in shown
+    assert "the output at the start" in shown
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert {row["width"] for row in rows} == {"4", "8", "16"}
+    assert {row["path"] for row in rows if row["quantity"] == "activation"} == {"blocks/0", "blocks/1"}
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["diagnosis"] in shown
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_a_sweep_of_another_argument_without_a_seed(run):
+    shown = run(
+        "--module=my_models:deep", "--sweep=number:2,3,5", "--steps=0", "--optimizer=adam", "--learning-rate=0.01",
+        "--tolerance=9", "--make=scale=0.5",
+    )  # fmt: skip
+    assert "Sweep over number 2, 3, 5: 0 steps of adam, learning rate 0.01" in shown
+    assert "independent of number" in shown
+
+
+def test_a_sweep_of_the_papers_networks(run):
+    shown = run(f"--sweep=depth:{TINY},18", *SMALL[1:], "--residual=convshort", "--steps=0", "--seeds=1")
+    assert "ResNet convshort, he_fan_out\n\nSweep over depth 10, 18:" in shown
+    shown = run("--sweep=width:2,4", SMALL[0], *SMALL[2:], "--steps=0", "--seeds=1", "--where=BasicBlock")
+    assert "--input-shape and --where go with --module" in shown
+
+
 TWO = "--module=my_models:two_classes"
 
 
@@ -187,6 +246,25 @@ def test_arguments_and_classes(run, arguments, blocks):
         ([TWO, "--arg=scael=2.0"], "scael"),
         ([TWO, "--make=wdth=2"], "has no such parameter; it has seed, width, name"),
         ([TWO, "--make=seed=2"], "--seeds says how many"),
+        ([SWEEP, "--sweep=width"], "'width': expected NAME:V,V,V with numbers, such as width:16,32,64"),
+        ([SWEEP, "--sweep=width:8,x"], "'width:8,x': expected NAME:V,V,V with numbers"),
+        ([SWEEP, "--sweep=width:8"], "width 8: expected two or more different numbers"),
+        ([SWEEP, "--sweep=wdth:8,16"], "--sweep=wdth:...: my_models:wide has no such parameter to sweep; it has width"),
+        ([SWEEP, "--sweep=seed:1,2"], "--sweep=seed:...: my_models:wide has no such parameter to sweep; it has width"),
+        (["--module=my_modls:wide", "--sweep=width:4,8"], "there is no module 'my_modls'"),
+        ([SWEEP, "--sweep=width:4,8", "--make=width=8"], "--make=width=... and --sweep=width:... give the same"),
+        ([SWEEP, "--sweep=width:4,8", "--steps=-1"], "-1 is negative"),
+        ([SWEEP, "--sweep=width:4,8", "--branch=b"], "--branch does not go with --sweep"),
+        ([SWEEP, "--sweep=width:4,8", "--tolerance=0"], "of a sweep, it is an exponent"),
+        ([SWEEP, "--sweep=width:4,8", "--learning-rate=nan"], "--learning-rate=nan: expected a finite number"),
+        ([SWEEP, "--sweep=width:4,8", "--arg=steps=2"], "steps is an argument of nfjax.spp.sweep"),
+        ([TWO, "--sweep=width:4,8"], "returns an input of shape [(4, 4)] for width=4 and [(4, 8)] for width=8"),
+        (["--module=my_models:deep", "--sweep=number:2,3", "--seeds=2"], "takes no `seed`, so that --seeds=2"),
+        ([*SMALL, "--steps=2"], "--steps goes with --sweep=NAME:VALUES"),
+        ([*SMALL, "--sweep=depth:10,18"], "--depth and --sweep=depth:... both say what the depth is"),
+        ([*SMALL[1:], "--sweep=depth:10,19"], "--sweep=depth:...: 19 is no depth; there are"),
+        ([SMALL[0], "--sweep=width:4,8.5"], "8.5 is no width; expected positive integers"),
+        (["--sweep=heads:4,8"], "of the paper's networks depth and width can be swept"),
     ],
 )
 def test_wrong_input_gets_a_clear_error(run, arguments, message):

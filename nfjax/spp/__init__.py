@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from nfjax.spp._causes import Cause
 from nfjax.spp._diagnosis import Diagnosis, Direction
+from nfjax.spp._jacobians import Jacobians, jacobians
 from nfjax.spp._kernels import Kernel
 from nfjax.spp._mode import Mode
 from nfjax.spp._monitor import Monitor, noise, propagate, propagate_seeds, scalars
@@ -22,11 +23,16 @@ from nfjax.spp._panels import Style, styles
 from nfjax.spp._plotting import plot
 from nfjax.spp._profile import Profile
 from nfjax.spp._statistics import STATISTICS, Moments, Observed
+from nfjax.spp._sweep import sweep
+from nfjax.spp._sweep_fit import SweepDiagnosis, Trend
+from nfjax.spp._sweep_plot import plot_sweep
+from nfjax.spp._sweep_result import Sweep
 from nfjax.spp._theory import Prediction, predict
 
 __all__ = [
-    "STATISTICS", "Cause", "Diagnosis", "Direction", "Kernel", "Mode", "Moments", "Monitor", "Observed", "Prediction",
-    "Profile", "Style", "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles", "write_report",
+    "STATISTICS", "Cause", "Diagnosis", "Direction", "Jacobians", "Kernel", "Mode", "Moments", "Monitor", "Observed",
+    "Prediction", "Profile", "Style", "Sweep", "SweepDiagnosis", "Trend", "jacobians", "noise", "plot", "plot_sweep",
+    "predict", "propagate", "propagate_seeds", "scalars", "styles", "sweep", "write_report",
 ]  # fmt: skip
 
 
