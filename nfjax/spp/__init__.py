@@ -13,6 +13,7 @@ measured of each block.
 from __future__ import annotations
 
 from nfjax.spp._diagnosis import Diagnosis, Direction
+from nfjax.spp._jacobians import Jacobians, jacobians
 from nfjax.spp._mode import Mode
 from nfjax.spp._monitor import Monitor, noise, propagate, propagate_seeds, scalars
 from nfjax.spp._plotting import Style, plot, styles
@@ -21,8 +22,8 @@ from nfjax.spp._statistics import STATISTICS, Moments, Observed
 from nfjax.spp._theory import Prediction, predict
 
 __all__ = [
-    "STATISTICS", "Diagnosis", "Direction", "Mode", "Moments", "Monitor", "Observed", "Prediction", "Profile", "Style",
-    "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles",
+    "STATISTICS", "Diagnosis", "Direction", "Jacobians", "Mode", "Moments", "Monitor", "Observed", "Prediction",
+    "Profile", "Style", "jacobians", "noise", "plot", "predict", "propagate", "propagate_seeds", "scalars", "styles",
 ]  # fmt: skip
 
 
