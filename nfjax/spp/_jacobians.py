@@ -21,7 +21,7 @@ from nfjax.spp._evaluation import BLOCK, check_supported
 from nfjax.spp._measuring import Choice, choose
 from nfjax.spp._mode import Mode
 from nfjax.spp._outputs import Output
-from nfjax.spp._probes import Probes, Products, join, singular_values
+from nfjax.spp._probes import Probes, Products, draw, join, singular_values
 from nfjax.spp._selection import Where
 from nfjax.spp._tracing import Tag, Trace
 
@@ -193,11 +193,13 @@ def _measure(model: Runnable, choice: Choice, probes: int, iterations: int, seed
     ran = _flow.order(jaxpr.jaxpr, dict.fromkeys(chosen, BLOCK))
     measured = [i for i, (tag, _) in enumerate(ran) if tag in given]
     leaves = jax.tree.leaves(model.arrays)
-    probing = Probes({tag: one.tag for tag, one in given.items()}, calls, probes, iterations)
+    inputs = {tag: one.tag for tag, one in given.items()}
+    longest = max((math.prod(one.aval.shape) for one in given.values()), default=0)
 
     def run(leaves: Sequence[jax.Array], key: jax.Array) -> Products:
-        keys = jax.random.split(jax.random.fold_in(key, PROBES), len(measured))
-        return join(probing.evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, keys)[1])
+        signs, normal, shifts = draw(jax.random.fold_in(key, PROBES), probes, longest, len(measured))
+        walk = Probes(inputs, calls, iterations, signs, normal)
+        return join(walk.evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, shifts)[1])
 
     key = jax.random.key(seed)
     found = np.full((4, len(ran)), np.nan)
@@ -271,7 +273,8 @@ def _inputs_of(traced: Trace, chosen: Sequence[Tag]) -> dict[Tag, _Given]:
     jaxpr = traced.jaxpr.jaxpr
     arrived = _flow.follow(jaxpr, [0] * len(jaxpr.invars), _flow.gradient, at_tag).at
     # The first block is not fed by another: what is connected is decided for all calls of a class together.
-    connected = {(type(traced.calls[tag.call].module), tag.number) for tag, marks in arrived.items() if marks}
+    fed = [tag for tag, marks in arrived.items() if tag.entry and marks]
+    connected = {(type(traced.calls[tag.call].module), tag.number) for tag in fed}
     entries, shapes = _entries(jaxpr), dict(_flow.order(jaxpr, dict.fromkeys(chosen, BLOCK)))
     found = {}
     for output in chosen:

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 
 from nfjax.spp import _flow, _tracing
 from nfjax.spp._evaluation import bind_equation
 from nfjax.spp._tracing import Call, Tag
+
+_SHIFTS = 4096  # at how many places of the noise a block's vectors may begin
 
 
 class Products(NamedTuple):
@@ -41,18 +43,51 @@ def join(found: Sequence[Products]) -> Products:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
 
+class Noise(NamedTuple):
+    """Random vectors for all blocks, drawn once: a generator for each block would take most of the time to compile.
+
+    Attributes:
+        signs: -1 or 1, int8 [probes, longest input + _SHIFTS].
+        normal: From N(0, 1), float32 [longest input + _SHIFTS].
+        shifts: Where in these each block's vectors begin, so that they are not alike, [blocks].
+    """
+
+    signs: jax.Array
+    normal: jax.Array
+    shifts: jax.Array
+
+
+def draw(key: jax.Array, probes: int, longest: int, blocks: int) -> Noise:
+    """longest: how many numbers the largest input of a block has."""
+    signs, normal, shifts = jax.random.split(key, 3)
+    return Noise(
+        jax.random.rademacher(signs, (probes, longest + _SHIFTS), jnp.int8),
+        jax.random.normal(normal, (longest + _SHIFTS,), jnp.float32),
+        jax.random.randint(shifts, (blocks,), 0, _SHIFTS, jnp.int32),
+    )
+
+
 class Probes(NamedTuple):
-    """Evaluates a jaxpr and measures its blocks on the way. inputs: of the blocks by output, both as tags."""
+    """Evaluates a jaxpr and measures its blocks on the way.
+
+    Attributes:
+        inputs: Of the blocks by output, both as tags.
+        calls: Of the trace.
+        iterations: Of Lanczos's method.
+        signs: As in `Noise`.
+        normal: Likewise.
+    """
 
     inputs: Mapping[Tag, Tag]
     calls: Sequence[Call]
-    probes: int
     iterations: int
+    signs: jax.Array
+    normal: jax.Array
 
     def evaluate(
-        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], keys: jax.Array
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], shifts: jax.Array
     ) -> tuple[list[Any], list[Products]]:
-        """The outputs, and the products of its blocks. keys: one for each block in the order of `_flow.order`."""
+        """The outputs, and the products of its blocks. shifts: theirs, in the order of `_flow.order`."""
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         values.update(zip(jaxpr.invars, args, strict=True))
         entered: dict[Tag, int] = {}
@@ -65,7 +100,7 @@ class Probes(NamedTuple):
             name, given, tag = eqn.primitive.name, [read(atom) for atom in eqn.invars], _tracing.tag(eqn)
             runs = _flow.executions(eqn)
             needed = sum(count for one, count in runs.items() if one in self.inputs)
-            own, keys = keys[:needed], keys[needed:]
+            own, shifts = shifts[:needed], shifts[needed:]
             if tag is not None:
                 out = given
                 if tag.entry:
@@ -88,17 +123,17 @@ class Probes(NamedTuple):
             values.update(zip(eqn.outvars, out, strict=True))
         return [read(atom) for atom in jaxpr.outvars], found
 
-    def _scan(self, eqn: Any, given: Sequence[Any], keys: jax.Array) -> tuple[list[Any], Products]:
+    def _scan(self, eqn: Any, given: Sequence[Any], shifts: jax.Array) -> tuple[list[Any], Products]:
         """A loop over blocks stays one; each of its rounds is measured on its own."""
         params, body = eqn.params, eqn.params["jaxpr"]
         num_consts, num_carry = _flow.scan_layout(eqn)
         unstacked, rounds = num_consts + num_carry, params["length"]
         order = slice(None, None, -1 if params["reverse"] else 1)  # the first that runs may be the last in an array
-        each = keys.reshape(rounds, -1)[order]
+        each = shifts.reshape(rounds, -1)[order]
 
         def step(carry: Any, stacked: Any) -> Any:
-            key, *slices = stacked
-            out, found = self.evaluate(body.jaxpr, body.consts, [*given[:num_consts], *carry, *slices], key)
+            own, *slices = stacked
+            out, found = self.evaluate(body.jaxpr, body.consts, [*given[:num_consts], *carry, *slices], own)
             return out[:num_carry], (out[num_carry:], join(found))
 
         start, stacked = list(given[num_consts:unstacked]), [each, *given[unstacked:]]
@@ -106,11 +141,11 @@ class Probes(NamedTuple):
         found = jax.tree.map(lambda x: x[order].reshape(-1, x.shape[-1]), found)
         return [*carry, *columns], found
 
-    def _measured(self, block: Callable[[Any], Any], x: jax.Array, key: jax.Array, call: Call) -> Products:
+    def _measured(self, block: Callable[[Any], Any], x: jax.Array, shift: jax.Array, call: Call) -> Products:
         errors: list[Exception] = []
         for linear in (_forward, _backward):
             try:
-                return self._products(*linear(block, x), x, key)
+                return self._products(*linear(block, x), x, shift)
             except Exception as error:
                 errors.append(error)
         raise ValueError(
@@ -118,14 +153,15 @@ class Probes(NamedTuple):
         ) from errors[0]
 
     def _products(
-        self, y: jax.Array, push: Callable[[Any], Any], pull: Callable[[Any], Any], x: jax.Array, key: jax.Array
+        self, y: jax.Array, push: Callable[[Any], Any], pull: Callable[[Any], Any], x: jax.Array, shift: jax.Array
     ) -> Products:
         """push: v -> J v. pull: u -> J^T u."""
-        for_signs, for_start = jax.random.split(key)
 
-        def gain(_: None, key: jax.Array) -> tuple[None, jax.Array]:
-            signs = jax.random.rademacher(key, x.shape, jnp.float32)
-            return None, _norm(push(signs.astype(x.dtype))) / jnp.sqrt(jnp.float32(x.size))
+        def own(noise: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(noise, shift, x.size).reshape(x.shape)
+
+        def gain(_: None, signs: jax.Array) -> tuple[None, jax.Array]:
+            return None, _norm(push(own(signs).astype(x.dtype))) / jnp.sqrt(jnp.float32(x.size))
 
         def iterate(carry: Any, _: None) -> Any:
             v, u, beside = carry
@@ -133,8 +169,8 @@ class Probes(NamedTuple):
             v, beside = _unit(_scaled(pull, u, y) - diagonal * v)
             return (v, u, beside), (diagonal, beside)
 
-        start, _ = _unit(jax.random.normal(for_start, x.shape, jnp.float32))
-        _, gains = jax.lax.scan(gain, None, jax.random.split(for_signs, self.probes))
+        start, _ = _unit(own(self.normal))
+        _, gains = jax.lax.scan(gain, None, self.signs)
         nothing = jnp.zeros(y.shape, jnp.float32), jnp.float32(0)
         _, (diagonal, beside) = jax.lax.scan(iterate, (start, *nothing), length=self.iterations)
         return Products(gains[None], diagonal[None], beside[None])
@@ -169,6 +205,8 @@ def _between(equations: Sequence[Any], x: Any, out: Any, values: Mapping[Any, An
 
 def _forward(block: Callable[[Any], Any], x: jax.Array) -> tuple[jax.Array, Callable[..., Any], Callable[..., Any]]:
     y, push = jax.linearize(block, x)
+    if _runs(jax.make_jaxpr(push)(x).jaxpr, "custom_lin"):  # which JAX can transpose, but not compute
+        raise TypeError("it has a rule for its gradient alone")
     transpose = jax.linear_transpose(push, x)
     return y, push, lambda u: transpose(u)[0]
 
@@ -178,6 +216,11 @@ def _backward(block: Callable[[Any], Any], x: jax.Array) -> tuple[jax.Array, Cal
     y, pull = jax.vjp(block, x)
     transpose = jax.linear_transpose(lambda u: pull(u)[0], y)
     return y, lambda v: transpose(v)[0], lambda u: pull(u)[0]
+
+
+def _runs(jaxpr: Any, name: str) -> bool:
+    inside = (inner for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params))
+    return any(eqn.primitive.name == name for eqn in jaxpr.eqns) or any(_runs(inner, name) for inner in inside)
 
 
 def _scaled(product: Callable[[Any], Any], unit: jax.Array, like: jax.Array) -> jax.Array:
