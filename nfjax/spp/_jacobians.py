@@ -191,9 +191,9 @@ def _measure(model: Runnable, choice: Choice, probes: int, iterations: int, seed
     check_supported(jaxpr.jaxpr, calls, chosen)
     given = _inputs_of(traced, chosen)
     ran = _flow.order(jaxpr.jaxpr, dict.fromkeys(chosen, BLOCK))
-    measured = [i for i, (tag, _) in enumerate(ran) if tag in given]
+    inputs = {tag: one.tag for tag, one in given.items() if math.prod(one.aval.shape)}
+    measured = [i for i, (tag, _) in enumerate(ran) if tag in inputs]
     leaves = jax.tree.leaves(model.arrays)
-    inputs = {tag: one.tag for tag, one in given.items()}
     longest = max((math.prod(one.aval.shape) for one in given.values()), default=0)
 
     def run(leaves: Sequence[jax.Array], key: jax.Array) -> Products:
@@ -210,11 +210,14 @@ def _measure(model: Runnable, choice: Choice, probes: int, iterations: int, seed
         found[:, measured] = singular_values(products)
     tags = [tag for tag, _ in ran]
     paths = _outputs.numbered([calls[tag.call].path for tag in tags])
-    reasons = {path: "it is given no floating-point array" for path, tag in zip(paths, tags, strict=True)}
-    for i in measured:
-        del reasons[paths[i]]
-        if not np.isfinite(found[[0, 2], i]).all():
-            reasons[paths[i]] = "its Jacobian is not finite"
+    reasons = {}
+    for i, (path, tag) in enumerate(zip(paths, tags, strict=True)):
+        if tag not in given:
+            reasons[path] = "it is given no floating-point array"
+        elif tag not in inputs:
+            reasons[path] = f"it is given an empty array, {given[tag]}"
+        elif not np.isfinite(found[[0, 2], i]).all():
+            reasons[path] = "its Jacobian is not finite"
     slots = _variables.slots(model.arrays)
     mode = _variables.mode(traced, slots, model.arrays)
     return Jacobians(
@@ -279,23 +282,30 @@ def _inputs_of(traced: Trace, chosen: Sequence[Tag]) -> dict[Tag, _Given]:
     found = {}
     for output in chosen:
         cls = type(traced.calls[output.call].module)
-        candidates = {tag: aval for tag, aval in entries.items() if tag.call == output.call and math.prod(aval.shape)}
-        if candidates:
-            best = max(
-                candidates,
-                key=lambda tag: ((cls, tag.number) in connected, candidates[tag].shape == shapes[output], -tag.number),
+        # An array that is given several times, as to attention, is one input.
+        candidates = {variable: tag for tag, variable in reversed(entries.items()) if tag.call == output.call}
+        arrays = sorted((tag, variable.aval) for variable, tag in candidates.items())
+        if arrays:
+            tag, aval = max(
+                arrays,
+                key=lambda array: (
+                    (cls, array[0].number) in connected,
+                    array[1].shape == shapes.get(output),
+                    -array[0].number,
+                ),
             )
-            found[output] = _Given(best, candidates[best], list(candidates).index(best) + 1, len(candidates))
+            place = [tag for tag, _ in arrays].index(tag) + 1
+            found[output] = _Given(tag, aval, place, len(arrays))
     return found
 
 
 def _entries(jaxpr: Any) -> dict[Tag, Any]:
-    """Shape and dtype of what calls are given, by tag."""
+    """The variables that calls are given, by tag, in order."""
     found = {}
     for eqn in jaxpr.eqns:
         tag = _tracing.tag(eqn)
         if tag is not None and tag.entry and not isinstance(eqn.invars[0], Literal):
-            found[tag] = eqn.invars[0].aval
+            found[tag] = eqn.invars[0]
         for inner in jaxprs_in_params(eqn.params):
             found |= _entries(inner)
     return found

@@ -106,10 +106,15 @@ class Probes(NamedTuple):
                 if tag.entry:
                     entered[tag] = place
                 elif tag in self.inputs:
-                    start = entered[self.inputs[tag]]
+                    call, start = self.calls[tag.call], entered.get(self.inputs[tag])
+                    if start is None:
+                        raise ValueError(
+                            f"{call.what} cannot be cut out: what it is given and what it returns stand in different "
+                            "parts of the traced program. Choose other blocks with where="
+                        )
                     x = jaxpr.eqns[start].invars[0]
                     block = _between(jaxpr.eqns[start:place], x, eqn.invars[0], values)
-                    found.append(self._measured(block, values[x], own[0], self.calls[tag.call]))
+                    found.append(self._measured(block, values[x], own[0], call))
             elif not needed:
                 out = bind_equation(eqn, given)
             elif name == _flow.SCAN:
@@ -161,7 +166,7 @@ class Probes(NamedTuple):
             return jax.lax.dynamic_slice_in_dim(noise, shift, x.size).reshape(x.shape)
 
         def gain(_: None, signs: jax.Array) -> tuple[None, jax.Array]:
-            return None, _norm(push(own(signs).astype(x.dtype))) / jnp.sqrt(jnp.float32(x.size))
+            return None, _norm(push(own(signs).astype(x.dtype))) / jnp.float32(math.sqrt(x.size))
 
         def iterate(carry: Any, _: None) -> Any:
             v, u, beside = carry
@@ -225,7 +230,7 @@ def _runs(jaxpr: Any, name: str) -> bool:
 
 def _scaled(product: Callable[[Any], Any], unit: jax.Array, like: jax.Array) -> jax.Array:
     """The product with a unit vector, float32; its components are brought to about 1, so that no dtype loses them."""
-    root = jnp.sqrt(jnp.float32(like.size))
+    root = jnp.float32(math.sqrt(max(like.size, 1)))
     return product((unit * root).astype(like.dtype)).astype(jnp.float32) / root
 
 
