@@ -21,7 +21,7 @@ def explicit(block, x):
     """(mean square, largest) from all singular values of the Jacobian of the whole batch."""
     if isinstance(block, nnx.Module):  # one that writes statistics is not to write them inside of jacfwd
         graph, state = nnx.split(block)
-        block = lambda x: nnx.merge(graph, state, copy=True)(x)  # noqa: E731
+        return explicit(lambda x: nnx.merge(graph, state, copy=True)(x), x)
     y, jacobian = block(x), np.asarray(jax.jacfwd(block)(x), np.float64)
     values = np.linalg.svd(jacobian.reshape(y.size, x.size), compute_uv=False)
     return np.square(values).sum() / x.size, values[0]
@@ -613,7 +613,7 @@ def test_what_cannot_be_cut_out_is_named():
         return jax.lax.while_loop(lambda x: jnp.abs(x).max() > 1, lambda x: x / 2, layer(x))
 
     model = Chain([Block(halved, linear(4, 4, seed)) for seed in range(2)])
-    with pytest.raises(ValueError, match=r"Block 'blocks/0' cannot be differentiated: .*where="):
+    with pytest.raises(ValueError, match=r"Block 'blocks/0' cannot be differentiated \(Reverse-mode .*\); choose"):
         spp.jacobians(model, draw(2, 4), where="Block")
 
     class Conditional(Chain):

@@ -2,8 +2,8 @@
 
 The tagged program of a model (`_tracing`) has, for every block, a tag of what it is given and one of what it returns;
 between them stands the block. The program is evaluated again, and at each block's output what stands between its tags
-is linearized, as a function of the block's input alone: all else that it reads is held fixed. Only one block's
-linearization at a time is kept.
+is linearized, as a function of the block's input alone: all else that it reads is held fixed. Nothing behind a block
+needs its linearization.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Probes(NamedTuple):
             except Exception as error:
                 errors.append(error)
         raise ValueError(
-            f"{call.what} cannot be differentiated: {errors[0]}. Choose other blocks with where="
+            f"{call.what} cannot be differentiated ({str(errors[0]).strip()}); choose other blocks with where="
         ) from errors[0]
 
     def _products(
