@@ -33,8 +33,8 @@ class Profile:
     - branch_share: Var[branch] / Var[x_l] over whole tensors: of what is called a branch, or where nothing is, or where
       a factor behind it makes the block the identity, of x_l - x for the input x that has x_l's shape; NaN where there
       is none.
-    - similarity: The cosine between the activations of an example and those of the next, averaged over the batch, of
-      which the first axis is taken to count the examples. Close to 1, different inputs have become the same.
+    - similarity: The cosine between the activations of two examples, averaged over all pairs of the first 16; the first
+      axis is taken to count the examples. Close to 1, different inputs have become the same.
     - dead: Of the units (last axis) of the ReLUs since the block before, the share that is 0 for the whole batch and at
       every place; NaN where there is no ReLU.
     - saturated: Of the values of tanh, erf and the logistic function there, the share within 1 % of its range from a

@@ -20,6 +20,7 @@ import numpy as np
 # signal goes. A hundred pre-normalized blocks, each of which adds as much as the first, still have ten times that.
 IDENTITY = 1e-3
 _UNKNOWN = -1.0  # of a share: a NaN would stop a program under JAX's debugging switch
+EXAMPLES = 16  # of which the likeness is measured
 _NO_COSINE = 2.0  # likewise, of a cosine
 
 
@@ -114,19 +115,20 @@ def similarity(out: jax.Array, measured: Moments) -> jax.Array:
         measured: Its moments.
 
     Returns:
-        The cosine between an example's activations and those of the next one, without taking off a mean, averaged over
-        the batch: a float32 scalar, larger than 1 where there are no two examples that are not zero. Its course over
-        the depth is the "C map" (Poole et al. 2016; Martens et al. 2021).
+        The cosine between the activations of two examples, without taking off a mean, averaged over all pairs of the
+        first EXAMPLES: a float32 scalar, larger than 1 where there are no two that are not zero. Its course over the
+        depth is the "C map" (Poole et al. 2016; Martens et al. 2021).
     """
-    if out.ndim < 2 or out.shape[0] < 2:
+    if out.ndim < 2 or out.shape[0] < 2 or not out.size:
         return jnp.float32(_NO_COSINE)
-    axes = tuple(range(1, out.ndim))
-    scaled = out.astype(jnp.float32) / measured.scale
-    squares, products = jnp.square(scaled).sum(axis=axes), (scaled[:-1] * scaled[1:]).sum(axis=axes)
-    norms = jnp.sqrt(squares[:-1]) * jnp.sqrt(squares[1:])
-    known = norms > 0
-    cosines = jnp.where(known, products / jnp.where(known, norms, 1.0), 0.0)
-    number = known.sum(dtype=jnp.float32)
+    flat = out[:EXAMPLES].astype(jnp.float32) / measured.scale
+    flat = flat.reshape(flat.shape[0], -1)
+    products = jnp.dot(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+    norms = jnp.sqrt(jnp.diagonal(products))
+    both = norms[:, None] * norms[None, :]
+    pairs = (both > 0) & ~jnp.eye(len(flat), dtype=bool)
+    cosines = jnp.where(pairs, products / jnp.where(pairs, both, 1.0), 0.0)
+    number = pairs.sum(dtype=jnp.float32)
     return jnp.where(number > 0, cosines.sum() / jnp.maximum(number, 1.0), _NO_COSINE)
 
 
