@@ -15,6 +15,7 @@ from nfjax.reproduce import _beginnings, _comparison, _lines, _rates, _records, 
 from nfjax.reproduce._beginnings import Beginning
 from nfjax.reproduce._curves import NETWORKS
 from nfjax.reproduce._grids import ANY, RULES, VERY_DEEP, Cell, Grid
+from nfjax.runs import workdirs
 from nfjax.training import loop as train
 from tests.conftest import TINY, TINY_FLAGS
 
@@ -292,6 +293,17 @@ def test_what_is_known_before_training_stands_beside(tmp_path):
     assert table.note.endswith(_comparison.NOTHING)
     # The number of classes is of the images: these networks are others.
     assert compared(tmp_path, grid, made(IDSHORT, 0.5, classes=7)).beginnings == {}
+
+
+def test_what_is_known_of_a_network_stays_known_when_there_are_more_fields(monkeypatch):
+    def key():
+        return _beginnings._key(_runs.make_run(small(IDSHORT), small(IDSHORT).cells[0], 0, asked()), 10)
+
+    before, essence = key(), workdirs.essence
+    monkeypatch.setattr(workdirs, "essence", lambda config: {**essence(config), "model.later": None})
+    assert key() == before
+    monkeypatch.setattr(workdirs, "essence", lambda config: {**essence(config), "model.later": id(config)})
+    assert key() != before
 
 
 @pytest.mark.parametrize(

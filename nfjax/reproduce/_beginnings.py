@@ -16,10 +16,12 @@ import msgspec
 import numpy as np
 
 from nfjax import compilation, cost, spp
+from nfjax import config as configs
 from nfjax.reproduce import _lines, _runs
 from nfjax.reproduce._grids import Grid
 from nfjax.reproduce._pace import shown
 from nfjax.reproduce._runs import Request, Run
+from nfjax.runs import workdirs
 from nfjax.training import networks
 
 FILE = "beginnings.jsonl"
@@ -126,7 +128,11 @@ def measure_missing(grid: Grid, request: Request, classes: int) -> None:
 
 
 def _key(run: Run, classes: int) -> str:
-    """ "ResNet-18 IdShort, He fan-out, 0123abcd": the same for all runs that begin with such a network."""
-    settings = {name: value for name, value in run.settings.items() if name.startswith("model.")}
+    """ "ResNet-18 IdShort, He fan-out, 0123abcd": the same for all runs that begin with such a network, and when later
+    versions have fields more.
+    """
+    default = workdirs.essence(configs.base())
+    model = {name: value for name, value in run.settings.items() if name.startswith("model.")}
+    settings = {name: value for name, value in model.items() if value != default.get(name)}
     exact = json.dumps([settings, run.settings["data.image_size"], classes], sort_keys=True)
     return f"{run.cell.label}, {hashlib.sha256(exact.encode()).hexdigest()[:8]}"
