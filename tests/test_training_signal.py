@@ -115,14 +115,14 @@ def test_what_is_named_is_what_a_measurement_of_that_step_finds(tiny_config, tmp
     """Behind some good steps, with augmentation and mixing, in parts: the images and the weights are those of the step
     that was not finite.
     """
-    tiny_config.optim.learning_rate, tiny_config.model.residual = 300.0, "identity"
+    tiny_config.optim.learning_rate, tiny_config.model.residual = 1e12, "identity"
     tiny_config.augment.mixup_alpha, tiny_config.train.accumulate_steps = 0.2, 2
     tiny_config.steps_per_dispatch, tiny_config.log.every_steps = per_dispatch, 8
     seen = {}
 
-    def find(run, number, loss_is_finite, find=divergence.find):
-        seen.update(number=number, run=run)
-        return find(run, number, loss_is_finite)
+    def find(place, loss_is_finite, find=divergence.find):
+        seen.update(number=place.number, run=place)
+        return find(place, loss_is_finite)
 
     monkeypatch.setattr(divergence, "find", find)
     found = message(tiny_config, tmp_path)
@@ -131,7 +131,7 @@ def test_what_is_named_is_what_a_measurement_of_that_step_finds(tiny_config, tmp
     assert f"at step {number} the loss is" in found
     batch = next(run.loader.train(number, number + 1))
     examples = steps.make_examples(batch, rng.of_step(run.key, number), run.task)
-    model = run.network.model(run.state.params, run.state.batch_stats)
+    model = run.task.network.model(run.state.params, run.state.batch_stats)
     profile = spp.propagate(model, examples["image"][::2], where=divergence.holds_parameters)
     assert f"the output of {spp.find_breakdown(profile).path} is the first that is not finite" in found
 
@@ -367,11 +367,14 @@ def test_noise_of_a_step_is_that_of_its_parts(tiny_config, tmp_path):
         squares = [float(movement.square(tree)) for tree in (*own, whole)]
         _, _, sums, _ = steps.differentiate(run.state, examples, key, run.task)
         assert float(sums["part_square"]) == pytest.approx(squares[0] + squares[1], rel=1e-4)
-        told = movement.measure(run.state.replace(step=jnp.int32(4)), run.state.params, whole, sums, 64, run.task)
-        by_name = dict(zip(movement.names(run.state.params, run.task), told.tolist(), strict=True))
+        state, after = run.state.params, jax.tree.map(lambda x: x * 1.5, run.state.params)
+        parts = movement.Parts(sums["part_square"] / 2, 2, 64)
+        told = movement.measure(jnp.bool_(True), state, after, whole, parts)
+        by_name = dict(zip(movement.names(state, has_parts=True), told.tolist(), strict=True))
         assert by_name["gradient_noise/variance"] == pytest.approx((sum(squares[:2]) / 2 - squares[2]) * 64, rel=1e-3)
         assert by_name["gradient_noise/square_norm"] == pytest.approx(2 * squares[2] - sum(squares[:2]) / 2, rel=1e-3)
-        assert not movement.measure(run.state, run.state.params, whole, sums | {"part_square": 1.0}, 64, run.task).any()
+        assert by_name["update_ratio/blocks/1"] == pytest.approx(0.5, rel=1e-5)
+        assert not movement.measure(jnp.bool_(False), state, after, whole, parts).any()
 
 
 def test_a_watched_run_resumes_bit_for_bit(tiny_config, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def signal(run: Run) -> None:
             with propagation.asking_for_blocks():
                 measured = spp.scalars(run.monitor(run.network.model(*here)))
             if run.told is not None:
-                measured |= movement.scalars(run.state.params, run.task, run.told)
+                measured |= movement.scalars(run.state.params, run.task.has_noise, run.told)
             run.trackers.write("signal", run.progress.step, measured)
 
 

@@ -8,10 +8,11 @@ it takes is bounded.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,9 @@ from flax import nnx
 from nfjax import spp
 from nfjax.runs.progress import say
 from nfjax.training import losses, rng, sharding, step
+from nfjax.training.loader import Loader
 from nfjax.training.state import Batch, TrainState
-from nfjax.training.step import Examples, Sums, Task
-
-if TYPE_CHECKING:
-    from nfjax.training.setup import Run
+from nfjax.training.step import Examples, Task
 
 LONGEST = 60.0  # seconds after which no further part of the batch is begun
 PARTS = 32  # of the batch that are looked at, at most
@@ -54,48 +53,70 @@ def holds_parameters(path: str, module: Any) -> bool:
     return bool(jax.tree.leaves(nnx.state(module, nnx.Param))) if isinstance(module, nnx.Module) else True
 
 
-def explain(run: Run, number: int, sums: Sums, bad: int) -> str:
-    """In half a sentence, what stopped being finite in a step, "; ..."; empty if that is not known.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A step that was not finite, and what is needed to compute it once more.
+
+    Attributes:
+        number: Of the step.
+        state: From before it.
+        task: What is trained.
+        loader: Has its images.
+        key: Of the run's stream "training".
+        hurried: Tells whether somebody wants the run to end.
+    """
+
+    number: int
+    state: TrainState
+    task: Task
+    loader: Loader
+    key: jax.Array
+    hurried: Callable[[], bool]
+
+
+def explain(place: Place, loss: float, grad_norm: float) -> str:
+    """In half a sentence, what stopped being finite, "; ..."; empty if that is not known.
 
     Args:
-        run: Whose state is still that from before the step.
-        number: Of the step.
-        sums: Of the steps since the last report.
-        bad: Which of them the step is.
+        place: The step.
+        loss: Of the step.
+        grad_norm: Likewise.
     """
-    loss, grad_norm = float(sums["loss"][bad]), float(sums["grad_norm"][bad])
     if np.isfinite(loss) and np.isfinite(grad_norm):
         return "; loss and gradient are finite, the update that the optimizer makes of them is not"
     try:
-        say(f"the loss or its gradient is not finite at step {number:,}: looking for where it began (Ctrl-C skips it)")
-        return f"; {find(run, number, np.isfinite(loss))}"
+        say(
+            f"the loss or its gradient is not finite at step {place.number:,}: looking for where it began (Ctrl-C "
+            "skips it)"
+        )
+        return f"; {find(place, bool(np.isfinite(loss)))}"
     except (Exception, KeyboardInterrupt) as error:  # what ended the run is worth telling, and not this
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
         return "" if isinstance(error, KeyboardInterrupt) else f"; where it began could not be measured ({reason})"
 
 
-def find(run: Run, number: int, loss_is_finite: bool) -> str:
-    """What stopped being finite at the step `number` of a run, whose state is that from before it."""
-    begin, state, task = time.perf_counter(), run.state, run.task
+def find(place: Place, loss_is_finite: bool) -> str:
+    """What stopped being finite in a step."""
+    begin, state, task, number = time.perf_counter(), place.state, place.task, place.number
     for what, tree in (("parameter", state.params), ("kept value", state.batch_stats)):
         for path, (finite, _) in _by_path(_sizes(tree)).items():
             if not finite:
                 return f"before this step the {what} {path} was no longer finite"
-    run.loader.close()  # nothing more is trained on
-    with contextlib.closing(run.loader.train(number, number + 1)) as batches:
+    place.loader.close()  # nothing more is trained on
+    with contextlib.closing(place.loader.train(number, number + 1)) as batches:
         batch = next(batches)
-    key = rng.of_step(run.key, jnp.int32(number))
+    key = rng.of_step(place.key, jnp.int32(number))
     examples = _examples(batch, key, task=task)
     params, batch_stats = sharding.everywhere((state.params, state.batch_stats))
     measure = _measurement(task, params, batch_stats)
     count = np.maximum(np.asarray(sharding.everywhere(examples["mask"])).sum(), 1).astype(np.float32)
-    looked_at, parts = 0, list(_parts(task, run.config.batch_size, key))
+    looked_at, parts = 0, list(_parts(task, len(batch.mask), key))
     for rows, noise in parts[:PARTS]:
         found = measure(sharding.everywhere(_taken(examples, rows)), noise, count)
         looked_at += 1
         if _of_first(found is not None):
             return str(found) if found is not None else "it began in a part of the batch that another process saw"
-        if _of_first(run.interrupts.pending is not None or time.perf_counter() - begin > LONGEST):
+        if _of_first(place.hurried() or time.perf_counter() - begin > LONGEST):
             break
     if looked_at < len(parts):
         return f"in the first {looked_at} of the {len(parts)} parts of the batch every layer is finite, both ways"

@@ -7,8 +7,9 @@ look at the gradient of each. Where nobody asks for it, the program has no such 
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,59 +17,58 @@ import numpy as np
 
 from nfjax import spp
 
-if TYPE_CHECKING:
-    from nfjax.training.state import TrainState
-    from nfjax.training.step import Sums, Task
-
 NOISE = ("gradient_noise/variance", "gradient_noise/square_norm", "gradient_noise/scale")
 
 
-def measure(state: TrainState, params: Any, grads: Any, sums: Sums, batch_size: int, task: Task) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Of a batch, whose gradients can be compared with that of the whole.
+
+    Attributes:
+        square: Mean over the parts of the squared norm of a part's mean gradient; float32 [].
+        count: How many there are, two or more.
+        batch_size: Examples in the whole batch.
+    """
+
+    square: Any
+    count: int
+    batch_size: int
+
+
+def measure(due: jax.Array, before: Any, after: Any, grads: Any, parts: Parts | None) -> jax.Array:
     """What a step tells, float32 [n], by `names`; zeros if it is not one of those that do.
 
     Args:
-        state: Before the step.
-        params: After it.
+        due: Whether it is; bool [].
+        before: Parameters before the step.
+        after: And after it.
         grads: Of the batch, before anything is clipped.
-        sums: Of the batch; "part_square" is taken out of it.
-        batch_size: Its examples.
-        task: What is trained.
+        parts: None where the batch is computed as one.
     """
-    parts, part_squares = _parts(task), sums.pop("part_square", None)
 
     def tell(before: Any, after: Any, grads: Any) -> jax.Array:
         found = [*spp.update_ratios(before, after).values(), *spp.gradient_norms(grads).values()]
-        if part_squares is not None:
-            found += spp.gradient_noise(part_squares / parts, square(grads), parts, batch_size)
+        if parts is not None:
+            found += spp.gradient_noise(parts.square, square(grads), parts.count, parts.batch_size)
         return jnp.stack(found)
 
-    length = jax.eval_shape(tell, state.params, params, grads).shape
-    due = (state.step + 1) % task.signal_every == 0
-    return jax.lax.cond(due, tell, lambda *_: jnp.zeros(length, jnp.float32), state.params, params, grads)
+    shape = jax.eval_shape(tell, before, after, grads).shape
+    return jax.lax.cond(due, tell, lambda *_: jnp.zeros(shape, jnp.float32), before, after, grads)
 
 
-def names(params: Any, task: Task) -> list[str]:
+def names(params: Any, has_parts: bool) -> list[str]:
     """Of what `measure` tells, in its order."""
     groups = list(jax.eval_shape(spp.gradient_norms, params))
     own = [f"{what}/{group}" for what in ("update_ratio", "gradient_norm") for group in groups]
-    return [*own, *(NOISE if has_noise(task) else ())]
+    return [*own, *(NOISE if has_parts else ())]
 
 
-def scalars(params: Any, task: Task, told: np.ndarray) -> dict[str, float]:
+def scalars(params: Any, has_parts: bool, told: np.ndarray) -> dict[str, float]:
     """By name, what of it is finite: weights that were all zero have no ratio, and a gradient that drowns in its noise
     has no scale.
     """
-    by_name = zip(names(params, task), map(float, told), strict=True)
+    by_name = zip(names(params, has_parts), map(float, told), strict=True)
     return {name: value for name, value in by_name if math.isfinite(value)}
-
-
-def has_noise(task: Task) -> bool:
-    """Whether there are gradients of parts of the batch, to be compared with that of the whole."""
-    return task.signal_every is not None and _parts(task) > 1
-
-
-def _parts(task: Task) -> int:
-    return task.parts * task.mesh.size
 
 
 def square(tree: Any) -> jax.Array:

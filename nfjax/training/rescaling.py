@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ METHODS: dict[str, Callable[..., nnx.Module]] = {
 }
 BETWEEN_BLOCKS = ("balance", "balance_forward", "balance_backward")
 NONE = "none"
+NOTES = 3  # of the report, in the line for a person
 IMAGES = 128  # of the first batch, at most: they are on one device, and a variance needs no more
 
 
@@ -89,11 +91,11 @@ def tell(report: rescale.Report, images: int) -> None:
     changed = [row for row in report.rows if abs(np.log(row.factor)) > 0.01]
     signal = report.signal or {"output of a kernel": ([r.before for r in report.rows], [r.after for r in report.rows])}
     spread = "; ".join(f"{name} {_spread(before)}, now {_spread(after)}" for name, (before, after) in signal.items())
-    left = sum(bool(row.note) for row in report.rows)
-    unreached = f", {left} of them not as wanted" if left else ""
+    notes = collections.Counter(row.note for row in report.rows if row.note).most_common(NOTES)
     say(
-        f"rescale {report.method}: {len(changed)} of {len(report.rows)} kernels changed{unreached}, on {images} images "
-        f"in {report.seconds:.1f} s; largest over smallest variance: {spread}"
+        f"rescale {report.method}: {len(changed)} of {len(report.rows)} kernels changed, on {images} images in "
+        f"{report.seconds:.1f} s; largest over smallest variance: {spread}"
+        + "".join(f"; {count} x {note}" for note, count in notes)
     )
 
 

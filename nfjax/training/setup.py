@@ -140,11 +140,20 @@ class Run:
         self.progress.step += len(sums["count"])
         # A step that was not finite did not count, nor did any behind it: see `train_step`.
         if (reached := int(self.state.step)) < self.progress.step:
-            where = divergence.explain(self, reached, sums, reached - first)
-            raise failures.diverged(reached, sums, reached - first, self.checkpoints, self.config, where)
+            raise failures.diverged(
+                reached, sums, reached - first, self.checkpoints, self.config, self._explained(reached, sums)
+            )
         self.progress.add(sums)
         self.told = sums["signal"][-1] if "signal" in sums else None
         return self.progress.step == stop
+
+    def _explained(self, number: int, sums: Sums) -> str:
+        """What stopped being finite in the step `number`, before which the run stands."""
+        bad = number - (self.progress.step - len(sums["count"]))
+        place = divergence.Place(
+            number, self.state, self.task, self.loader, self.key, lambda: self.interrupts.pending is not None
+        )
+        return divergence.explain(place, float(sums["loss"][bad]), float(sums["grad_norm"][bad]))
 
     def _is_idle(self) -> bool:
         return not self._parts or all(x.is_ready() for x in self._parts[-1][1].values())

@@ -61,6 +61,11 @@ class Task:
     signal_every: int | None = None
     mesh: Mesh = dataclasses.field(default_factory=sharding.make)
 
+    @property
+    def has_noise(self) -> bool:
+        """Whether the gradients of parts of the batch are there, and wanted, to be compared with that of the whole."""
+        return self.signal_every is not None and self.parts * self.mesh.size > 1
+
 
 @functools.partial(jax.jit, static_argnames="task", donate_argnames="state")
 def train_step(state: TrainState, batch: Batch, key: jax.Array, *, task: Task) -> tuple[TrainState, Sums]:
@@ -93,7 +98,10 @@ def train_step(state: TrainState, batch: Batch, key: jax.Array, *, task: Task) -
     if task.ema_decay is not None:
         after = after.replace(ema=_averaged(state, after, task.ema_decay))
     if task.signal_every is not None:
-        sums["signal"] = movement.measure(state, params, grads, sums, batch.mask.size, task)
+        count = task.parts * task.mesh.size
+        parts = movement.Parts(sums.pop("part_square") / count, count, batch.mask.size) if task.has_noise else None
+        due = (state.step + 1) % task.signal_every == 0
+        sums["signal"] = movement.measure(due, state.params, params, grads, parts)
     good = finite & ~state.diverged
     state = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state).replace(diverged=~good)
     state = jax.lax.with_sharding_constraint(state, sharding.of_state(state, task.mesh))
@@ -219,7 +227,7 @@ def _added_up(
     def of_part(batch_stats: Any, part: Examples, noise: jax.Array | None) -> tuple[Any, Any]:
         of_loss = jax.value_and_grad(_loss, has_aux=True)
         (loss, (batch_stats, sums)), grads = of_loss(params, batch_stats, part, count, noise, axes, task)
-        if movement.has_noise(task):
+        if task.has_noise:
             # Of the mean over the part, and not of the part's share of the mean over the batch.
             sums["part_square"] = movement.square(grads) * jnp.square(count / jnp.maximum(sums["count"], 1))
         return (grads, loss, sums), batch_stats
@@ -235,7 +243,7 @@ def _added_up(
         more, batch_stats = of_part(batch_stats, part, None if noise is None else jax.random.fold_in(noise, i))
         return (jax.tree.map(jnp.add, own, more), batch_stats), None
 
-    names = ("loss", "correct", "count", *(("part_square",) if movement.has_noise(task) else ()))
+    names = ("loss", "correct", "count", *(("part_square",) if task.has_noise else ()))
     sums = {name: jnp.float32(0) for name in names}
     start = ((jax.tree.map(jnp.zeros_like, params), jnp.float32(0), sums), batch_stats)
     (own, batch_stats), _ = jax.lax.scan(add, start, jnp.arange(task.parts), unroll=task.unroll)
