@@ -36,6 +36,9 @@ def base() -> ConfigDict:
     # 4: none or "batch".
     config.model.norm = config_dict.placeholder(str)
     config.model.init = "he_fan_out"  # a name in nfjax.initializers.INITIALIZERS or OF_JAX; paper, eq. 2
+    # What changes the kernels before the first step, on its images: a name in nfjax.training.rescaling.METHODS, "lsuv",
+    # "balance", "balance_forward" or "balance_backward", which are nfjax.rescale's; none for none. Paper: none.
+    config.model.rescale = config_dict.placeholder(str)
     config.model.stem = "cifar"  # "cifar" (3x3) or "imagenet" (7x7, stride 2, max-pooling); not stated by the paper
     config.model.width = 64  # channels of the first stage; He et al. 2016, and implied by the paper's tables
     # Whether a block's activations are computed anew for its gradient, instead of being kept: less memory, more time.
@@ -136,7 +139,9 @@ def base() -> ConfigDict:
     # separated by commas. Ours.
     config.log.trackers = "tensorboard"
     # Training steps between two measurements of every block's forward and backward variance on the first training batch
-    # (nfjax.spp), a multiple of log.every_steps; none for no measurements. One costs less than a training step. Ours.
+    # (nfjax.spp), a multiple of log.every_steps; none for no measurements. One costs less than a training step. With
+    # them come, of the step before, the ratio of update to weights and the norm of the gradient in each block, and,
+    # where a batch is computed in parts or on several devices, the gradient's noise. Ours.
     config.log.signal_every_steps = config_dict.placeholder(int)
     # Class names of what counts as a block there, separated by commas; none for residual blocks, which are found by
     # themselves. Ours.

@@ -12,6 +12,7 @@ measured of each block.
 
 from __future__ import annotations
 
+from nfjax.spp._breakdown import Breakdown, find_breakdown
 from nfjax.spp._causes import Cause
 from nfjax.spp._diagnosis import Diagnosis, Direction
 from nfjax.spp._jacobians import Jacobians, jacobians
@@ -28,11 +29,13 @@ from nfjax.spp._sweep_fit import SweepDiagnosis, Trend
 from nfjax.spp._sweep_plot import plot_sweep
 from nfjax.spp._sweep_result import Sweep
 from nfjax.spp._theory import Prediction, predict
+from nfjax.spp._updates import GROUPS, GradientNoise, gradient_noise, gradient_norms, update_ratios
 
 __all__ = [
-    "STATISTICS", "Cause", "Diagnosis", "Direction", "Jacobians", "Kernel", "Mode", "Moments", "Monitor", "Observed",
-    "Prediction", "Profile", "Style", "Sweep", "SweepDiagnosis", "Trend", "jacobians", "noise", "plot", "plot_sweep",
-    "predict", "propagate", "propagate_seeds", "scalars", "styles", "sweep", "write_report",
+    "GROUPS", "STATISTICS", "Breakdown", "Cause", "Diagnosis", "Direction", "GradientNoise", "Jacobians", "Kernel",
+    "Mode", "Moments", "Monitor", "Observed", "Prediction", "Profile", "Style", "Sweep", "SweepDiagnosis", "Trend",
+    "find_breakdown", "gradient_noise", "gradient_norms", "jacobians", "noise", "plot", "plot_sweep", "predict",
+    "propagate", "propagate_seeds", "scalars", "styles", "sweep", "update_ratios", "write_report",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from nfjax import distributed, spp
 from nfjax.runs import mirror
-from nfjax.training import evaluation, failures, propagation, ranges, sharding
+from nfjax.training import evaluation, failures, movement, propagation, ranges, sharding
 from nfjax.training.ranges import Range
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def check(config: ConfigDict) -> None:
 
 
 def signal(run: Run) -> None:
-    """Forward and backward variance of every block, where the config asks for it."""
+    """Forward and backward variance of every block, and what the step before tells of itself, where the config asks for
+    it.
+    """
     every = run.config.log.signal_every_steps
     if every is not None and run.progress.step % every == 0:
         # All processes bring their part of the parameters, the first one measures.
@@ -49,6 +51,8 @@ def signal(run: Run) -> None:
         if distributed.is_first():
             with propagation.asking_for_blocks():
                 measured = spp.scalars(run.monitor(run.network.model(*here)))
+            if run.told is not None:
+                measured |= movement.scalars(run.state.params, run.task.has_noise, run.told)
             run.trackers.write("signal", run.progress.step, measured)
 
 

@@ -20,6 +20,7 @@ from nfjax.training import (
     preprocessing,
     propagation,
     ranges,
+    rescaling,
     schedules,
     sharding,
 )
@@ -41,6 +42,7 @@ def check(config: ConfigDict) -> None:
     _check_state(config, params)
     optimizers.check(config, params)
     propagation.check(config, model)
+    rescaling.check(config, model)
 
 
 def _check_batch(config: ConfigDict) -> None:

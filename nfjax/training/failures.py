@@ -15,12 +15,14 @@ class TrainingDivergedError(RuntimeError):
     """The loss, its gradient or the update stopped being finite."""
 
 
-def diverged(step: int, sums: Sums, bad: int, checkpoints: Checkpoints, config: ConfigDict) -> TrainingDivergedError:
-    """Where the run stopped being finite. bad: which of the steps in `sums` it was."""
+def diverged(
+    step: int, sums: Sums, bad: int, checkpoints: Checkpoints, config: ConfigDict, where: str = ""
+) -> TrainingDivergedError:
+    """When the run stopped being finite. bad: which of the steps in `sums` it was; where: by `divergence.explain`."""
     loss, grad_norm = sums["loss"][bad] / sums["count"][bad], sums["grad_norm"][bad]
     return not_finite(
         f"at step {step:,} the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}, the learning rate at most "
-        f"{config.optim.learning_rate:g}; nothing was trained on it",
+        f"{config.optim.learning_rate:g}{where}; nothing was trained on it",
         checkpoints,
     )
 

@@ -14,7 +14,7 @@ import pathlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -128,17 +128,29 @@ def first_images(config: ConfigDict, split: data.Images | data.Encoded) -> np.nd
     Raises:
         ValueError: Nothing can be read.
     """
+    return _images(config, split, range(len(split)), config.batch_size)
+
+
+def images_of_first_step(config: ConfigDict, split: data.Images | data.Encoded, most: int) -> np.ndarray:
+    """The images of the first training step, without augmentation, `most` at most; the rest as in `first_images`."""
+    (order,) = data.train_orders(config.seed, len(split), config.batch_size, 0, 1)
+    return _images(config, split, order.indices, min(config.batch_size, most))
+
+
+def _images(
+    config: ConfigDict, split: data.Images | data.Encoded, indices: Sequence[int] | np.ndarray, count: int
+) -> np.ndarray:
     if isinstance(split, data.Images):
-        return split.images[: config.batch_size]
+        return split.images[np.asarray(indices[:count])]
     size, images = config.data.image_size, []
     middle = crops.CentreCrop(size, size, config.data.exif_orientation)
-    for index in range(len(split)):
+    for index in indices:
         with contextlib.suppress(Exception):  # any file may be bad in any way
-            images.append(middle(split.reader(split.reference(index))[0]).copy())
-        if len(images) == config.batch_size:
+            images.append(middle(split.reader(split.reference(int(index)))[0]).copy())
+        if len(images) == count:
             break
     if not images:
-        raise ValueError(f"none of the {len(split)} training images can be read, {split.name(0)} the first")
+        raise ValueError(f"none of {len(indices)} training images can be read, {split.name(int(indices[0]))} the first")
     return np.stack(images)
 
 

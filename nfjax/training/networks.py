@@ -214,9 +214,9 @@ class Network:
         """Logits [B, classes], float32, from running statistics where there is batch norm."""
         return self._merge(self.eval_graph, params, batch_stats)(images).astype(jnp.float32)
 
-    def model(self, params: Any, batch_stats: Any) -> nnx.Module:
-        """The NNX model in training mode."""
-        return self._merge(self.train_graph, params, batch_stats)
+    def model(self, params: Any, batch_stats: Any, noise: jax.Array | None = None) -> nnx.Module:
+        """The NNX model in training mode. noise: as for `train`."""
+        return self._merge(self.train_graph, params, batch_stats, noise)
 
     def _merge(self, graph: nnx.GraphDef, params: Any, batch_stats: Any, noise: jax.Array | None = None) -> nnx.Module:
         # A plain dict has its leaves in the order of the nnx.State it was made from.

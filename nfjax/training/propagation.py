@@ -27,15 +27,19 @@ def build(config: ConfigDict, images: Any) -> spp.Monitor | None:
     """What measures signal propagation, None where the config asks for none. images: normalised, [B, H, W, 3]."""
     if config.log.signal_every_steps is None:
         return None
+    return spp.Monitor(images, where=blocks(config), seed=config.seed)
+
+
+def blocks(config: ConfigDict) -> tuple[str, ...] | None:
+    """The class names that the config gives, None where blocks are to be found."""
     where = config.log.signal_where
-    blocks = where and tuple(filter(None, (name.strip() for name in where.split(","))))
-    return spp.Monitor(images, where=blocks, seed=config.seed)
+    return where and tuple(filter(None, (name.strip() for name in where.split(","))))
 
 
 @contextlib.contextmanager
-def asking_for_blocks() -> Iterator[None]:
+def asking_for_blocks(of: str = "the signal") -> Iterator[None]:
     """Within it, an error about the choice of blocks says which setting chooses them."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{error} (of the signal, where= is --config.log.signal_where)") from error
+        raise ValueError(f"{error} (of {of}, where= is --config.log.signal_where)") from error

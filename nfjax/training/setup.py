@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,6 +21,7 @@ from nfjax import _cpu, data, distributed, preemption, spp
 from nfjax.runs import checkpoint, metrics, mirror, report, trackers, workdirs
 from nfjax.runs.progress import Bar, say
 from nfjax.training import (
+    divergence,
     failures,
     footprint,
     loader,
@@ -26,6 +29,7 @@ from nfjax.training import (
     optimizers,
     preprocessing,
     propagation,
+    rescaling,
     rng,
     schedules,
     sharding,
@@ -49,6 +53,7 @@ class Run:
         state: All that a step changes.
         key: Of the random stream "training".
         schedule: Learning rate by step.
+        task: What a step has built in.
         train_step: `(state, work, key) -> (state, sums)`.
         steps_per_dispatch: How many steps one call of it takes, at most.
         loader: Of the training images.
@@ -63,6 +68,7 @@ class Run:
         votes: Whether any process wants to stop.
         saved: Step of the newest checkpoint.
         tested: Scores of the epoch that ends at this step, None within an epoch and where it is not scored.
+        told: What the last step before this report tells of itself, see `movement`; None where nobody asks for it.
         stopped: Whether a process of the run was told to stop; no more steps are taken then.
     """
 
@@ -73,6 +79,7 @@ class Run:
     state: TrainState
     key: jax.Array
     schedule: optax.Schedule
+    task: Task
     train_step: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Sums]]
     steps_per_dispatch: int
     loader: Loader
@@ -87,6 +94,7 @@ class Run:
     votes: preemption.Votes
     saved: int
     tested: dict[str, float] | None = None
+    told: np.ndarray | None = None
     stopped: bool = False
     _parts: list[tuple[int, Sums]] = dataclasses.field(default_factory=list)  # of the dispatches since the last report
     _dispatched: int = 0  # steps in them
@@ -132,9 +140,20 @@ class Run:
         self.progress.step += len(sums["count"])
         # A step that was not finite did not count, nor did any behind it: see `train_step`.
         if (reached := int(self.state.step)) < self.progress.step:
-            raise failures.diverged(reached, sums, reached - first, self.checkpoints, self.config)
+            raise failures.diverged(
+                reached, sums, reached - first, self.checkpoints, self.config, self._explained(reached, sums)
+            )
         self.progress.add(sums)
+        self.told = sums["signal"][-1] if "signal" in sums else None
         return self.progress.step == stop
+
+    def _explained(self, number: int, sums: Sums) -> str:
+        """What stopped being finite in the step `number`, before which the run stands."""
+        bad = number - (self.progress.step - len(sums["count"]))
+        place = divergence.Place(
+            number, self.state, self.task, self.loader, self.key, lambda: self.interrupts.pending is not None
+        )
+        return divergence.explain(place, float(sums["loss"][bad]), float(sums["grad_norm"][bad]))
 
     def _is_idle(self) -> bool:
         return not self._parts or all(x.is_ready() for x in self._parts[-1][1].values())
@@ -158,13 +177,12 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
     model = networks.build(config, len(dataset.class_names), rng.of_seed(config.seed, "init"))
     say(report.header(config, networks.describe(config), folder, dataset, model))
     network, params, batch_stats = networks.as_functions(model)
-    workdirs.note_parameters(folder, params)
     progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
     schedule = schedules.build(config, progress.epoch_ends)
     optimizer = optimizers.build(config, schedule)
-    state = TrainState.start(params, batch_stats, optimizer, ema=config.optim.ema_decay is not None)
-    state = sharding.place(state, sharding.of_state(state, mesh))
-    del model, params, batch_stats
+    normalize = preprocessing.make_normalize(config)
+    begin = functools.partial(_begin, config, optimizer, mesh)
+    state = begin(params, batch_stats)
 
     checkpoints = checkpoint.Checkpoints(mirror.location(folder), config.checkpoint.keep)
     restored = checkpoints.restore_newest(checkpoint.template({"state": state.to_saved(), "sums": progress.sums}))
@@ -172,14 +190,21 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
         progress.step, tree = restored
         state, progress.sums = state.from_saved(tree["state"]), tree["sums"]
         say(f"resumed at step {progress.step:,}, epoch {progress.epoch:.2f}")
-    elif logged := metrics.read(folder):
-        say(f"no checkpoint in {folder}: the run begins anew, and its {len(logged)} lines of metrics with it")
+    else:
+        if logged := metrics.read(folder):
+            say(f"no checkpoint in {folder}: the run begins anew, and its {len(logged)} lines of metrics with it")
+        if config.model.rescale:
+            del state
+            params = rescaling.apply(config, dataset.train, normalize, network, params, batch_stats)
+            state = begin(params, batch_stats)
+        workdirs.note_parameters(folder, params)
+    del model, params, batch_stats
     workdirs.note_start(folder, config, progress.step)
 
     interrupts = preemption.Interrupts(late=True)
     train_loader = loader.build(config, dataset, "train", mesh, folder)
-    train_step, steps_per_dispatch = _train_step(config, network, optimizer, mesh, size)
-    normalize = preprocessing.make_normalize(config)
+    task = _task(config, network, optimizer, mesh)
+    train_step, steps_per_dispatch = _train_step(config, task, size)
     tracked = (folder, progress.step, config.log.trackers, json.loads(config.to_json_best_effort()))
     return Run(
         config,
@@ -189,6 +214,7 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
         state,
         rng.of_seed(config.seed, "training"),
         schedule,
+        task,
         train_step,
         steps_per_dispatch,
         train_loader,
@@ -205,12 +231,16 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
     )
 
 
-def _train_step(
-    config: ConfigDict, network: networks.Network, optimizer: optax.GradientTransformation, mesh: Mesh, size: int
-) -> tuple[Callable[..., tuple[TrainState, Sums]], int]:
-    """The compiled step of a config, and how many steps one call of it takes."""
-    on_cpu = _cpu.platform_of(mesh) == "cpu"
-    task = Task(
+def _begin(
+    config: ConfigDict, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any, batch_stats: Any
+) -> TrainState:
+    """The state before the first step, on its devices."""
+    state = TrainState.start(params, batch_stats, optimizer, ema=config.optim.ema_decay is not None)
+    return sharding.place(state, sharding.of_state(state, mesh))
+
+
+def _task(config: ConfigDict, network: networks.Network, optimizer: optax.GradientTransformation, mesh: Mesh) -> Task:
+    return Task(
         network,
         optimizer,
         preprocessing.make_preprocess(config),
@@ -218,16 +248,23 @@ def _train_step(
         config.optim.label_smoothing,
         config.optim.ema_decay,
         config.train.accumulate_steps,
-        unroll=on_cpu and not networks.is_ours(config),  # whose convolutions XLA runs in a loop many times slower there
+        # Whose convolutions XLA runs in a loop many times slower on a CPU.
+        unroll=_cpu.platform_of(mesh) == "cpu" and not networks.is_ours(config),
+        signal_every=config.log.signal_every_steps,
         mesh=mesh,
     )
+
+
+def _train_step(config: ConfigDict, task: Task, size: int) -> tuple[Callable[..., tuple[TrainState, Sums]], int]:
+    """The compiled step of a config, and how many steps one call of it takes."""
+    platform = _cpu.platform_of(task.mesh)
     # A report or the end of an epoch ends a dispatch: more room would be taken for nothing.
     longest = min(config.log.every_steps, -(-size // config.batch_size))
     # On a CPU, whose steps take long, a signal to stop is heard after every one, unless the config says otherwise.
-    usual = longest if config.data.keep == "device" and not on_cpu else 1
+    usual = longest if config.data.keep == "device" and platform != "cpu" else 1
     length = min(config.steps_per_dispatch or usual, longest)
     function = step.train_step if length == 1 else step.train_steps
-    options = _cpu.compiler_options(_cpu.platform_of(mesh), config.train.onednn)
+    options = _cpu.compiler_options(platform, config.train.onednn)
     return footprint.Compiled(function, say, options, task=task), length
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from nfjax.training import losses, rng, sharding
+from nfjax.training import losses, movement, rng, sharding
 from nfjax.training.networks import Network
 from nfjax.training.state import Batch, Steps, TrainState
 
-Sums = dict[str, Any]  # of a batch: "loss", "correct", "count"; training adds "grad_norm"
+# Of a batch: "loss", "correct", "count"; training adds "grad_norm" and, where it is watched, "signal".
+Sums = dict[str, Any]
 # (key of the step, uint8 [B, H, W, 3]) -> float [B, H, W, 3]
 Preprocess = Callable[[jax.Array, jax.Array], jax.Array]
 # (key of the step, float images, mask [B]) -> (images, partner int32 [B], weight float32 [B]), see nfjax.augment.mixup
@@ -45,6 +46,7 @@ class Task:
             They are drawn and augmented together, so without batch norm this is the step of the whole batch; batch
             norm sees the parts.
         unroll: Whether the parts stand one after the other in the program, and are no loop in it.
+        signal_every: Steps from one to the next that tells how far it moves the weights, None for none.
         mesh: Of the devices over which a batch is divided, all there are by default.
     """
 
@@ -56,7 +58,13 @@ class Task:
     ema_decay: float | None = None
     parts: int = 1
     unroll: bool = False
+    signal_every: int | None = None
     mesh: Mesh = dataclasses.field(default_factory=sharding.make)
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether the gradients of parts of the batch are there, and wanted, to be compared with that of the whole."""
+        return self.signal_every is not None and self.parts * self.mesh.size > 1
 
 
 @functools.partial(jax.jit, static_argnames="task", donate_argnames="state")
@@ -77,10 +85,11 @@ def train_step(state: TrainState, batch: Batch, key: jax.Array, *, task: Task) -
         task: What is trained.
 
     Returns:
-        The state after the step and the batch's sums, {"loss", "correct", "count", "grad_norm"}, each [].
+        The state after the step and the batch's sums, {"loss", "correct", "count", "grad_norm"}, each [], and where it
+        is watched "signal", see `movement`.
     """
     key = rng.of_step(key, state.step)
-    grads, loss, sums, batch_stats = _gradient(state, _examples(batch, key, task), key, task)
+    grads, loss, sums, batch_stats = differentiate(state, make_examples(batch, key, task), key, task)
     grad_norm = _norm(grads)
     updates, opt = task.optimizer.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -88,6 +97,11 @@ def train_step(state: TrainState, batch: Batch, key: jax.Array, *, task: Task) -
     after = state.replace(params=params, batch_stats=batch_stats, opt=opt, step=state.step + 1)
     if task.ema_decay is not None:
         after = after.replace(ema=_averaged(state, after, task.ema_decay))
+    if task.signal_every is not None:
+        count = task.parts * task.mesh.size
+        parts = movement.Parts(sums.pop("part_square") / count, count, batch.mask.size) if task.has_noise else None
+        due = (state.step + 1) % task.signal_every == 0
+        sums["signal"] = movement.measure(due, state.params, params, grads, parts)
     good = finite & ~state.diverged
     state = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state).replace(diverged=~good)
     state = jax.lax.with_sharding_constraint(state, sharding.of_state(state, task.mesh))
@@ -144,8 +158,12 @@ def fetch(parts: list[tuple[int, Sums]]) -> Sums:
     parts: (how many steps, their sums) of each dispatch.
     """
     fetched = jax.device_get([sums for _, sums in parts])
+
+    def by_step(name: str, count: int, sums: Sums) -> np.ndarray:
+        return sums[name][:count] if np.ndim(sums["count"]) else np.asarray(sums[name])[None]
+
     return {
-        name: np.concatenate([np.atleast_1d(sums[name])[:n] for (n, _), sums in zip(parts, fetched, strict=True)])
+        name: np.concatenate([by_step(name, count, sums) for (count, _), sums in zip(parts, fetched, strict=True)])
         for name in fetched[0]
     }
 
@@ -153,7 +171,7 @@ def fetch(parts: list[tuple[int, Sums]]) -> Sums:
 # ---------------------------------------------------------------- the pieces of a step
 
 
-def _examples(batch: Batch, key: jax.Array, task: Task) -> Examples:
+def make_examples(batch: Batch, key: jax.Array, task: Task) -> Examples:
     """What the network is trained on: augmented, normalised, mixed."""
     images, labels = task.preprocess(key, batch.image), batch.label
     targets = [(labels, jnp.ones_like(batch.mask))]
@@ -164,7 +182,9 @@ def _examples(batch: Batch, key: jax.Array, task: Task) -> Examples:
     return {"image": images, "targets": targets, "label": labels, "mask": batch.mask}
 
 
-def _gradient(state: TrainState, examples: Examples, key: jax.Array, task: Task) -> tuple[Any, jax.Array, Sums, Any]:
+def differentiate(
+    state: TrainState, examples: Examples, key: jax.Array, task: Task
+) -> tuple[Any, jax.Array, Sums, Any]:
     """(gradient, loss, sums, batch statistics) of the whole batch.
 
     Each device computes the gradient of its own examples, from all parameters, and these gradients are added once per
@@ -207,6 +227,9 @@ def _added_up(
     def of_part(batch_stats: Any, part: Examples, noise: jax.Array | None) -> tuple[Any, Any]:
         of_loss = jax.value_and_grad(_loss, has_aux=True)
         (loss, (batch_stats, sums)), grads = of_loss(params, batch_stats, part, count, noise, axes, task)
+        if task.has_noise:
+            # Of the mean over the part, and not of the part's share of the mean over the batch.
+            sums["part_square"] = movement.square(grads) * jnp.square(count / jnp.maximum(sums["count"], 1))
         return (grads, loss, sums), batch_stats
 
     if task.parts == 1:
@@ -220,7 +243,8 @@ def _added_up(
         more, batch_stats = of_part(batch_stats, part, None if noise is None else jax.random.fold_in(noise, i))
         return (jax.tree.map(jnp.add, own, more), batch_stats), None
 
-    sums = {name: jnp.float32(0) for name in ("loss", "correct", "count")}
+    names = ("loss", "correct", "count", *(("part_square",) if task.has_noise else ()))
+    sums = {name: jnp.float32(0) for name in names}
     start = ((jax.tree.map(jnp.zeros_like, params), jnp.float32(0), sums), batch_stats)
     (own, batch_stats), _ = jax.lax.scan(add, start, jnp.arange(task.parts), unroll=task.unroll)
     return own, batch_stats
@@ -245,15 +269,8 @@ def _loss(
 
 
 def _norm(tree: Any) -> jax.Array:
-    """The global L2 norm. As products with themselves, in full precision, leaves are read once and nothing is written:
-    XLA's sums of squares take five times as long on a CPU.
-    """
-
-    def square(leaf: jax.Array) -> jax.Array:
-        axes = tuple(range(leaf.ndim))
-        return jax.lax.dot_general(leaf, leaf, ((axes, axes), ((), ())), precision="highest")
-
-    return jnp.sqrt(sum(map(square, jax.tree.leaves(tree))))
+    """The global L2 norm."""
+    return jnp.sqrt(movement.square(tree))
 
 
 def _averaged(before: TrainState, after: TrainState, decay: float) -> dict[str, Any]:
