@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import math
 import pathlib
+import statistics
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ from nfjax import cli, cost, layers, preemption, reproduce, residual, resnet, sp
 from nfjax.reproduce import _beginnings, _comparison, _lines, _rates, _records, _runs
 from nfjax.reproduce._beginnings import Beginning
 from nfjax.reproduce._curves import NETWORKS
-from nfjax.reproduce._grids import ANY, RULES, VERY_DEEP, Cell, Grid
+from nfjax.reproduce._grids import ANY, MENDED, RULES, VERY_DEEP, Cell, Grid
 from nfjax.runs import workdirs
 from nfjax.training import loop as train
 from tests.conftest import TINY, TINY_FLAGS
@@ -63,7 +65,7 @@ def test_every_rule_and_every_norm_is_compared_at_every_depth():
         # Each with He's fan-out, and where its authors draw otherwise, with that, too.
         pairs = {(rule, norm) for rule, norm, _ in there}
         assert pairs == {(rule, norm) for rule, norm, init in there if init == "he_fan_out"}
-    for grid in (RULES, VERY_DEEP):
+    for grid in reproduce.COMPARISONS.values():
         assert grid.dataset in _runs.BASES
         assert len({cell.label for cell in grid.cells}) == len(grid.cells)
 
@@ -73,6 +75,32 @@ def test_fixups_numbers_have_the_learning_rate_of_its_authors():
     rates = {curve: config.optim.scalar_rate for curve, config in configs.items()}
     assert {curve for curve, rate in rates.items() if rate != 1} == {FIXUP}
     assert rates[FIXUP] == 0.1
+
+
+def test_networks_that_are_mended_differ_from_those_that_are_not_in_that_alone():
+    settings = {cell.curve: _runs.make_run(MENDED, cell, 0, asked()).settings for cell in MENDED.cells}
+    methods = {curve: one.pop("model.rescale") for curve, one in settings.items()}
+    assert {curve: method for curve, method in methods.items() if method} == {
+        "classical, He fan-out, balance": "balance",
+        "classical, He fan-out, balance backward": "balance_backward",
+        "classical, LSUV": "lsuv",
+        "IdShort, He fan-out, balance": "balance",
+    }
+    assert (
+        settings["classical, He fan-out, balance"] == settings["classical, LSUV"] == settings["classical, He fan-out"]
+    )
+    assert settings["IdShort, He fan-out, balance"] == settings["IdShort, He fan-out"]
+
+
+def test_a_mended_network_is_measured_as_mended():
+    cell = Cell(TINY, "classical, He fan-out, balance", "mended", {"model.rescale": "balance"})
+    grid = Grid("Two", ANY, (cell, dataclasses.replace(cell, label="plain", changes={})))
+    request = dataclasses.replace(asked(), changes={"model.width": 4, "data.image_size": 16})
+    mended, plain = (_beginnings.measure(_runs.make_run(grid, one, 0, request), 10) for one in grid.cells)
+    # Its transitions lose the gradient; what batches differ by is left.
+    lost = [abs(math.log(statistics.median(one.backward))) for one in (mended, plain)]
+    assert lost[0] < lost[1] / 3
+    assert mended.parameters == plain.parameters
 
 
 @pytest.mark.parametrize("cell", VERY_DEEP.cells[:: len(VERY_DEEP.cells) // 2], ids=lambda cell: cell.label)

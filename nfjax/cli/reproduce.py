@@ -19,7 +19,8 @@ rules goes beyond the paper: every rule of the field and every norm, with the in
 He's fan-out, at 18, 50 and 101 layers. It measures cost and signal before training, which needs no images, and with
 --data trains, on any images: each network once, then at other learning rates until the largest is known at which it
 trains, of a grid of factors of 2, then with further seeds. very_deep does the same for narrow networks of 200 and 500
-layers. Their runs are lines of OUT/rules/training.jsonl and OUT/very_deep/training.jsonl.
+layers; mended for networks of 101 layers whose kernels nfjax.rescale changes before the first step, beside others.
+Their runs are lines of OUT/rules/training.jsonl, OUT/very_deep/training.jsonl and OUT/mended/training.jsonl.
 
 campaign spends the minutes for which you have a machine on what is most telling and still missing: how fast a training
 step is, beside PyTorch (of --torch-python); figure7; figure3's ResNet-50; depth; what augmenting and loading cost.

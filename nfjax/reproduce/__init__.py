@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nfjax.reproduce._claims import claims_table
-from nfjax.reproduce._grids import DEPTH, GRIDS, RULES, VERY_DEEP, Grid
+from nfjax.reproduce._grids import DEPTH, GRIDS, MENDED, RULES, VERY_DEEP, Grid
 from nfjax.reproduce._runs import Request
 from nfjax.reproduce._signal import propagation_figure
 from nfjax.reproduce._tables import TABLE_1, TABLE_2, as_printed, cost_table
@@ -40,7 +40,7 @@ TRAINED: dict[str, Callable[[Request], Grid]] = {
     "depth": lambda request: DEPTH,
     "ablations": ablation_grid,
 }
-COMPARISONS: dict[str, Grid] = {"rules": RULES, "very_deep": VERY_DEEP}
+COMPARISONS: dict[str, Grid] = {"rules": RULES, "very_deep": VERY_DEEP, "mended": MENDED}
 # What the runs in a folder say about each claim of the paper.
 SUMMARIES: dict[str, Callable[[pathlib.Path], Result]] = {"claims": claims_table}
 

@@ -22,7 +22,7 @@ from nfjax.reproduce._grids import Grid
 from nfjax.reproduce._pace import shown
 from nfjax.reproduce._runs import Request, Run
 from nfjax.runs import workdirs
-from nfjax.training import networks
+from nfjax.training import networks, rescaling
 
 FILE = "beginnings.jsonl"
 SHARE = 0.25  # of the time that is left, where there is an end to it and something to train
@@ -70,11 +70,13 @@ def measure(run: Run, classes: int) -> Beginning:
         ValueError: It has no residual blocks, or cannot be built.
     """
     size = run.settings["data.image_size"]
+    shape, mend = (BATCH, size, size, 3), rescaling.method(run.config)
 
     def make(seed: int) -> object:
-        return networks.build(run.config, classes, jax.random.key(seed))
+        model = networks.build(run.config, classes, jax.random.key(seed))
+        # On noise of its own, and not on that which is measured.
+        return model if mend is None else mend(model, spp.noise(shape)(jax.random.key(SEEDS + seed)), seed=seed)
 
-    shape = (BATCH, size, size, 3)
     profile = spp.propagate_seeds(make, spp.noise(shape), seeds=SEEDS)
     predicted = spp.predict(make(0), shape)
     spent = cost.count(networks.shapes(run.config, classes), (1, *shape[1:]))

@@ -38,6 +38,12 @@ NETWORKS = CURVES | {
     "MPSum, He fan-out": ("mpsum", None, "he_fan_out"),
     "GroupNorm, LeCun": ("identity", "group", "lecun_normal"),
     "GroupNorm, He fan-out": ("identity", "group", "he_fan_out"),
+    "classical, Brock": ("identity", None, "brock"),
+    # Mended before the first step, on images: see `_grids.CHANGES`.
+    "classical, He fan-out, balance": ("identity", None, "he_fan_out"),
+    "classical, He fan-out, balance backward": ("identity", None, "he_fan_out"),
+    "classical, LSUV": ("identity", None, "he_fan_out"),
+    "IdShort, He fan-out, balance": ("idshort", None, "he_fan_out"),
     "DyT, He fan-out": ("identity", "dyt", "he_fan_out"),
     "Derf, He fan-out": ("identity", "derf", "he_fan_out"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 BASELINE = "BatchNorm, He fan-out"
@@ -34,8 +34,27 @@ OF_RULES = (
     "DyT, He fan-out",
     "Derf, He fan-out",
 )
-# What their authors train otherwise than the rest.
-CHANGES = {"Fixup, He fan-out": {"optim.scalar_rate": 0.1}}
+# A network without norm whose signal explodes, mended in several ways: in its kernels, in its rule, or by both.
+MENDED_CURVES = (
+    "classical, He fan-out",
+    "classical, He fan-out, balance",
+    "IdShort, He fan-out",
+    "IdShort, effective fan-out",
+    "IdShort, He fan-out, balance",
+    "classical, He fan-out, balance backward",
+    "classical, LSUV",
+    "classical, He fan-in",
+    "classical, Brock",
+    "BatchNorm, He fan-out",
+)
+# What is set for some networks and not for the rest: what their authors train otherwise, and what mends them.
+CHANGES = {
+    "Fixup, He fan-out": {"optim.scalar_rate": 0.1},
+    "classical, He fan-out, balance": {"model.rescale": "balance"},
+    "classical, He fan-out, balance backward": {"model.rescale": "balance_backward"},
+    "classical, LSUV": {"model.rescale": "lsuv"},
+    "IdShort, He fan-out, balance": {"model.rescale": "balance"},
+}
 # The same schemes in the same order, so that each has its control.
 BROCK = ("ConvShort, Brock", "IdShort, Brock", "LearnScalar, Brock")
 BEYOND = "ConvShort, effective fan-out"  # not in the paper
@@ -116,16 +135,18 @@ DEPTH = Grid(
 )
 
 
+def _changed(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    return tuple(dataclasses.replace(cell, changes=CHANGES.get(cell.curve, {})) for cell in cells)
+
+
 # Not in the paper: every rule of the field, with the initialization of its authors and with He's fan-out.
 RULES = Grid(
     "Every rule of the field",
     ANY,
-    tuple(
-        dataclasses.replace(cell, changes=CHANGES.get(cell.curve, {}))
-        for depth in (18, 50, 101)
-        for cell in _networks(depth, *OF_RULES)
-    ),
+    _changed(cell for depth in (18, 50, 101) for cell in _networks(depth, *OF_RULES)),
 )
+# Not in the paper: does mending the signal mend the training?
+MENDED = Grid("Mended signals", ANY, _changed(_networks(101, *MENDED_CURVES)))
 
 
 def _very_deep(depth: int, sizes: tuple[int, ...]) -> tuple[Cell, ...]:
