@@ -638,7 +638,7 @@ def test_a_run_that_diverges_is_a_result(tiny_grid, monkeypatch, tmp_path, capsy
     [
         (
             ["table2", "--seeds=3"],
-            "--seeds: only figure3, .*, rules, very_deep, mended are trained; table2 is not",
+            "--seeds: only figure3, .*ablations, rules, very_deep, mended are trained; table2 is not",
         ),
         (["figure7", "--seeds=0"], "--seeds=0 must be positive"),
         (
