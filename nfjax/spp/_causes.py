@@ -265,7 +265,11 @@ def _fans(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
         ("He fan-out", verdicts.forward, "activations need 2 / n_in", "fan_in", "forward"),
     ):
         differ = [kernel for kernel in kernels if len(set(kernel.fans)) > 1 and name in kernel.looks_like]
-        if name == scheme and verdict in ("vanishing", "exploding") and differ:
+        # With 2 / n_in the gradient changes by n_out / n_in at each kernel, with 2 / n_out activations by n_in / n_out.
+        change = sum(math.log(kernel.fans[1] / kernel.fans[0]) for kernel in differ)
+        change = change if direction == "backward" else -change
+        explained = change > math.log(2) if verdict == "exploding" else change < -math.log(2)
+        if name == scheme and verdict in ("vanishing", "exploding") and explained:
             yield Cause(
                 f"kernels have the variance of {name}, and the {needs}",
                 f"{number} of {len(kernels)} kernels match {name}, {len(differ)} of them with n_in != n_out "

@@ -95,7 +95,7 @@ class Detail:
 DETAILS = (
     Detail(
         "Do different inputs become the same?", "cosine of two inputs", (Curve("similarity", ""),), "cosine",
-        meaning="Mean cosine of neighbouring examples' activations. Near 1 the network no longer tells inputs apart.",
+        meaning="Mean cosine of the activations of two examples. Near 1 the network no longer tells inputs apart.",
     ),
     Detail(
         "How much does each block add?", "branch's share", (Curve("branch_share", ""),),
