@@ -265,6 +265,72 @@ def test_only_the_kernels_that_may_be_are_changed():
     assert len(same) < len(before)
 
 
+class PreNorm(nnx.Module):
+    """A transformer's MLP blocks, x + Dense(gelu(Dense(LayerNorm(x)))), behind a stem."""
+
+    def __init__(self, depth=6, width=64, *, rngs):
+        settings = {"kernel_init": LECUN, "use_bias": False, "rngs": rngs}
+        self.stem = nnx.Linear(width, width, **settings)
+        self.blocks = nnx.List([PreNormBlock(width, rngs) for _ in range(depth)])
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class PreNormBlock(nnx.Module):
+    def __init__(self, width, rngs):
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, 2 * width, kernel_init=LECUN, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(2 * width, width, kernel_init=LECUN, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+
+def test_what_a_shortcut_adds_up_is_flat_only_without_branches_and_the_report_says_so():
+    model, x = PreNorm(rngs=nnx.Rngs(0)), batch(64, 64)
+    _, report = reported(rescale.balance, model, x)
+    before, after = report.shares
+    assert (before > 0.05).all()
+    assert (after < 1e-3).all()  # flat to 1e-4, by branches that add nothing
+    assert flat(report.signal["forward"][1]) < 1.01
+    told = [line for line in str(report).splitlines() if "hold_shares=True" in line]
+    assert len(told) == 1
+    assert told[0].startswith("6 of 6 blocks now add less than 10% of what they added to their shortcut")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_with_its_shares_held_a_shortcut_adds_up_what_it_did(direction):
+    model, x = PreNorm(rngs=nnx.Rngs(0)), batch(64, 64)
+    found, report = reported(rescale.balance, model, x, direction=direction, hold_shares=True)
+    before, after = report.shares
+    assert after == pytest.approx(before, rel=0.05)
+    # x + f(x), f of the share s: Var[x_l] = Var[x_{l-1}] / (1 - s) where f is independent of x. The shares decide it.
+    forward = report.signal["forward"][1]
+    assert forward[1:] / forward[:-1] == pytest.approx(1 / (1 - before[1:]), rel=0.2)
+    assert "hold_shares" not in str(report)
+    profile = spp.propagate(found, x)
+    assert profile.branch_share == pytest.approx(after, rel=1e-3)
+
+
+def test_where_nothing_is_residual_nothing_is_held():
+    model, x = chain(*[256] * 5), batch(128, 256)
+    for held in (False, True):
+        _, report = reported(rescale.balance, model, x, hold_shares=held)
+        assert [row.factor for row in report.rows[1:]] == pytest.approx([2**0.5] * 3, rel=0.15)
+
+
+def test_a_branch_of_zeros_is_not_held():
+    model = resnet.PreActResNet(10, "fixup", width=4, image_size=8, rngs=nnx.Rngs(0))
+    _, report = reported(rescale.balance, model, batch(8, 8, 8, 3), hold_shares=True)
+    before, after = report.shares
+    assert np.nanmin(before) == 0
+    assert np.nanmin(after) == 0
+
+
 def test_bfloat16_stays_what_it_is():
     model = Plain([32] * 4, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     found = rescale.lsuv(model, batch(256, 32).astype(jnp.bfloat16), init=None, tolerance=0.05)
