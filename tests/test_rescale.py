@@ -154,6 +154,23 @@ def test_each_round_of_a_loop_has_a_factor_of_its_own(reverse):
     assert np.array_equal(params["LayerNorm_0"]["scale"], np.ones((4, 16)))
 
 
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell])
+def test_a_recurrent_kernel_is_rescaled_though_its_state_begins_with_zeros(cell):
+    # A kernel of the state changes what those before it read in the next step: all of them are gone through again.
+    model, x = nn.RNN(cell(32)), batch(64, 10, 16)
+    variables = model.init(jax.random.key(0), x)
+    found, report = reported(rescale.lsuv, model, x, variables=variables, init=None)
+    assert [row.note for row in report.rows] == [""] * len(report.rows)
+    assert [row.after for row in report.rows] == pytest.approx([1] * len(report.rows), rel=0.011)
+    hidden = [row for row in report.rows if "/h" in row.path]
+    assert all(row.factor > 1.2 for row in hidden)  # orthogonal, they return the variance of a state, below 1
+    out = model.apply(found, x)
+    kernel = found["params"]["cell"]["hf" if cell is nn.LSTMCell else "hr"]["kernel"]
+    # The geometric mean over the steps of what the kernel makes of the state, which is the step before's output.
+    variances = np.var(np.asarray(out[:, :-1] @ kernel), axis=(0, 2))
+    assert np.exp(np.log(variances).mean()) == pytest.approx(1, rel=0.02)
+
+
 def test_what_does_not_follow_its_factor_is_left_and_named():
     model = resnet.PreActResNet(10, "nf", width=4, image_size=8, rngs=nnx.Rngs(0))
     found, report = reported(rescale.lsuv, model, batch(8, 8, 8, 3), init=None)

@@ -100,13 +100,15 @@ class Passes:
     # ------------------------------------------------------------ what is measured
 
     def products(self, factors: np.ndarray) -> np.ndarray:
-        """The variance of what each unit returns, float64 [units]; the geometric mean over all its uses."""
+        """The variance of what each unit returns, float64 [units]; the geometric mean over all its uses, without those
+        in which it returns what does not vary, as a recurrent kernel does for the state of zeros that it begins with.
+        """
         found = _statistics.on_host(self._forward(self._leaves, self._split(factors)))
         uses: list[list[float]] = [[] for _ in self.units]
         for unit, variance in zip(self._uses, found.var, strict=True):
             uses[unit].append(variance)
-        with np.errstate(divide="ignore"):
-            return np.array([np.exp(np.mean(np.log(values))) for values in uses])
+        varying = [[variance for variance in values if variance != 0] for values in uses]
+        return np.array([np.exp(np.mean(np.log(values))) if values else 0.0 for values in varying])
 
     def blocks(self, factors: np.ndarray, key: jax.Array) -> Signal:
         """The signal at the blocks."""
