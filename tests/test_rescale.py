@@ -340,6 +340,15 @@ def test_where_nothing_is_residual_nothing_is_held():
         assert [row.factor for row in report.rows[1:]] == pytest.approx([2**0.5] * 3, rel=0.15)
 
 
+def test_a_block_that_begins_as_the_identity_is_not_held():
+    model, x = PreNorm(rngs=nnx.Rngs(0)), batch(64, 64)
+    for block in model.blocks:
+        block.down.kernel[...] *= 1e-4
+    reports = [reported(rescale.balance, model, x, hold_shares=held)[1] for held in (False, True)]
+    assert [row.factor for row in reports[0].rows] == [row.factor for row in reports[1].rows]
+    assert "hold_shares" not in str(reports[0])
+
+
 def test_a_branch_of_zeros_is_not_held():
     model = resnet.PreActResNet(10, "fixup", width=4, image_size=8, rngs=nnx.Rngs(0))
     _, report = reported(rescale.balance, model, batch(8, 8, 8, 3), hold_shares=True)

@@ -263,7 +263,8 @@ def jaxnn_vit() -> Example:
 
 def jaxnn(module: str) -> types.ModuleType:
     """A module of jaxnn, of whose data loading, which wants torchvision, the models read only constants."""
-    bare("jaxnn").__version__ = importlib.import_module("jaxnn.version").__version__
+    package = bare("jaxnn")
+    package.__version__ = importlib.import_module("jaxnn.version").__version__
     bare("jaxnn.data")
     sys.modules["jaxnn.data"] = importlib.import_module("jaxnn.data.constants")
     return importlib.import_module(f"jaxnn.{module}")

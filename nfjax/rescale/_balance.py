@@ -17,6 +17,7 @@ from nfjax.spp._measuring import Choice
 from nfjax.spp._monitor import COTANGENT, stream
 from nfjax.spp._outputs import Output
 from nfjax.spp._selection import Where
+from nfjax.spp._statistics import IDENTITY
 
 DIRECTIONS = {"forward": (1.0, 0.0), "backward": (0.0, 1.0), "both": (1.0, 1.0)}  # name -> weights of the two
 ROUNDS = 20  # of Gauss and Newton's method, at most
@@ -61,7 +62,8 @@ def balance(
         model: Any `nnx.Module`, called as `model(*inputs, **kwargs)`, or any Linen module. It is left as it was.
         *inputs: A batch, as the model is called with it.
         direction: "forward", of activations; "backward", of gradients; or "both".
-        hold_shares: Keep Var[x_l - x] / Var[x_l] of every residual block what it was, x its input.
+        hold_shares: Keep Var[x_l - x] / Var[x_l] of every residual block what it was, x its input; of those, at least,
+            that are not the identity to begin with.
         variables: Of a Linen module; drawn by `model.init` from `seed` if left out.
         kernels: Which of them may be changed, `path -> bool`; all if left out.
         where: The blocks between which the signal is measured, as for `spp.propagate`.
@@ -98,7 +100,7 @@ def balance(
         return np.concatenate([values - values.mean() for values in logs])
 
     start = measure(np.zeros(len(network.units)))
-    residual = np.flatnonzero((start.shares > 0) & (start.shares < 1) & hold_shares)
+    residual = np.flatnonzero((start.shares > IDENTITY) & (start.shares < 1) & hold_shares)
 
     def changes(found: Signal) -> np.ndarray:
         return np.log(np.maximum(found.shares[residual], TINY) / start.shares[residual])

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from nfjax.spp._statistics import IDENTITY
+
 SHOWN = 8  # of the parameters that are left, for a person
 FAINT = 0.1  # of what a block's share was: by less, it says little about its branch
 CHANGED = 0.01  # relative; by less, a factor is 1 for a person
@@ -85,7 +87,7 @@ class Report:
         if self.shares is None:
             return []
         before, after = self.shares
-        known = np.flatnonzero(np.isfinite(before) & (before > 0) & (before < 1))
+        known = np.flatnonzero(np.isfinite(before) & (before > IDENTITY) & (before < 1))
         faint = [i for i in known if not after[i] >= FAINT * before[i]]
         if not faint:
             return []
