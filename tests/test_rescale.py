@@ -154,6 +154,23 @@ def test_each_round_of_a_loop_has_a_factor_of_its_own(reverse):
     assert np.array_equal(params["LayerNorm_0"]["scale"], np.ones((4, 16)))
 
 
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell])
+def test_a_recurrent_kernel_is_rescaled_though_its_state_begins_with_zeros(cell):
+    # A kernel of the state changes what those before it read in the next step: all of them are gone through again.
+    model, x = nn.RNN(cell(32)), batch(64, 10, 16)
+    variables = model.init(jax.random.key(0), x)
+    found, report = reported(rescale.lsuv, model, x, variables=variables, init=None)
+    assert [row.note for row in report.rows] == [""] * len(report.rows)
+    assert [row.after for row in report.rows] == pytest.approx([1] * len(report.rows), rel=0.011)
+    hidden = [row for row in report.rows if "/h" in row.path]
+    assert all(row.factor > 1.2 for row in hidden)  # orthogonal, they return the variance of a state, below 1
+    out = model.apply(found, x)
+    kernel = found["params"]["cell"]["hf" if cell is nn.LSTMCell else "hr"]["kernel"]
+    # The geometric mean over the steps of what the kernel makes of the state, which is the step before's output.
+    variances = np.var(np.asarray(out[:, :-1] @ kernel), axis=(0, 2))
+    assert np.exp(np.log(variances).mean()) == pytest.approx(1, rel=0.02)
+
+
 def test_what_does_not_follow_its_factor_is_left_and_named():
     model = resnet.PreActResNet(10, "nf", width=4, image_size=8, rngs=nnx.Rngs(0))
     found, report = reported(rescale.lsuv, model, batch(8, 8, 8, 3), init=None)
@@ -263,6 +280,81 @@ def test_only_the_kernels_that_may_be_are_changed():
     same = [path for path in before if np.array_equal(before[path], after[path])]
     assert ("blocks", 2, "dense", "kernel") in same
     assert len(same) < len(before)
+
+
+class PreNorm(nnx.Module):
+    """A transformer's MLP blocks, x + Dense(gelu(Dense(LayerNorm(x)))), behind a stem."""
+
+    def __init__(self, depth=6, width=64, *, rngs):
+        settings = {"kernel_init": LECUN, "use_bias": False, "rngs": rngs}
+        self.stem = nnx.Linear(width, width, **settings)
+        self.blocks = nnx.List([PreNormBlock(width, rngs) for _ in range(depth)])
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class PreNormBlock(nnx.Module):
+    def __init__(self, width, rngs):
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, 2 * width, kernel_init=LECUN, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(2 * width, width, kernel_init=LECUN, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+
+def test_what_a_shortcut_adds_up_is_flat_only_without_branches_and_the_report_says_so():
+    model, x = PreNorm(rngs=nnx.Rngs(0)), batch(64, 64)
+    _, report = reported(rescale.balance, model, x)
+    before, after = report.shares
+    assert (before > 0.05).all()
+    assert (after < 1e-3).all()  # flat to 1e-4, by branches that add nothing
+    assert flat(report.signal["forward"][1]) < 1.01
+    told = [line for line in str(report).splitlines() if "hold_shares=True" in line]
+    assert len(told) == 1
+    assert told[0].startswith("6 of 6 blocks now add less than 10% of what they added to their shortcut")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_with_its_shares_held_a_shortcut_adds_up_what_it_did(direction):
+    model, x = PreNorm(rngs=nnx.Rngs(0)), batch(64, 64)
+    found, report = reported(rescale.balance, model, x, direction=direction, hold_shares=True)
+    before, after = report.shares
+    assert after == pytest.approx(before, rel=0.05)
+    # x + f(x), f of the share s: Var[x_l] = Var[x_{l-1}] / (1 - s) where f is independent of x. The shares decide it.
+    forward = report.signal["forward"][1]
+    assert forward[1:] / forward[:-1] == pytest.approx(1 / (1 - before[1:]), rel=0.2)
+    assert "hold_shares" not in str(report)
+    profile = spp.propagate(found, x)
+    assert profile.branch_share == pytest.approx(after, rel=1e-3)
+
+
+def test_where_nothing_is_residual_nothing_is_held():
+    model, x = chain(*[256] * 5), batch(128, 256)
+    for held in (False, True):
+        _, report = reported(rescale.balance, model, x, hold_shares=held)
+        assert [row.factor for row in report.rows[1:]] == pytest.approx([2**0.5] * 3, rel=0.15)
+
+
+def test_a_block_that_begins_as_the_identity_is_not_held():
+    model, x = PreNorm(rngs=nnx.Rngs(0)), batch(64, 64)
+    for block in model.blocks:
+        block.down.kernel[...] *= 1e-4
+    reports = [reported(rescale.balance, model, x, hold_shares=held)[1] for held in (False, True)]
+    assert [row.factor for row in reports[0].rows] == [row.factor for row in reports[1].rows]
+    assert "hold_shares" not in str(reports[0])
+
+
+def test_a_branch_of_zeros_is_not_held():
+    model = resnet.PreActResNet(10, "fixup", width=4, image_size=8, rngs=nnx.Rngs(0))
+    _, report = reported(rescale.balance, model, batch(8, 8, 8, 3), hold_shares=True)
+    before, after = report.shares
+    assert np.nanmin(before) == 0
+    assert np.nanmin(after) == 0
 
 
 def test_bfloat16_stays_what_it_is():

@@ -11,11 +11,13 @@ import numpy as np
 
 from nfjax._flax import ABSENT, runnable
 from nfjax.rescale import _models
+from nfjax.rescale._passes import Signal
 from nfjax.rescale._report import Reader, Report, Row
 from nfjax.spp._measuring import Choice
 from nfjax.spp._monitor import COTANGENT, stream
 from nfjax.spp._outputs import Output
 from nfjax.spp._selection import Where
+from nfjax.spp._statistics import IDENTITY
 
 DIRECTIONS = {"forward": (1.0, 0.0), "backward": (0.0, 1.0), "both": (1.0, 1.0)}  # name -> weights of the two
 ROUNDS = 20  # of Gauss and Newton's method, at most
@@ -25,6 +27,8 @@ HALVINGS = 6  # of a step that makes nothing better
 SETTLED = 1e-8  # a sum of squares below which all is flat
 PROGRESS = 0.01  # relative, of the sum of squares in one round, below which there is no more to be had
 HOLD = 0.02  # by which a factor's logarithm must move some variance's, to have a hold of the signal
+HELD = 100.0  # weight of the shares' logarithms' squares against the variances', in the choice of a step's length
+TINY = 1e-30  # in place of a share of zero, of which there is no logarithm
 SMALLEST = 1e-2  # singular values below this share of the largest are left out: what they would move is noise
 
 
@@ -32,6 +36,7 @@ def balance(
     model: Any,
     *inputs: Any,
     direction: str = "both",
+    hold_shares: bool = False,
     variables: Mapping[str, Any] | None = None,
     kernels: Callable[[str], bool] | None = None,
     where: Where | None = None,
@@ -46,13 +51,19 @@ def balance(
 
     Minimized is the sum, over the blocks and the directions, of the squared deviation of a variance's logarithm from
     its mean over the blocks: by Gauss and Newton's method, with the effect of each factor measured. Of all factors that
-    do equally well, those closest to 1 are taken. What factors cannot reach, such as the sum at an identity shortcut,
-    stays; the report has the variances before and after.
+    do equally well, those closest to 1 are taken. What factors cannot reach stays; the report has the variances before
+    and after.
+
+    An identity shortcut adds up what its branches add, and only branches that add next to nothing leave it flat: by
+    small factors for their kernels, or, where they begin with a norm, by a large one for what comes before all blocks.
+    (SkipInit, ReZero and Fixup begin so, too.) The report says where it came to that; `hold_shares` rules it out.
 
     Args:
         model: Any `nnx.Module`, called as `model(*inputs, **kwargs)`, or any Linen module. It is left as it was.
         *inputs: A batch, as the model is called with it.
         direction: "forward", of activations; "backward", of gradients; or "both".
+        hold_shares: Keep Var[x_l - x] / Var[x_l] of every residual block what it was, x its input; of those, at least,
+            that are not the identity to begin with.
         variables: Of a Linen module; drawn by `model.init` from `seed` if left out.
         kernels: Which of them may be changed, `path -> bool`; all if left out.
         where: The blocks between which the signal is measured, as for `spp.propagate`.
@@ -79,17 +90,22 @@ def balance(
     may = np.flatnonzero(_models.choose(network, kernels))
     weights, key = DIRECTIONS[direction], stream(seed, COTANGENT)
 
-    def measure(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def measure(logs: np.ndarray) -> Signal:
         nonlocal passes
         passes += 1
         return _models.positive(network, network.blocks(np.exp(logs), key))
 
-    def deviations(found: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        logs = [weight * np.log(values) for weight, values in zip(weights, found, strict=True)]
+    def deviations(found: Signal) -> np.ndarray:
+        logs = [weight * np.log(values) for weight, values in zip(weights, found[:2], strict=True)]
         return np.concatenate([values - values.mean() for values in logs])
 
     start = measure(np.zeros(len(network.units)))
-    logs, now, hold = _flatten(start, measure, deviations, may, len(network.units))
+    residual = np.flatnonzero((start.shares > IDENTITY) & (start.shares < 1) & hold_shares)
+
+    def changes(found: Signal) -> np.ndarray:
+        return np.log(np.maximum(found.shares[residual], TINY) / start.shares[residual])
+
+    logs, now, hold = _flatten(start, measure, deviations, changes, may, len(network.units))
     if report is not None:
         ones = np.ones(len(network.units))
         before, after = network.products(ones), network.products(np.exp(logs))
@@ -100,18 +116,16 @@ def balance(
             for i, unit in enumerate(network.units)
         ]
         signal = {name: (start[i], now[i]) for i, name in enumerate(("forward", "backward"))}
-        seconds = time.perf_counter() - begin
-        report(Report(f"balance, {direction}", rows, signal, network.paths, network.others, passes, seconds))
+        seconds, shares = time.perf_counter() - begin, (start.shares, now.shares)
+        report(Report(f"balance, {direction}", rows, signal, network.paths, network.others, passes, seconds, shares))
     return _models.rebuild(model, called, network.multiplied(np.exp(logs)))
-
-
-Signal = tuple[np.ndarray, np.ndarray]  # the variances at the blocks, forward and backward
 
 
 def _flatten(
     start: Signal,
     measure: Callable[[np.ndarray], Signal],
     deviations: Callable[[Signal], np.ndarray],
+    changes: Callable[[Signal], np.ndarray],
     may: np.ndarray,
     count: int,
 ) -> tuple[np.ndarray, Signal, np.ndarray]:
@@ -121,6 +135,7 @@ def _flatten(
         start: What is measured there.
         measure: From logarithms of factors to the signal.
         deviations: Of a signal, whose squares are to be small.
+        changes: Of a signal, which are to be zero.
         may: Which factors may change.
         count: Of all factors.
 
@@ -128,27 +143,45 @@ def _flatten(
         The logarithms of the factors, the signal with them, and how far each of them moves a variance's logarithm.
     """
     logs, now, hold = np.zeros(count), start, np.zeros(count)
+
+    def cost(found: Signal) -> float:
+        return float((deviations(found) ** 2).sum()) + HELD * float((changes(found) ** 2).sum())
+
     for _ in range(ROUNDS):
-        error = deviations(now)
-        if (total := float((error**2).sum())) < SETTLED:
+        error, change, total = deviations(now), changes(now), cost(now)
+        if total < SETTLED:
             break
-        jacobian = np.zeros((len(error), count))
+        jacobian, constraint = np.zeros((len(error), count)), np.zeros((len(change), count))
         for unit in may:
             nudged = logs.copy()
             nudged[unit] += STEP
-            jacobian[:, unit] = (deviations(measure(nudged)) - error) / STEP
+            found = measure(nudged)
+            jacobian[:, unit] = (deviations(found) - error) / STEP
+            constraint[:, unit] = (changes(found) - change) / STEP
         hold = np.maximum(hold, np.abs(jacobian).max(axis=0))
-        jacobian[:, hold < HOLD] = 0.0
-        step = -np.linalg.lstsq(jacobian, error, rcond=SMALLEST)[0]
+        for effect in (jacobian, constraint):
+            effect[:, hold < HOLD] = 0.0
+        step = _step(jacobian, error, constraint, change)
         step[hold < HOLD] = 0.0
         step *= min(1.0, LONGEST / max(float(np.abs(step).max()), LONGEST))
         gained = 0.0
         for halvings in range(HALVINGS):
             found = measure(logs + step / 2**halvings)
-            gained = 1 - float((deviations(found) ** 2).sum()) / total
+            gained = 1 - cost(found) / total
             if gained > 0:
                 logs, now = logs + step / 2**halvings, found
                 break
         if gained < PROGRESS:
             break
     return logs, now, hold
+
+
+def _step(jacobian: np.ndarray, error: np.ndarray, constraint: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """The smallest step that makes the error least among those that undo the change."""
+    if not len(change):
+        return -np.linalg.lstsq(jacobian, error, rcond=SMALLEST)[0]
+    back = -np.linalg.lstsq(constraint, change, rcond=SMALLEST)[0]
+    _, singular, right = np.linalg.svd(constraint)
+    free = right[int((singular > SMALLEST * singular.max()).sum()) :].T
+    along = np.linalg.lstsq(jacobian @ free, -(error + jacobian @ back), rcond=SMALLEST)[0]
+    return back + free @ along

@@ -15,6 +15,8 @@ from nfjax.rescale import _models
 from nfjax.rescale._report import Reader, Report, Row
 
 TRIES = 10  # of a kernel, as the authors'
+SWEEPS = 5  # over all kernels
+FIXED = "its output does not follow its factor (it is standardized)"
 FOLLOWS = 0.5  # of the change that a factor should make to the logarithm of the variance: by less, it has no hold of it
 
 
@@ -34,7 +36,8 @@ def lsuv(
     """Layer-sequential unit-variance initialization.
 
     Layer by layer, in the order in which they are computed, the kernel is divided by the standard deviation of what it
-    returns for this batch, before anything is added to it. The authors draw the kernels orthogonal first.
+    returns for this batch, before anything is added to it. The authors draw the kernels orthogonal first. Where a later
+    kernel changes what an earlier one reads, as in a recurrent network, all are gone through again.
 
     Args:
         model: Any `nnx.Module`, called as `model(*inputs, **kwargs)`, or any Linen module. It is left as it was.
@@ -76,25 +79,34 @@ def lsuv(
         return _models.finite(network, network.products(factors))
 
     found = measure()
-    for number in range(len(network.units)):
-        if not may[number]:
-            notes[number] = "left out"
-            continue
-        for _ in range(TRIES):
-            was = found[number]
-            if was == 0:
-                notes[number] = "what it returns does not vary: the kernel is zero, or the signal is constant"
-                break
-            if abs(was - 1) <= tolerance:
-                break
-            factors[number] *= was**-0.5
-            found = measure()
-            if abs(np.log(found[number] / was)) < FOLLOWS * abs(np.log(was)):
-                factors[number], notes[number] = 1.0, "its output does not follow its factor (it is standardized)"
+    for _ in range(SWEEPS):
+        swept = factors.copy()
+        for number in range(len(network.units)):
+            if not may[number]:
+                notes[number] = "left out"
+                continue
+            if notes[number] == FIXED:
+                continue
+            notes[number] = ""
+            for _ in range(TRIES):
+                was = found[number]
+                if was == 0:
+                    notes[number] = "what it returns does not vary: the kernel is zero, or the signal is constant"
+                    break
+                if abs(was - 1) <= tolerance:
+                    break
+                factors[number] *= was**-0.5
                 found = measure()
-                break
-        else:
-            notes[number] = f"still {found[number]:.3g} after {TRIES} tries"
+                if abs(np.log(found[number] / was)) < FOLLOWS * abs(np.log(was)):
+                    factors[number], notes[number] = 1.0, FIXED
+                    found = measure()
+                    break
+        # In a loop a later kernel changes what an earlier one reads: once more, until none is changed any more.
+        if np.array_equal(swept, factors):
+            break
+    for number, variance in enumerate(found):
+        if not notes[number] and abs(variance - 1) > tolerance:
+            notes[number] = f"still {variance:.3g} after {SWEEPS} rounds over all kernels"
     if report is not None:
         rows = [
             Row(unit.path, float(factor), float(old), float(new), note)

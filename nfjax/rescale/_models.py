@@ -12,7 +12,7 @@ from flax import nnx
 
 from nfjax._flax import Runnable
 from nfjax.initializers import Initializer
-from nfjax.rescale._passes import Passes
+from nfjax.rescale._passes import Passes, Signal
 from nfjax.spp._measuring import Choice
 
 
@@ -71,13 +71,13 @@ def finite(passes: Passes, variances: np.ndarray) -> np.ndarray:
     return variances
 
 
-def positive(passes: Passes, signal: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def positive(passes: Passes, signal: Signal) -> Signal:
     """The variances at the blocks, if all of them are finite and none is zero.
 
     Raises:
         ValueError: One is; the message names the first.
     """
-    for direction, variances in zip(("activations", "gradient"), signal, strict=True):
+    for direction, variances in zip(("activations", "gradient"), signal[:2], strict=True):
         for path, variance in zip(passes.paths, variances, strict=True):
             if not (np.isfinite(variance) and variance > 0):
                 raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,20 @@ class Unit:
     kernel: int
     path: str
     index: int | None = None
+
+
+class Signal(NamedTuple):
+    """What is measured at the blocks, each float64 [blocks].
+
+    Attributes:
+        forward: Variance of the activations.
+        backward: Of the gradient.
+        shares: Var[x_l - x] / Var[x_l] for the input x that has the output's shape; NaN where there is none.
+    """
+
+    forward: np.ndarray
+    backward: np.ndarray
+    shares: np.ndarray
 
 
 class Passes:
@@ -86,18 +100,23 @@ class Passes:
     # ------------------------------------------------------------ what is measured
 
     def products(self, factors: np.ndarray) -> np.ndarray:
-        """The variance of what each unit returns, float64 [units]; the geometric mean over all its uses."""
+        """The variance of what each unit returns, float64 [units]; the geometric mean over all its uses, without those
+        in which it returns what does not vary, as a recurrent kernel does for the state of zeros that it begins with.
+        """
         found = _statistics.on_host(self._forward(self._leaves, self._split(factors)))
         uses: list[list[float]] = [[] for _ in self.units]
         for unit, variance in zip(self._uses, found.var, strict=True):
             uses[unit].append(variance)
-        with np.errstate(divide="ignore"):
-            return np.array([np.exp(np.mean(np.log(values))) for values in uses])
+        varying = [[variance for variance in values if variance != 0] for values in uses]
+        return np.array([np.exp(np.mean(np.log(values))) if values else 0.0 for values in varying])
 
-    def blocks(self, factors: np.ndarray, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-        """(forward, backward) variance at each block, both float64 [blocks]."""
-        forward, backward = self._both(self._leaves, self._split(factors), key)
-        return _statistics.on_host(forward).var, _statistics.on_host(backward).var
+    def blocks(self, factors: np.ndarray, key: jax.Array) -> Signal:
+        """The signal at the blocks."""
+        forward, backward, changes = self._both(self._leaves, self._split(factors), key)
+        forward, backward = _statistics.on_host(forward), _statistics.on_host(backward)
+        places, none = range(len(self.paths)), [-1] * len(self.paths)
+        seen = _statistics.observed(forward, changes, backward, places, none)
+        return Signal(seen.output.var, seen.gradient.var, seen.change)
 
     def multiplied(self, factors: np.ndarray) -> Any:
         """The arrays of the model with every kernel multiplied by its factor; all others are the same objects."""
@@ -122,18 +141,18 @@ class Passes:
 
     def _measure_blocks(
         self, leaves: Sequence[jax.Array], factors: Sequence[jax.Array], key: jax.Array
-    ) -> tuple[Moments, Moments]:
+    ) -> tuple[Moments, Moments, jax.Array]:
         jaxpr, number = self._traced.jaxpr, len(self.paths)
         leaves = self._scaled(leaves, factors)
 
         def run(sinks: list[Moments]) -> tuple[jax.Array, Any]:
             _, taken = evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, sinks, self._blocks)
-            return taken.last, taken.forward
+            return taken.last, (taken.forward, jnp.stack(taken.changes))
 
-        last, pull, forward = jax.vjp(run, [NOTHING] * number, has_aux=True)
+        last, pull, (forward, changes) = jax.vjp(run, [NOTHING] * number, has_aux=True)
         start = jax.random.normal(key, last.shape, jnp.float32).astype(last.dtype)
         stacked = [jax.tree.map(lambda *fields: jnp.stack(fields), *found) for found in (forward, pull(start)[0])]
-        return stacked[0], stacked[1]
+        return stacked[0], stacked[1], changes
 
     # ------------------------------------------------------------ factors
 

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from nfjax.spp._statistics import IDENTITY
+
 SHOWN = 8  # of the parameters that are left, for a person
+FAINT = 0.1  # of what a block's share was: by less, it says little about its branch
 CHANGED = 0.01  # relative; by less, a factor is 1 for a person
 
 
@@ -43,6 +46,8 @@ class Report:
             each other before they meet it.
         passes: How often the network was run.
         seconds: In all, compilation included.
+        shares: (before, after) of Var[out - in] / Var[out] at the blocks, NaN where a block's output has another shape
+            than its input: what a residual branch adds to its shortcut. None where no blocks were measured.
     """
 
     method: str
@@ -52,6 +57,7 @@ class Report:
     others: Sequence[str]
     passes: int
     seconds: float
+    shares: tuple[np.ndarray, np.ndarray] | None = None
 
     def __str__(self) -> str:
         changed = [row for row in self.rows if abs(np.log(row.factor)) > CHANGED]
@@ -62,6 +68,7 @@ class Report:
         for direction, (before, after) in self.signal.items():
             shown = [f"{_spread(values):.3g}" for values in (before, after)]
             lines.append(f"{direction}: largest over smallest variance of all blocks {shown[0]}, now {shown[1]}")
+        lines += self._fainter()
         width = max([len("kernel"), *(len(row.path) for row in self.rows)])
         lines.append(f"{'kernel':<{width}}  {'factor':>9}  {'variance':>9}  {'now':>9}")
         for row in self.rows:
@@ -72,6 +79,24 @@ class Report:
             shown = ", ".join(self.others[:SHOWN])
             lines.append(f"left as they are, since by themselves they multiply no signal: {shown}{more}")
         return "\n".join(lines)
+
+    def _fainter(self) -> list[str]:
+        """A line on the blocks that came closer to the identity: where a shortcut adds variance at every block, that is
+        the only way in which factors make the signal flat.
+        """
+        if self.shares is None:
+            return []
+        before, after = self.shares
+        known = np.flatnonzero(np.isfinite(before) & (before > IDENTITY) & (before < 1))
+        faint = [i for i in known if not after[i] >= FAINT * before[i]]
+        if not faint:
+            return []
+        least = min(faint, key=lambda i: after[i] / before[i])
+        return [
+            f"{len(faint)} of {len(self.paths)} blocks now add less than {FAINT:.0%} of what they added to their "
+            f"shortcut: of the variance at {self.paths[least]} it was {before[least]:.3g}, now {after[least]:.3g}. "
+            "hold_shares=True keeps it, and leaves what the shortcut adds up"
+        ]
 
 
 def _spread(values: np.ndarray) -> float:

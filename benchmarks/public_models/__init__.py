@@ -1,0 +1,1 @@
+"""Models that others wrote, before and after `nfjax.rescale`, beside AnyInit."""
