@@ -2,9 +2,14 @@
 
 import importlib.util
 import json
+import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
+from benchmarks import runner
 from benchmarks.public_models import __main__ as command
 from benchmarks.public_models import networks, tables
 
@@ -51,6 +56,15 @@ def test_what_is_refused_and_what_fails_stand_word_by_word():
     assert tables.in_short({"error": "gone"}) == "gone"
 
 
+def test_the_committed_table_is_that_of_the_committed_records():
+    results = pathlib.Path(__file__).parents[1] / "results"
+    records = runner.read(results / "public_models.jsonl")
+    assert (results / "public_models.md").read_text() == tables.table(records)
+    assert len([record for record in records if "sides" in record]) >= 15
+    assert len({record["repository"] for record in records}) >= 5
+    assert {record["api"] for record in records} == {"Linen", "NNX"}
+
+
 def test_models_that_are_not_there_are_left_out_with_the_reason(monkeypatch, tmp_path, capsys):
     def missing():
         raise ModuleNotFoundError("No module named 'of_nobody'")
@@ -87,6 +101,42 @@ def test_the_list_names_every_model_with_its_package(capsys):
     assert len(lines) == len(networks.NETWORKS) >= 15
     assert "Mamba-2  (mamba2-jax, jax-state-spaces/mamba2-jax)" in lines
     assert len({network.repository for network in networks.NETWORKS.values()}) >= 5
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(4)(nn.relu(nn.Dense(8)(x)))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(Block()(Block()(x)))
+
+
+def test_blocks_are_told_without_measuring(monkeypatch, capsys):
+    made = networks.Example(Net(), (jnp.ones((3, 4)),))
+    monkeypatch.setitem(networks.NETWORKS, "a net", networks.Network("here/net", "net", lambda: made))
+    plain = networks.Example(nn.Sequential([nn.Dense(4), nn.Dense(4)]), (jnp.ones((3, 4)),))
+    monkeypatch.setitem(networks.NETWORKS, "a chain", networks.Network("here/net", "net", lambda: plain))
+    command.main(["--blocks", "--only=a net,a chain"])
+    net, chain = capsys.readouterr().out.splitlines()
+    assert net == "a net: Block (2)"
+    assert chain.startswith("a chain: Dense (2), since cannot tell what the blocks of this model are")
+
+
+def test_a_small_model_is_measured_on_all_sides(monkeypatch):
+    made = networks.Example(Net(), (jax.random.normal(jax.random.key(0), (32, 4)),))
+    monkeypatch.setitem(networks.NETWORKS, "a net", networks.Network("here/net", "nfjax", lambda: made))
+    record = command.measure("a net")
+    assert (record["blocks"], record["api"], record["parameters"]) == ({"classes": {"Block": 2}}, "Linen", 2 * 76 + 10)
+    assert list(record["sides"]) == list(tables.SIDES)
+    kernels = record["sides"]["lsuv"]["kernels"]
+    assert [kernels["smallest"], kernels["largest"]] == pytest.approx([1, 1], rel=0.011)
+    start, balance = record["sides"]["as it is"], record["sides"]["balance"]
+    assert balance["forward"]["worst"] < start["forward"]["worst"]
+    assert tables.table([record])
 
 
 def test_flaxs_examples_need_a_folder(monkeypatch, tmp_path):

@@ -3,12 +3,14 @@
     python -m benchmarks.public_models --out=results
     python -m benchmarks.public_models --only="nanodl ViT,Mamba-2" --flax-examples=flax-0.12.8/examples
     python -m benchmarks.public_models --list
+    python -m benchmarks.public_models --blocks
 
 The models are in packages that are no dependencies of nfjax: `--list` names them, for `pip install --no-deps`. One that
 is not there is left out, with the reason. Each model has a process of its own. Its record is added to
 OUT/public_models.jsonl as soon as it is measured, and OUT/public_models.md is the table of all records that are there;
-`--missing` measures only those that have none. AnyInit is a package, too, and Flax's own examples are in its source
-distribution: `pip download --no-deps --no-binary :all: flax`.
+`--missing` measures only those that have none. `--blocks` only traces the models, and says what their blocks are.
+AnyInit is a package, too; Flax's own examples are in its source distribution:
+`pip download --no-deps --no-binary :all: flax`.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", type=runner.some_of([*NETWORKS]), help="names of models, separated by commas")
     parser.add_argument("--missing", action="store_true", help="measure only what has no record yet")
     parser.add_argument("--list", action="store_true", help="name the models with their packages, and measure nothing")
+    parser.add_argument("--blocks", action="store_true", help="say what the blocks are by default, and measure nothing")
     parser.add_argument("--flax-examples", type=pathlib.Path, help="the folder `examples` of Flax's source")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which a model is given up")
     parser.add_argument("--measure", choices=[*NETWORKS], help=argparse.SUPPRESS)
@@ -49,6 +52,9 @@ def main(words: Sequence[str] | None = None) -> None:
         os.environ[EXAMPLES] = str(arguments.flax_examples.absolute())
     if arguments.list:
         print("\n".join(f"{name}  ({network.package}, {network.repository})" for name, network in NETWORKS.items()))
+    elif arguments.blocks:
+        for name in arguments.only or NETWORKS:
+            print(f"{name}: {blocks(name)}", flush=True)
     elif arguments.measure:
         print(RESULT + json.dumps(measure(arguments.measure)))
     else:
@@ -86,6 +92,17 @@ def in_a_process(name: str, seconds: float) -> dict[str, Any]:
             return json.loads(line.removeprefix(RESULT))
     last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
     return {"model": name, "repository": NETWORKS[name].repository, "error": f"the process ended: {last}"}
+
+
+def blocks(name: str) -> str:
+    """What the blocks of a model are by default, or why it cannot be told."""
+    from benchmarks.public_models import measuring
+
+    warnings.simplefilter("ignore")
+    try:
+        return measuring.find_blocks(NETWORKS[name])
+    except ImportError as error:
+        return f"left out, {NETWORKS[name].package}: {error}"
 
 
 def measure(name: str) -> dict[str, Any]:

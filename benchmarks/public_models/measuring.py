@@ -111,11 +111,10 @@ def _rescale(called: Called, method: Callable[..., Any], read: Callable[[Any], N
     )
 
 
-def _runnable(called: Called) -> Any:
-    example = called.example
-    return runnable(
-        example.model, example.inputs, example.options, called.variables, ABSENT, example.mutable, jax.random.key(0)
-    )
+def _runnable(called: Called, abstract: bool = False) -> Any:
+    example, key = called.example, jax.random.key(0)
+    options, mutable = example.options, example.mutable
+    return runnable(example.model, example.inputs, options, called.variables, ABSENT, mutable, key, abstract)
 
 
 def _initialize(example: Example) -> Any:
@@ -129,10 +128,25 @@ def _count(called: Called) -> int:
     return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def _blocks(called: Called) -> tuple[Record, Any]:
+def find_blocks(network: Network) -> str:
+    """What is measured of a model by default, or why nothing is, from its shapes alone.
+
+    Raises:
+        ImportError: Its package is not there.
+    """
+    example = network.make()
+    try:
+        found, _ = _blocks(Called(example, None), abstract=True)
+    except Exception as error:
+        return _told(error)
+    named = ", ".join(f"{name} ({count})" for name, count in found["classes"].items())
+    return f"{named}, since {found['refusal']}" if "refusal" in found else named
+
+
+def _blocks(called: Called, abstract: bool = False) -> tuple[Record, Any]:
     """(what is measured by default, or why nothing is and what is measured then, where=)."""
     where, found = None, {}
-    made = _runnable(called)
+    made = _runnable(called, abstract)
     try:
         traced, blocks, _ = _measuring.choose(made, _measuring.Choice())
     except ValueError as error:

@@ -16,11 +16,12 @@ SIDES = {
     "AnyInit": "AnyInit",
 }
 SHOWN = 3  # of what is named, for a person
+END = "<!-- end of the overview -->"  # up to which the documentation shows it
 
 
 def table(records: Sequence[Record]) -> str:
     """All of it: in short, side by side, and what was refused, word by word."""
-    parts = [_overview(records), _sides(records)]
+    parts = [_overview(records), END, "", _sides(records)]
     if refused := _refused(records):
         parts.append(refused)
     if failed := _failed(records):
