@@ -114,9 +114,7 @@ class Passes:
         """The signal at the blocks."""
         forward, backward, changes = self._both(self._leaves, self._split(factors), key)
         forward, backward = _statistics.on_host(forward), _statistics.on_host(backward)
-        places, none = range(len(self.paths)), [-1] * len(self.paths)
-        seen = _statistics.observed(forward, changes, backward, places, none)
-        return Signal(seen.output.var, seen.gradient.var, seen.change)
+        return Signal(forward.var, backward.var, _statistics.changes_on_host(changes))
 
     def multiplied(self, factors: np.ndarray) -> Any:
         """The arrays of the model with every kernel multiplied by its factor; all others are the same objects."""

@@ -165,6 +165,12 @@ def on_host(stacked: Moments) -> Moments:
     return jax.tree.map(lambda field: np.asarray(field, np.float64), stacked)
 
 
+def changes_on_host(changes: Any) -> np.ndarray:
+    """What `change` gave for n blocks, [n], as float64; NaN where it is not known."""
+    known = np.asarray(changes, np.float64)
+    return np.where(known == _UNKNOWN, np.nan, known)
+
+
 def observed(
     forward: Moments,
     changes: Any,
@@ -185,7 +191,7 @@ def observed(
         blocks: Where in `forward` each block stands.
         branches: Where each block's branch does, -1 for none.
     """
-    forward, changes = on_host(forward), np.asarray(changes, np.float64)
+    forward = on_host(forward)
     similarities = np.asarray(similarities, np.float64)
     has_branch = np.array(branches) >= 0
     return Observed(
@@ -193,7 +199,7 @@ def observed(
         gradient=on_host(gradient),
         branch=jax.tree.map(lambda field: np.where(has_branch, field[list(branches)], np.nan), forward),
         has_branch=has_branch,
-        change=np.where(changes == _UNKNOWN, np.nan, changes),
+        change=changes_on_host(changes),
         similarity=np.where(similarities == _NO_COSINE, np.nan, similarities),
         dead=idle[0],
         saturated=idle[1],
