@@ -34,7 +34,7 @@ class Tracker(Protocol):
 
         Args:
             kind: "train" (since the last one), "epoch" (of the epoch that ends at this step) or "signal" (of the state
-                at this step).
+                at this step, and of the step that led to it).
             step: Steps taken so far.
             values: Numbers by name.
         """
