@@ -121,6 +121,7 @@ def test_a_layer_that_no_gradient_reaches():
     assert np.isnan(profile.backward_var).tolist() == [False, True, False]
     assert np.isfinite(profile.forward_var).all()
     assert profile.diagnose().backward.verdict != "non-finite"
+    assert spp.find_breakdown(profile) is None
     both = spp.propagate(Heads(), noise(4, 8), level="layer", loss=lambda out: out[0].sum() + out[1].sum())
     assert both.unreached == ()
 

@@ -27,6 +27,7 @@ from nfjax.training import networks, rescaling
 FILE = "beginnings.jsonl"
 SHARE = 0.25  # of the time that is left, where there is an end to it and something to train
 SEEDS, BATCH = 5, 32
+MENDED_ON = 8  # images, where kernels are changed first
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -74,8 +75,10 @@ def measure(run: Run, classes: int) -> Beginning:
 
     def make(seed: int) -> object:
         model = networks.build(run.config, classes, jax.random.key(seed))
+        if mend is None:
+            return model
         # On noise of its own, and not on that which is measured.
-        return model if mend is None else mend(model, spp.noise(shape)(jax.random.key(SEEDS + seed)), seed=seed)
+        return mend(model, spp.noise((MENDED_ON, *shape[1:]))(jax.random.key(SEEDS + seed)), seed=seed)
 
     profile = spp.propagate_seeds(make, spp.noise(shape), seeds=SEEDS)
     predicted = spp.predict(make(0), shape)

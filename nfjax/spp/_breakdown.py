@@ -53,11 +53,12 @@ def find_breakdown(profile: Profile) -> Breakdown | None:
     Returns:
         Where, or None if all that was measured is finite.
     """
+    reached = np.array([path not in profile.unreached for path in profile.paths])
     for forward, backward in zip(profile.samples["forward_var"], profile.samples["backward_var"], strict=True):
         broken = np.flatnonzero(~np.isfinite(forward))
         if broken.size:
             return _breakdown(profile, OUTPUT, forward, broken[0], broken[0] - 1)
-        broken = np.flatnonzero(~np.isfinite(backward))
+        broken = np.flatnonzero(~np.isfinite(backward) & reached)
         if broken.size:
             return _breakdown(profile, GRADIENT, backward, broken[-1], broken[-1] + 1)
     return None

@@ -148,12 +148,12 @@ def _measurement(task: Task, params: Any, batch_stats: Any) -> Callable[..., spp
     def measure(part: Examples, noise: jax.Array | None, count: np.ndarray) -> spp.Breakdown | None:
         model = Loss(task.network.model(params, batch_stats, noise), task.label_smoothing)
         inputs = (part["image"], part["targets"], part["mask"], jnp.asarray(count))
-        for where in (holds_parameters, None):
+        for where, level in ((holds_parameters, "layer"), (None, "block")):
             try:
-                monitors[:] = monitors or [spp.Monitor(*inputs, where=where, loss=lambda loss: loss)]
+                monitors[:] = monitors or [spp.Monitor(*inputs, where=where, loss=lambda loss: loss, level=level)]
                 monitors[0].inputs = inputs
                 return _unwrapped(spp.find_breakdown(monitors[0](model)))
-            except ValueError:  # a layer inside of a loop, or without a gradient
+            except ValueError:  # a layer inside of a conditional
                 monitors.clear()
                 if where is None:
                     raise
