@@ -21,7 +21,7 @@ from nfjax.rescale import _models
 from nfjax.spp import _measuring
 
 Record = dict[str, Any]
-SIDES = ("as it is", "lsuv", "balance", "balance, shares held", "AnyInit")
+LONGEST = 600  # characters of an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,4 +204,6 @@ def _anyinit(called: Called, read: Callable[[Any], None]) -> Called:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    """Its beginning, without the folders of this machine."""
+    text = re.sub(r"/[^\s:]*/(?=(site-packages|nfjax|benchmarks|examples)/)", "", f"{type(error).__name__}: {error}")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -100,7 +100,7 @@ def balance(
         return np.concatenate([values - values.mean() for values in logs])
 
     start = measure(np.zeros(len(network.units)))
-    residual = np.flatnonzero((start.shares > IDENTITY) & (start.shares < 1) & hold_shares)
+    residual = np.flatnonzero((start.shares > IDENTITY) & (start.shares < 1) & bool(hold_shares))
 
     def changes(found: Signal) -> np.ndarray:
         return np.log(np.maximum(found.shares[residual], TINY) / start.shares[residual])
