@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import numpy as np
 from nfjax.spp._kernels import Kernel
 from nfjax.spp._mode import Mode
 
+WIDTH = 110  # of a line for a person
 IDLE = 0.5  # share of dead units, or of saturated values, in a block that is told of
 FEW = 32  # examples and positions, with fewer of which a unit may be 0 by chance
 SAME = 0.99  # cosine between different inputs that have become one
@@ -47,7 +49,11 @@ class Cause:
     in_notes: bool = False
 
     def __str__(self) -> str:
-        return f"{self.what}\n    because {self.evidence}\n    try {self.remedy}"
+        parts = [(self.what, ""), (f"because {self.evidence}", "    "), (f"try {self.remedy}", "    ")]
+        return "\n".join(
+            textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}    ", break_long_words=False)
+            for text, indent in parts
+        )
 
 
 class Seen(Protocol):
