@@ -175,11 +175,140 @@ def test_branches_lost_in_rounding():
     assert causes(Stack(4, init=jax.nn.initializers.normal(1e-4)), noise(64, 32)) == ()
 
 
-def test_a_gradient_that_underflows():
+def test_activations_that_underflow():
     model = Stack(3, skip=False, init=jax.nn.initializers.normal(1e-3), dtype=jnp.float16)
     found = causes(model, noise(64, 32, dtype=jnp.float16))
-    assert "underflow in float16" in found[0].what
+    assert "the activations underflow in float16, at 'blocks/" in found[0].what
+    assert "loss scale" not in found[0].remedy
     assert found[0].fatal
+    assert "dead" not in told(found)
+
+
+def test_a_gradient_that_underflows():
+    model = Stack(3, scale=0.5**0.5, dtype=jnp.float16)
+    x = noise(64, 32, dtype=jnp.float16)
+    (cause,) = causes(model, x, loss=lambda out: (out.astype(jnp.float32) ** 2).sum() * 1e-6)
+    assert cause.what == "the gradient underflows in float16, at 'blocks/2'"
+    assert "a loss scale" in cause.remedy
+    assert causes(model, x, loss=lambda out: (out.astype(jnp.float32) ** 2).sum()) == ()
+
+
+# ---------------------------------------------------------------- causes that are none
+
+
+class PreNorm(nnx.Module):
+    def __init__(self, rngs, norm=nnx.LayerNorm):
+        self.norm = norm(32, rngs=rngs)
+        self.up, self.down = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 32, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+
+class Transformer(nnx.Module):
+    def __init__(self, norm=nnx.LayerNorm):
+        self.blocks = nnx.List([PreNorm(nnx.Rngs(i), norm) for i in range(4)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("norm", [nnx.LayerNorm, nnx.RMSNorm])
+@pytest.mark.parametrize("level", ["block", "layer"])
+def test_a_variance_that_a_norm_keeps_positive_is_no_relu(norm, level):
+    padded = noise(8, 10, 32).at[:, 6:].set(0.0)
+    profile = spp.propagate(Transformer(norm), padded, level=level)
+    assert np.isnan(profile.dead).all()
+    assert "ReLU" not in told(profile.diagnose().causes)
+    assert "dead" not in told(profile.diagnose().causes)
+
+
+def test_images_of_noise_are_alike_behind_their_mean():
+    class Pooled(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.conv = nnx.Conv(3, 32, (3, 3), kernel_init=HE, rngs=rngs)
+            self.heads = nnx.List([nnx.Linear(32, 32, kernel_init=HE, rngs=rngs) for _ in range(2)])
+
+        def __call__(self, x):
+            x = nnx.relu(self.conv(x)).mean(axis=(1, 2))
+            for head in self.heads:
+                x = head(x)
+            return x
+
+    profile = spp.propagate(Pooled(), noise(16, 32, 32, 3), level="layer")
+    assert (profile.similarity[1:] > 0.99).all()
+    assert "the same" not in told(profile.diagnose().causes)
+
+
+def test_kernels_of_the_stem_explain_nothing():
+    class Stemmed(nnx.Module):
+        def __init__(self):
+            self.stem = nnx.Linear(4, 64, kernel_init=HE, rngs=nnx.Rngs(9))
+            self.body = Stack(8, width=64)
+
+        def __call__(self, x):
+            return self.body(self.stem(x))
+
+    assert told(causes(Stemmed(), noise(64, 4))) == (
+        "an identity shortcut adds the variance of the branch at every block"
+    )
+
+
+def test_kernels_behind_norms_are_blamed_for_nothing():
+    class Normed(nnx.Module):
+        def __init__(self):
+            widths = [8, 16, 32, 64, 128, 256, 512]
+            rngs = nnx.Rngs(0)
+            self.layers = nnx.List([nnx.Linear(a, b, kernel_init=HE, rngs=rngs) for a, b in itertools.pairwise(widths)])
+            self.norms = nnx.List([nnx.BatchNorm(b, rngs=rngs) for b in widths[1:]])
+
+        def __call__(self, x):
+            for layer, norm in zip(self.layers, self.norms, strict=True):
+                x = nnx.relu(norm(layer(x)))
+            return x
+
+    profile = spp.propagate(Normed(), noise(64, 8), level="layer")
+    assert len(profile.norms) == 6
+    assert "kernels" not in told(profile.diagnose().causes)
+
+
+def test_pooling_is_no_stride():
+    class Pooled(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.blocks = nnx.List([PooledBlock(8 if i else 4, rngs) for i in range(4)])
+
+        def __call__(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    class PooledBlock(nnx.Module):
+        def __init__(self, c_in, rngs):
+            self.conv = nnx.Conv(c_in, 8, (3, 3), kernel_init=HE, rngs=rngs)
+
+        def __call__(self, x):
+            return nnx.max_pool(self.conv(nnx.relu(x)), (2, 2), (2, 2))
+
+    found = causes(Pooled(), noise(8, 32, 32, 4), where=PooledBlock)
+    assert "stride" not in told(found)
+
+
+def test_a_shortcut_that_adds_little_is_not_what_explodes():
+    model = Stack(8, init=jax.nn.initializers.variance_scaling(0.3, "fan_in", "normal"))
+    model.blocks[7].layer.kernel[...] *= 1e4
+    profile = spp.propagate(model, noise(64, 32))
+    assert profile.diagnose().forward.verdict == "exploding"
+    assert "shortcut" not in told(profile.diagnose().causes)
+
+
+def test_layers_of_a_network_that_begins_as_the_identity_are_healthy():
+    model = resnet.PreActResNet(10, "skipinit", width=8, image_size=16, rngs=nnx.Rngs(0))
+    profile = spp.propagate(model, noise(8, 16, 16, 3), level="layer")
+    profile.assert_healthy()
 
 
 def test_activations_that_are_not_finite():
@@ -189,7 +318,7 @@ def test_activations_that_are_not_finite():
     assert found[0].what == "the activations of 'blocks/2' are not finite"
     assert "everything before it is finite" in found[0].evidence
     nan = causes(Stack(4, scale=0.5**0.5), noise(64, 32).at[0, 0].set(jnp.nan))
-    assert "the input" in nan[0].evidence
+    assert nan[0].evidence == "it is the first that is measured"
 
 
 def test_a_gradient_that_is_not_finite():

@@ -67,7 +67,7 @@ class Block(linen.Module):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_layers_of_a_transformer(remat):
-    profile = spp.propagate(Transformer(remat), noise(4, 5, 8), level="layer")
+    profile = spp.propagate(Transformer(remat), noise(8, 5, 8), level="layer")
     block = ["norm", "attention/query", "attention/key", "attention/value", "attention/out", "attention", "in", "out"]
     assert profile.paths == (*(f"block{i}/{name}" for i in range(2) for name in block), "last", "head")
     fans = {kernel.path: kernel.fans for kernel in profile.kernels}
@@ -97,6 +97,17 @@ def test_layers_of_a_loop():
     assert "He fan-in" in kernel.looks_like
 
 
+@pytest.mark.parametrize("cell", [linen.OptimizedLSTMCell, linen.LSTMCell, linen.GRUCell])
+def test_a_recurrent_layer_is_one_layer(cell):
+    class Tagger(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(3, name="head")(linen.RNN(cell(8), name="recurrent")(x))
+
+    profile = spp.propagate(Tagger(), noise(4, 20, 8), level="layer")
+    assert profile.paths == ("recurrent", "head")
+
+
 def test_where_chooses_layers_too():
     model = MLP(8, 3)
     chosen = spp.propagate(model, noise(4, 8), level="layer", where=lambda path, module: path.endswith("1"))
@@ -122,6 +133,8 @@ def test_a_layer_that_no_gradient_reaches():
     assert np.isfinite(profile.forward_var).all()
     assert profile.diagnose().backward.verdict != "non-finite"
     assert spp.find_breakdown(profile) is None
+    with pytest.raises(ValueError, match="no gradient reaches the output of 'main'"):
+        spp.propagate(Heads(), noise(4, 8), level="layer", loss=lambda out: jax.lax.stop_gradient(out[0]).sum())
     both = spp.propagate(Heads(), noise(4, 8), level="layer", loss=lambda out: out[0].sum() + out[1].sum())
     assert both.unreached == ()
 
@@ -285,6 +298,32 @@ def test_kernels_are_known_by_their_variance(init, name, standardized, seed):
     assert kernel.fans == (9 * 16, 9 * 48)
     assert kernel.variance == pytest.approx(float(jnp.var(Model().conv.kernel[...])), rel=1e-6)
     assert name in str(kernel)
+
+
+class Stacked(linen.Module):
+    """Convolutions in a loop, dense layers side by side, and attention's biases."""
+
+    @linen.compact
+    def __call__(self, x):
+        def body(layer, x, _):
+            return linen.relu(layer(x)), None
+
+        init = {"kernel_init": initializers.he_fan_in()}
+        many = linen.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x = many(linen.Conv(16, (3, 3), name="loop", **init), x, None)[0]
+        x = linen.Conv(16, (3, 3), feature_group_count=16, name="depthwise", **init)(x)
+        x = linen.MultiHeadDotProductAttention(2, name="attention")(x.reshape(len(x), -1, 16))
+        lifted = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None, "axis_size": 4}
+        return linen.vmap(linen.Dense, **lifted)(16, name="side", **init)(x)
+
+
+def test_kernels_that_are_stacked_or_grouped():
+    kernels = {kernel.path: kernel for kernel in spp.propagate(Stacked(), noise(2, 4, 4, 16), level="layer").kernels}
+    assert not [path for path in kernels if path.endswith("bias")]
+    assert kernels["loop/kernel"].fans == (144, 144)
+    assert "He fan-in" in kernels["loop/kernel"].looks_like
+    assert kernels["depthwise/kernel"].fans == (9, 9)
+    assert kernels["side/kernel"].fans == (16, 16)
 
 
 def test_a_kernel_that_is_zero_and_one_that_nothing_explains():

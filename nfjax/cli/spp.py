@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from nfjax import _names, compilation, resnet, spp
 from nfjax.cli import _networks as networks
 from nfjax.cli._outcome import FailedError, UsageError
 from nfjax.cli._parser import Parser, names, path, positive
+from nfjax.spp._monitor import INPUT, stream
 
 PLOTS, REPORT = (".png", ".svg", ".pdf"), ".html"
 SWEPT = ("depth", "width")  # of the paper's networks
@@ -164,7 +165,7 @@ def _paper_network(arguments: argparse.Namespace) -> Measured:
         make, x, seeds=arguments.seeds or 1, branch=arguments.branch, loss=arguments.loss,
         level=arguments.level or "block",
     )  # fmt: skip
-    jacobians = spp.jacobians(make(0), x(jax.random.key(0)) if noise else x) if arguments.jacobians else None
+    jacobians = spp.jacobians(make(0), *_drawn([x])) if arguments.jacobians else None
     return title, profile, spp.predict(make(0), shape) if blocks else None, jacobians
 
 
@@ -182,6 +183,12 @@ def _kwargs(arguments: argparse.Namespace, measure: Callable[..., Any]) -> dict[
     return dict(arguments.arg)
 
 
+def _drawn(inputs: Sequence[Any]) -> list[Any]:
+    """The inputs of `spp.propagate_seeds` for its first seed."""
+    keys = jax.random.split(stream(0, INPUT), len(inputs) + 1)
+    return [x(key) if callable(x) else x for x, key in zip(inputs, keys, strict=False)]
+
+
 def _own_model(arguments: argparse.Namespace, where: tuple[str, ...] | None) -> Measured:
     kwargs = _kwargs(arguments, spp.propagate_seeds)
     own = networks.OwnModel(arguments)
@@ -196,8 +203,7 @@ def _own_model(arguments: argparse.Namespace, where: tuple[str, ...] | None) -> 
     )  # fmt: skip
     jacobians = None
     if arguments.jacobians:
-        inputs = [x(jax.random.key(0)) if callable(x) else x for x in own.inputs]
-        jacobians = spp.jacobians(own.model, *inputs, where=where, output=arguments.output, **kwargs)
+        jacobians = spp.jacobians(own.model, *_drawn(own.inputs), where=where, output=arguments.output, **kwargs)
     return type(own.model).__name__, profile, None, jacobians
 
 
@@ -211,7 +217,7 @@ def _sweep(text: str) -> tuple[str, tuple[float, ...]]:
         numbers = tuple(float(value) if {".", "e"} & set(value.lower()) else int(value) for value in values.split(","))
     except ValueError:
         numbers = ()
-    if not (colon and name.isidentifier() and numbers):
+    if not (colon and name.isidentifier() and numbers and all(map(math.isfinite, numbers))):
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME:V,V,V with numbers, such as width:16,32,64")
     return name, numbers
 

@@ -2,14 +2,15 @@
 
 They are operations and no modules, and are found in the computation: whatever rectifies (ReLU, ReLU6, `max(x, 0)`), and
 tanh, erf and the logistic function where they stand by themselves. Inside a GELU or a SiLU, which have no bound, they
-are left out.
+are left out; so are those inside of what the model compiles or rematerializes by itself without a measured module in
+it.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ RECTIFIED = "rectified"
 BOUNDS = {"tanh": (-1.0, 1.0), "erf": (-1.0, 1.0), "logistic": (0.0, 1.0)}
 NEAR = 0.01  # of its range: a value that close to a bound is saturated
 _FUNCTIONS = (*INLINED, "custom_jvp_call", "custom_vjp_call")
+FEW = 32  # examples and positions, with fewer of which a unit may be 0 by chance
+_RESHAPED = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type", "add")
 _PASSED = ("convert_element_type", "broadcast_in_dim", "min", "copy")  # beside the rectifying maximum
 
 
@@ -35,11 +38,13 @@ class Activation:
         before: The number of the measured block whose output comes next.
         kind: RECTIFIED, or a name in BOUNDS.
         size: Of its units, the last axis, where it is rectified; of its values otherwise.
+        samples: How many values each unit has, over examples and positions.
     """
 
     before: int
     kind: str
     size: int
+    samples: int
 
 
 def kinds(jaxpr: Any) -> dict[Any, str]:
@@ -53,7 +58,7 @@ def kinds(jaxpr: Any) -> dict[Any, str]:
     for eqn in jaxpr.eqns:
         if len(eqn.outvars) != 1 or not _is_signal(eqn.outvars[0].aval):
             continue
-        if _rectifies(eqn):
+        if _rectifies(eqn) and not _is_rooted(eqn.outvars[0], readers):
             found[eqn.outvars[0]] = RECTIFIED
         elif (name := _bounded(eqn)) and not any(_gates(reader, eqn) for reader in readers[eqn.outvars[0]]):
             found[eqn.outvars[0]] = name
@@ -94,7 +99,9 @@ def order(jaxpr: Any, roles: Mapping[Tag, str], blocks: Container[Tag], before: 
                     before += sum(count for one, count in executions_inside(inner).items() if one in blocks)
         elif eqn.outvars and eqn.outvars[0] in known:
             kind, shape = known[eqn.outvars[0]], eqn.outvars[0].aval.shape
-            found.append(Activation(before, kind, shape[-1] if kind == RECTIFIED else int(np.prod(shape))))
+            size = int(np.prod(shape))
+            samples = size // shape[-1]
+            found.append(Activation(before, kind, shape[-1] if kind == RECTIFIED else size, samples))
     return found
 
 
@@ -105,7 +112,7 @@ def executions_inside(jaxpr: Any) -> collections.Counter[Tag]:
 
 def by_block(found: list[Activation], shares: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(dead, saturated): for each block the share of all units of the activations before it, since the block before;
-    NaN where there are none.
+    NaN where there are none, or too few examples to tell.
 
     Args:
         found: By `order`.
@@ -114,7 +121,7 @@ def by_block(found: list[Activation], shares: np.ndarray, count: int) -> tuple[n
     """
     totals = np.zeros((2, 2, count))  # rectified or bounded, units and those that do nothing, block
     for one, value in zip(found, shares, strict=True):
-        if one.before < count:
+        if one.before < count and (one.kind != RECTIFIED or one.samples >= FEW):
             totals[int(one.kind != RECTIFIED), :, one.before] += one.size, one.size * value
     with np.errstate(invalid="ignore"):
         dead, saturated = totals[:, 1] / totals[:, 0]
@@ -148,6 +155,20 @@ def _rectifies_inside(body: Any, zeros: set[Any]) -> bool:
         elif eqn.primitive.name not in _PASSED:
             return False
     return maxima == 1
+
+
+def _is_rooted(variable: Any, readers: Mapping[Any, Sequence[Any]]) -> bool:
+    """Whether a root is taken of it, perhaps of its sum with a small number: a variance that is kept from being
+    negative, as norms do, and no activation.
+    """
+    for reader in readers.get(variable, ()):
+        name = reader.primitive.name
+        if name in ("rsqrt", "sqrt"):
+            return True
+        alone = sum(not isinstance(atom, Literal) for atom in reader.invars) == 1
+        if name in _RESHAPED and alone and _is_rooted(reader.outvars[0], readers):
+            return True
+    return False
 
 
 def _is_zero(atom: Any) -> bool:

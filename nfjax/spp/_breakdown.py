@@ -5,6 +5,7 @@ the way back.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,8 +21,8 @@ class Breakdown:
     Attributes:
         path: Of the module whose output, or the gradient of it, is the first that is not finite.
         kind: "output" or "gradient".
-        before: The module that the signal came from, which runs before it (output) or behind it (gradient); None where
-            it is the first that the signal meets.
+        before: Of the measured modules that run before it (output) or behind it (gradient) the next one, in the order
+            in which they run; None where there is none.
         std: Standard deviation of the signal there, NaN where there is none.
     """
 
@@ -57,14 +58,14 @@ def find_breakdown(profile: Profile) -> Breakdown | None:
     for forward, backward in zip(profile.samples["forward_var"], profile.samples["backward_var"], strict=True):
         broken = np.flatnonzero(~np.isfinite(forward))
         if broken.size:
-            return _breakdown(profile, OUTPUT, forward, broken[0], broken[0] - 1)
+            return _breakdown(profile, OUTPUT, forward, broken[0], range(broken[0])[::-1])
         broken = np.flatnonzero(~np.isfinite(backward) & reached)
         if broken.size:
-            return _breakdown(profile, GRADIENT, backward, broken[-1], broken[-1] + 1)
+            return _breakdown(profile, GRADIENT, backward, broken[-1], range(broken[-1] + 1, len(profile)))
     return None
 
 
-def _breakdown(profile: Profile, kind: str, variances: np.ndarray, place: int, before: int) -> Breakdown:
-    known = 0 <= before < len(profile)
-    std = float(np.sqrt(variances[before])) if known else float("nan")
-    return Breakdown(profile.outputs[place], kind, profile.outputs[before] if known else None, std)
+def _breakdown(profile: Profile, kind: str, variances: np.ndarray, place: int, others: Iterable[int]) -> Breakdown:
+    before = next((i for i in others if np.isfinite(variances[i])), None)
+    std = float("nan") if before is None else float(np.sqrt(variances[before]))
+    return Breakdown(profile.outputs[place], kind, None if before is None else profile.outputs[before], std)

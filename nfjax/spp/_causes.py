@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -20,10 +21,10 @@ from nfjax.spp._mode import Mode
 
 WIDTH = 110  # of a line for a person
 IDLE = 0.5  # share of dead units, or of saturated values, in a block that is told of
-FEW = 32  # examples and positions, with fewer of which a unit may be 0 by chance
 SAME = 0.99  # cosine between different inputs that have become one
 APART = 0.9  # the same where they still were different
 LIKE = 1.5  # factor between a measured ratio and one from theory, within which the one explains the other
+LEAST = 0.2  # share of the logarithm of what is to be explained, from which kernels are a cause of it
 MOST = 0.5  # share of the kernels, or of the blocks, that must be alike to be a cause
 GROWTH = 1.1  # of a variance in one block, above which an addition adds to it
 SUBNORMAL = {"float16": 6.1e-5, "bfloat16": 1.2e-38, "float32": 1.2e-38}  # smallest number of full precision
@@ -67,6 +68,7 @@ class Seen(Protocol):
     kernels: tuple[Kernel, ...]
     level: str
     unreached: tuple[str, ...]
+    norms: tuple[str, ...]
     samples: Mapping[str, np.ndarray]
 
     @property
@@ -82,10 +84,14 @@ class Seen(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """The verdict of each direction: "preserved", "vanishing", "exploding" or "non-finite"."""
+    """The verdict of each direction: "preserved", "vanishing", "exploding" or "non-finite"; and the variance at its end
+    divided by that at its start.
+    """
 
     forward: str
     backward: str
+    forward_total: float
+    backward_total: float
 
     @property
     def both(self) -> tuple[str, str]:
@@ -103,7 +109,7 @@ def find(profile: Seen, verdicts: Verdicts) -> tuple[Cause, ...]:
 def _not_finite(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
     if verdicts.forward == "non-finite":
         first = profile.paths[int(np.flatnonzero(~np.isfinite(profile.forward_var))[0])]
-        before = "the input or the part before it" if first == profile.paths[0] else "everything before it is finite"
+        before = "it is the first that is measured" if first == profile.paths[0] else "everything before it is finite"
         yield Cause(
             f"the activations of {first!r} are not finite",
             before,
@@ -125,25 +131,26 @@ def _not_finite(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
 
 
 def _underflow(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
-    for direction, variances in (("activations", profile.forward_var), ("gradient", profile.backward_var)):
-        small = [
-            i
-            for i, (variance, dtype) in enumerate(zip(variances, profile.dtypes, strict=True))
-            if variance > 0 and math.sqrt(variance) < SUBNORMAL.get(dtype, 0.0)
-        ]
+    for what, variances, remedy in (
+        ("activations underflow", profile.forward_var, "larger kernels before it (rescale.lsuv), or a wider type"),
+        ("gradient underflows", profile.backward_var, "a loss scale, if the type is float16; otherwise a wider type"),
+    ):
+        forward = variances is profile.forward_var
+        small = [i for i in range(len(profile)) if _is_subnormal(profile, variances, i, forward)]
         if small:
-            i = small[0] if direction == "activations" else small[-1]
+            i = small[0] if forward else small[-1]
             yield Cause(
-                f"the {direction} at {profile.paths[i]!r} underflow in {profile.dtypes[i]}",
-                f"their standard deviation there, {math.sqrt(variances[i]):.2g}, is below the smallest number of full "
-                f"precision, {SUBNORMAL[profile.dtypes[i]]:.2g}",
-                "a loss scale, if the type is float16; otherwise first what makes them vanish (below)",
+                f"the {what} in {profile.dtypes[i]}, at {profile.paths[i]!r}",
+                f"the standard deviation there is {math.sqrt(variances[i]):.2g}, and the smallest number of full "
+                f"precision {SUBNORMAL[profile.dtypes[i]]:.2g}",
+                f"{remedy}, and first what makes it vanish",
                 fatal=True,
             )
+    added = _median(profile, "branch_var")
     lost = [
         i
         for i, (share, dtype) in enumerate(zip(profile.branch_share, profile.dtypes, strict=True))
-        if share > 0 and math.sqrt(share) < STEP.get(dtype, 0.0)
+        if (share > 0 or added[i] > 0) and math.sqrt(share) < STEP.get(dtype, 0.0)
     ]
     if lost:
         i = lost[0]
@@ -152,9 +159,19 @@ def _underflow(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
             f"{profile.paths[i]!r}",
             f"their standard deviation is {math.sqrt(profile.branch_share[i]):.2g} of the sum's, and half the distance "
             f"between two numbers {STEP[profile.dtypes[i]]:.2g}",
-            "float32 for the sum of shortcut and branch, with the layers in the narrow type as they are",
-            fatal=True,
+            "float32 for the sum of shortcut and branch, with the layers in the narrow type as they are; nothing where "
+            "a learned factor in front of the branch grows (SkipInit, LayerScale)",
         )
+
+
+def _is_subnormal(profile: Seen, variances: np.ndarray, i: int, forward: bool) -> bool:
+    """Whether a signal is too small for its type there, or has become 0 from what was almost so."""
+    limit = SUBNORMAL.get(profile.dtypes[i], 0.0)
+    if variances[i] > 0:
+        return math.sqrt(variances[i]) < limit
+    before = i - 1 if forward else i + 1
+    known = 0 <= before < len(profile) and variances[i] == 0 and variances[before] > 0
+    return known and not profile.zeros and math.sqrt(variances[before]) < 1e3 * limit
 
 
 # ---------------------------------------------------------------- what is zero, or does nothing
@@ -195,8 +212,7 @@ def _dead(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
             "activation without bounds",
         ),
     ):
-        seen = np.array([math.prod(shape[:-1]) >= FEW for shape in profile.shapes])
-        shares = np.where(seen, _median(profile, name), np.nan)
+        shares = np.where(profile.forward_var > 0, _median(profile, name), np.nan)
         bad = np.flatnonzero(shares > IDLE)
         if bad.size:
             worst = bad[int(np.argmax(shares[bad]))]
@@ -211,11 +227,13 @@ def _dead(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
 
 def _same(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
     cosine = _median(profile, "similarity")
-    known = np.flatnonzero(np.isfinite(cosine))
+    # Behind a mean over all positions images of noise are alike by nature.
+    ranks = np.array([len(shape) for shape in profile.shapes])
+    known = np.flatnonzero(np.isfinite(cosine) & (ranks == ranks[0]))
     if not known.size or cosine[known[0]] > APART:
         return
     same = known[cosine[known] > SAME]
-    if same.size and (cosine[same[0] :] > APART).all():
+    if same.size > 1 and (cosine[known[known >= same[0]]] > APART).all():
         yield Cause(
             f"different inputs become the same, from {profile.paths[same[0]]!r}",
             f"the cosine between the activations of two examples is {cosine[known[0]]:.2f} at first and "
@@ -248,38 +266,48 @@ def _sums(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
         shares = np.array([profile.branch_share[i] for i in steps])
         # Var[x + f] = Var[x] + Var[f] for a branch that is not correlated with its input.
         explained = (growth > GROWTH) & (np.abs(growth * (1 - shares) - 1) < 0.25)
-    if len(steps) and explained.mean() > MOST:
+        added = float(np.log(growth[explained]).sum())
+    # It must be this that makes the larger part of what explodes.
+    exploding = [
+        math.log(total)
+        for verdict, total in zip(verdicts.both, (verdicts.forward_total, verdicts.backward_total), strict=True)
+        if verdict == "exploding" and total > 1
+    ]
+    if len(steps) and explained.mean() > MOST and exploding and added > MOST * min(exploding):
         typical = float(np.exp(np.log(growth[explained]).mean()))
         yield Cause(
             "an identity shortcut adds the variance of the branch at every block",
             f"Var[x_l] / Var[x_(l-1)] is {typical:.3g} within the stages, and 1 / (1 - the branch's share) in "
             f"{int(explained.sum())} of {len(steps)} blocks",
             'sqrt(1/2) in front of the sum (in our networks residual="idshort"), a branch divided by the square root '
-            'of the number of blocks ("depthscale"), or a learned factor from 0 ("skipinit"). No scale of a kernel '
-            "mends it",
+            'of the number of blocks ("depthscale"), or a learned factor from 0 ("skipinit")',
         )
 
 
 def _fans(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
     """Kernels with the variance that the other direction needs, or with that of layers without an activation."""
-    kernels = [kernel for kernel in profile.kernels if not kernel.zero]
+    # Behind a norm, no scale of a kernel changes anything.
+    kernels = [] if profile.norms else [kernel for kernel in profile.kernels if not kernel.zero]
     scheme, number = _scheme(kernels)
     if number <= MOST * len(kernels):
         return
+    between = [kernel for kernel in kernels if _is_between(profile, kernel)]
     for name, verdict, needs, mode, direction in (
         ("He fan-in", verdicts.backward, "gradient needs 2 / n_out", "fan_out", "backward"),
         ("He fan-out", verdicts.forward, "activations need 2 / n_in", "fan_in", "forward"),
     ):
-        differ = [kernel for kernel in kernels if len(set(kernel.fans)) > 1 and name in kernel.looks_like]
+        differ = [kernel for kernel in between if len(set(kernel.fans)) > 1 and name in kernel.looks_like]
         # With 2 / n_in the gradient changes by n_out / n_in at each kernel, with 2 / n_out activations by n_in / n_out.
         change = sum(math.log(kernel.fans[1] / kernel.fans[0]) for kernel in differ)
         change = change if direction == "backward" else -change
-        explained = change > math.log(2) if verdict == "exploding" else change < -math.log(2)
+        total = verdicts.backward_total if direction == "backward" else verdicts.forward_total
+        share = change / math.log(total) if 0 < total < math.inf and total != 1 else 0.0
+        explained = share > LEAST
         if name == scheme and verdict in ("vanishing", "exploding") and explained:
             yield Cause(
                 f"kernels have the variance of {name}, and the {needs}",
-                f"{number} of {len(kernels)} kernels match {name}, {len(differ)} of them with n_in != n_out "
-                f"({differ[0]})",
+                f"{number} of {len(kernels)} kernels match {name}, {len(differ)} between the {profile.level}s with "
+                f"n_in != n_out ({differ[0]})",
                 f'kernel_init=initializers.standardize(initializers.he_normal("{mode}")), or for the network as it is '
                 f'rescale.balance(model, x, direction="{direction}")',
             )
@@ -292,6 +320,12 @@ def _fans(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
             'kernel_init=initializers.he_fan_out() or he_normal("fan_in"), or rescale.lsuv(model, x, init=None) for '
             "the network as it is",
         )
+
+
+def _is_between(profile: Seen, kernel: Kernel) -> bool:
+    """Whether a kernel lies between the first measured output and the last, and not in a stem or a head."""
+    first, *others = (re.sub(r"\[\d+\]$", "", path) for path in profile.paths)
+    return any(kernel.layer == path or kernel.layer.startswith(f"{path}/") for path in others if path != first)
 
 
 def _scheme(kernels: Sequence[Kernel]) -> tuple[str, int]:
@@ -309,6 +343,9 @@ def _strides(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
         before, after = profile.shapes[stage.start - 1], profile.shapes[stage.start]
         places = math.prod(before[1:-1]) / max(math.prod(after[1:-1]), 1) if len(before) == len(after) > 2 else 1.0
         ratio = float(profile.backward_var[stage.start - 1] / profile.backward_var[stage.start])
+        inside = [k for k in profile.kernels if k.layer.startswith(f"{profile.paths[stage.start]}/")]
+        if not any(kernel.strides > 1 for kernel in inside):
+            continue
         if places > 1 and ratio > 0 and abs(math.log(ratio * places)) < math.log(LIKE * 1.5):
             seen.append((ratio, places))
     if seen:

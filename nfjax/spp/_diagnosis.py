@@ -11,7 +11,7 @@ import numpy as np
 
 from nfjax.spp import _causes
 from nfjax.spp._causes import Cause, Seen, Verdicts, listed
-from nfjax.spp._selection import BLOCKS
+from nfjax.spp._selection import BLOCKS, LAYERS
 from nfjax.spp._statistics import IDENTITY
 
 
@@ -86,9 +86,14 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether both variances are preserved, and no cause is fatal by itself."""
-        preserved = self.forward.verdict == self.backward.verdict == "preserved"
-        return preserved and not any(cause.fatal for cause in self.causes)
+        """Whether both variances are preserved, and no cause is fatal by itself; of layers, whose variances differ by
+        nature, whether they are finite.
+        """
+        ways = (self.forward, self.backward)
+        lost = [way for way in ways if way.verdict != "preserved"]
+        if self.forward.unit == LAYERS:
+            lost = [way for way in lost if way.verdict == "non-finite"]
+        return not lost and not any(cause.fatal for cause in self.causes)
 
     def __str__(self) -> str:
         ran = [f"measured with {self.mode}"] if self.mode else []
@@ -105,7 +110,7 @@ def diagnose(profile: Seen, tolerance: float) -> Diagnosis:
     forward = _direction(profile, profile.forward_var, tolerance, "activation")
     backward = _direction(profile, profile.backward_var, tolerance, "gradient")
     notes = (profile.mode.caveat(), _identities(profile, forward, backward), *_zeros(profile))
-    causes = _causes.find(profile, Verdicts(forward.verdict, backward.verdict))
+    causes = _causes.find(profile, Verdicts(forward.verdict, backward.verdict, forward.total, backward.total))
     return Diagnosis(forward, backward, str(profile.mode), tuple(filter(None, notes)), causes)
 
 
@@ -176,6 +181,8 @@ def _direction(profile: Seen, variances: np.ndarray, tolerance: float, quantity:
     exploding = ratios[worst] > 1
     left = np.flatnonzero(ratios > tolerance if exploding else ratios < 1 / tolerance)
     verdict = "exploding" if exploding else "vanishing"
+    if ratios[worst] == 0:  # it is told where it is 0
+        left = np.flatnonzero(ratios == 0)
     return Direction(quantity, verdict, paths[left[0]], extreme=float(ratios[worst]), **common)
 
 

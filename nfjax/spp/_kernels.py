@@ -17,6 +17,7 @@ from nfjax.spp._variables import PARAMETER, Slot, values_of
 
 ERRORS = 4.0  # standard errors of a sample variance, within which a kernel looks like an initialization
 EXACT = 0.02  # of one such error: with a variance that close to its target, and a mean to 0, it is made and not drawn
+VECTORS = ("bias", "scale")  # Flax's names of what is a vector, of several heads or layers a stack of them
 KERNELS = ("kernel", "embedding")  # Flax's names of what is no vector
 
 
@@ -35,6 +36,7 @@ class Kernel:
         zero: Whether all of it is 0.
         standardized: Whether its mean is 0 and its variance that of an initialization to more digits than a draw would
             give, as after `initializers.standardize`.
+        strides: Of a convolution, the largest.
     """
 
     path: str
@@ -45,6 +47,7 @@ class Kernel:
     looks_like: tuple[str, ...] = ()
     zero: bool = False
     standardized: bool = False
+    strides: int = 1
 
     def __str__(self) -> str:
         what = " or ".join(self.looks_like) or "no initialization that is known"
@@ -57,37 +60,79 @@ class Layout:
     """How the module at one path holds a kernel.
 
     Attributes:
-        convolution: Whether it is [*window, c_in, c_out].
-        outputs: How many of its last axes are outputs: several in a layer that makes attention heads.
+        window: The number of its axes that are a convolution's window; None where it is none.
+        inputs: The number of its axes that are summed over, None where that is not known.
+        outputs: Likewise of those that are outputs: several in a layer that makes attention heads.
+        groups: Of a convolution.
+        strides: Likewise.
         rounds: How often the module runs.
     """
 
-    convolution: bool
+    window: int | None
+    inputs: int | None
     outputs: int
+    groups: int
+    strides: int
     rounds: int
 
+    def shape(self, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+        """That of one kernel: without the axes along which loops and vmap stack them, which come first; empty for what
+        is no kernel.
+        """
+        if name in VECTORS:
+            return ()
+        own = self.window + 2 if self.window is not None else self.inputs and self.inputs + self.outputs
+        if own:
+            return shape[-own:] if len(shape) >= own else ()
+        if 1 < self.rounds == shape[0] and (len(shape) > 2 or name not in KERNELS):
+            shape = shape[1:]
+        return shape if len(shape) > 1 else ()
 
-def layouts(calls: Sequence[Call], runs: Mapping[int, int]) -> dict[str, Layout]:
-    """For each path at which a module runs, in the order of the calls.
+    def fans(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(n_in, n_out) of a kernel of that shape."""
+        if self.window is not None or self.outputs >= len(shape):
+            return math.prod(shape[:-1]), math.prod(shape[:-2]) * shape[-1] // self.groups
+        cut = len(shape) - self.outputs
+        return math.prod(shape[:cut]), math.prod(shape[cut:])
+
+
+def layouts(calls: Sequence[Call], runs: Mapping[int, int], chosen: Sequence[int]) -> dict[str, Layout]:
+    """For each path of a layer that runs, in the order of the calls.
 
     Args:
         calls: Of the model's trace.
         runs: How often each of them runs.
+        chosen: Those of layers.
     """
     rounds: collections.Counter[str] = collections.Counter()
     for index, count in runs.items():
         rounds[calls[index].path] += count
     found = {}
-    for index in sorted(runs):
+    for index in chosen:
         path, module = calls[index].path, calls[index].module
-        features = [getattr(module, name, None) for name in ("out_features", "features")]
-        outputs = next((len(one) for one in features if isinstance(one, tuple | list)), 1)
-        found.setdefault(path, Layout(getattr(module, "kernel_size", None) is not None, outputs, rounds[path]))
+        found.setdefault(path, _layout(module, rounds[path]))
     return found
 
 
+def _layout(module: Any, rounds: int) -> Layout:
+    window, groups = getattr(module, "kernel_size", None), getattr(module, "feature_group_count", 1)
+    strides = getattr(module, "strides", None) or 1
+    features = [getattr(module, name, None) for name in ("out_features", "features")]
+    several = next((one for one in features if isinstance(one, tuple | list)), None)
+    axis = getattr(module, "axis", None)
+    inputs = (len(axis) if isinstance(axis, tuple | list) else 1) if any(one is not None for one in features) else None
+    return Layout(
+        window=None if window is None else len(window) if isinstance(window, tuple | list) else 1,
+        inputs=inputs,
+        outputs=1 if several is None else len(several),
+        groups=groups if isinstance(groups, int) else 1,
+        strides=max(strides) if isinstance(strides, tuple | list) else strides,
+        rounds=rounds,
+    )
+
+
 def read(known: Mapping[str, Layout], slots: Sequence[Slot], leaves: Sequence[Any]) -> list[Kernel]:
-    """The kernels of the modules that a model calls, in the order of their first call.
+    """The kernels of a model's layers, in the order of their first call.
 
     Args:
         known: By `layouts`.
@@ -98,27 +143,20 @@ def read(known: Mapping[str, Layout], slots: Sequence[Slot], leaves: Sequence[An
     for slot, leaf in zip(slots, leaves, strict=True):
         if slot.kind != PARAMETER or slot.owner not in known or not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
-        layout, shape = known[slot.owner], np.shape(leaf)
-        # A loop's parameters are stacked along their first axis; a kernel has two axes besides.
-        stacked = len(shape) > 1 and 1 < layout.rounds == shape[0] and not layout.convolution
-        if stacked and (len(shape) > 2 or slot.path[-1] not in KERNELS):
-            shape = shape[1:]
-        if len(shape) > 1 and (values := values_of(leaf)) is not None:
+        layout = known[slot.owner]
+        shape = layout.shape(np.shape(leaf), slot.path[-1]) if np.size(leaf) and np.ndim(leaf) > 1 else ()
+        if shape and (values := values_of(leaf)) is not None:
             held[slot.owner].append(_kernel(slot, layout, shape, values.astype(np.float32, copy=False)))
     return [kernel for kernels in held.values() for kernel in kernels]
 
 
 def _kernel(slot: Slot, layout: Layout, shape: tuple[int, ...], values: np.ndarray) -> Kernel:
-    if layout.convolution or layout.outputs >= len(shape):
-        fans = math.prod(shape[:-1]), math.prod(shape[:-2]) * shape[-1]
-    else:
-        cut = len(shape) - layout.outputs
-        fans = math.prod(shape[:cut]), math.prod(shape[cut:])
+    fans = layout.fans(shape)
     variance, mean = float(values.var(dtype=np.float64)), float(values.mean(dtype=np.float64))
     alike = _alike(variance, fans, values.size)
     exact = bool(alike) and alike[0][1] < EXACT and mean**2 < EXACT**2 * variance / values.size
     names = tuple(name for name, _ in alike)
-    return Kernel(slot.name, slot.owner, shape, fans, variance, names, not values.any(), exact)
+    return Kernel(slot.name, slot.owner, shape, fans, variance, names, not values.any(), exact, layout.strides)
 
 
 def expected(fans: tuple[int, int]) -> dict[str, float]:

@@ -23,13 +23,13 @@ from nfjax._flax import Runnable, bind
 from nfjax.spp import _activations, _kernels, _losses, _outputs, _statistics, _tracing, _variables
 from nfjax.spp._activations import Activation
 from nfjax.spp._evaluation import BLOCK, check_supported, evaluate
-from nfjax.spp._flow import calls_of, executions_of, order
+from nfjax.spp._flow import calls_of, executions_of, follow, order, value
 from nfjax.spp._kernels import Kernel, Layout
 from nfjax.spp._losses import Loss
 from nfjax.spp._mode import Mode
 from nfjax.spp._outputs import Output
 from nfjax.spp._profile import Profile
-from nfjax.spp._selection import BLOCKS, LAYERS, Where, layers, select, select_branches
+from nfjax.spp._selection import BLOCKS, LAYERS, Where, is_norm, layers, select, select_branches
 from nfjax.spp._statistics import IDENTITY, NOTHING, Moments
 from nfjax.spp._tracing import Call, Tag
 from nfjax.spp._variables import Slot
@@ -78,6 +78,7 @@ class Measurement:
         dtypes: Likewise.
         program: What was compiled.
         level: BLOCKS or LAYERS.
+        norms: `Profile.norms`.
     """
 
     paths: tuple[str, ...]
@@ -86,6 +87,7 @@ class Measurement:
     dtypes: tuple[str, ...]
     program: Any
     level: str
+    norms: tuple[str, ...]
     _mode: Mode
     _slots: tuple[Slot, ...]
     _factors: Mapping[int, set[Tag | None]]
@@ -120,7 +122,7 @@ class Measurement:
         idle = _activations.by_block(self._activations, np.asarray(shares, np.float64), len(self.paths))
         seen = _statistics.observed(forward, changes, similarities, idle, backward, self._blocks, self._branches)
         unreached = tuple(path for path, one in zip(self.paths, seen.gradient.reached, strict=True) if not one)
-        if unreached and self.level == BLOCKS:
+        if unreached and (self.level == BLOCKS or len(unreached) == len(self.paths)):
             missed = int(np.flatnonzero(seen.gradient.reached == 0)[-1])
             raise ValueError(
                 f"no gradient reaches the output of {self.outputs[missed]!r}: a derivative rule behind it (of jax.grad "
@@ -160,6 +162,7 @@ class Measurement:
             level=self.level,
             kernels=runs[0].kernels,
             unreached=runs[0].unreached,
+            norms=self.norms,
         )
 
 
@@ -185,12 +188,21 @@ def choose(model: Runnable, choice: Choice) -> tuple[_tracing.Trace, list[int], 
         raise ValueError(f"{model.name} returns no array: is there a return statement missing?")
     reached = calls_of(executions_of(jaxpr.jaxpr))
     if choice.level == LAYERS and choice.where is None:
-        owners = {slot.owner for slot in _variables.slots(model.arrays) if slot.kind == _variables.PARAMETER}
-        if not (blocks := layers(calls, reached, owners)):
+        if not (blocks := _layers(model, traced, reached)):
             raise ValueError(f"{model.name} calls no module that holds parameters: choose modules with where=")
     else:
         blocks = select(jaxpr.jaxpr, calls, reached, choice.where)
     return traced, blocks, select_branches(calls, reached, blocks, choice.branch)
+
+
+def _layers(model: Runnable, traced: _tracing.Trace, reached: Mapping[int, int]) -> list[int]:
+    """The calls of layers, of those whose output depends on what the model is given."""
+    slots = _variables.slots(model.arrays)
+    seeds = [int(slot.kind == _variables.OTHER) for slot in slots]
+    at = follow(traced.jaxpr.jaxpr, seeds, value).at
+    signal = {tag.call for tag, marks in at.items() if marks and not tag.entry}
+    owners = {slot.owner for slot in slots if slot.kind == _variables.PARAMETER}
+    return layers(traced.calls, reached, signal, owners)
 
 
 def _prepare(model: Runnable, choice: Choice) -> Measurement:
@@ -212,10 +224,10 @@ def _prepare(model: Runnable, choice: Choice) -> Measurement:
                 return taken.last, found
             return _losses.apply(loss, jax.tree.unflatten(traced.out_tree, out), key), found
 
-        value, pull, found = jax.vjp(run, [NOTHING] * len(places), has_aux=True)
+        end, pull, found = jax.vjp(run, [NOTHING] * len(places), has_aux=True)
         # Drawn in float32 also where JAX's default is float64, which has other numbers.
-        start = jnp.ones(value.shape, jnp.float32) if loss else jax.random.normal(key, value.shape, jnp.float32)
-        return *found, _stacked(pull(start.astype(value.dtype))[0])
+        start = jnp.ones(end.shape, jnp.float32) if loss else jax.random.normal(key, end.shape, jnp.float32)
+        return *found, _stacked(pull(start.astype(end.dtype))[0])
 
     try:
         # Unused arguments stay, so that equal programs have equal arguments.
@@ -224,7 +236,7 @@ def _prepare(model: Runnable, choice: Choice) -> Measurement:
         if "everse-mode differentiation" in str(error):  # JAX's message for a while loop, a callback and the like
             raise ValueError(f"{model.name} cannot be differentiated: {error}") from error
         raise
-    tags = tuple(ran[place][0] for place in places)
+    tags, runs = tuple(ran[place][0] for place in places), calls_of(executions_of(jaxpr.jaxpr))
     paths = _outputs.numbered([calls[tag.call].path for tag in tags])
     return Measurement(
         paths=paths,
@@ -240,7 +252,8 @@ def _prepare(model: Runnable, choice: Choice) -> Measurement:
         _blocks=tuple(places),
         _branches=_branch_places(calls, [tag for tag, _ in ran], roles),
         _activations=activations,
-        _layouts=_kernels.layouts(calls, calls_of(executions_of(jaxpr.jaxpr))),
+        norms=tuple(dict.fromkeys(calls[i].path for i in runs if is_norm(calls[i].module))),
+        _layouts=_kernels.layouts(calls, runs, _layers(model, traced, runs)),
     )
 
 

@@ -36,7 +36,7 @@ class Profile:
     - similarity: The cosine between the activations of two examples, averaged over all pairs of the first 16; the first
       axis is taken to count the examples. Close to 1, different inputs have become the same.
     - dead: Of the units (last axis) of the ReLUs since the block before, the share that is 0 for the whole batch and at
-      every place; NaN where there is no ReLU.
+      every place; NaN where there is no ReLU, or fewer than 32 examples and places to tell.
     - saturated: Of the values of tanh, erf and the logistic function there, the share within 1 % of its range from a
       bound, where little gradient comes through; NaN where there is none.
 
@@ -58,6 +58,7 @@ class Profile:
         kernels: Those of the modules that the model calls, of the first seed; none from a `Monitor`, which looks at a
             network that trains.
         unreached: Layers that no gradient reaches; their backward variance is NaN.
+        norms: Modules that normalize, as the names of their classes say, anywhere in the model.
     """
 
     paths: tuple[str, ...]
@@ -71,6 +72,7 @@ class Profile:
     level: str = BLOCKS
     kernels: tuple[Kernel, ...] = ()
     unreached: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.outputs:
@@ -124,6 +126,8 @@ class Profile:
 
     def assert_healthy(self, tolerance: float = 10.0) -> None:
         """For a test of one's own model: the signal survives both ways, and nothing else is wrong that can be known.
+
+        Of layers, whose variances differ by nature, it asks that they are finite, and that no cause is fatal.
 
         Args:
             tolerance: As for `diagnose`.
@@ -179,6 +183,7 @@ class Profile:
             "level": self.level,
             "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
             "unreached": self.unreached,
+            "norms": self.norms,
             **{name: [[plain(v) for v in row] for row in rows.tolist()] for name, rows in self.samples.items()},
         }
         text = json.dumps(content, indent=1)

@@ -44,19 +44,35 @@ def select(jaxpr: Any, calls: Sequence[Call], reached: Mapping[int, int], where:
     return found
 
 
-def layers(calls: Sequence[Call], reached: Mapping[int, int], owners: Collection[str]) -> list[int]:
-    """The indices of the calls of layers: of the innermost modules that hold parameters, of norms without any, and of
-    attention around its projections.
+def layers(
+    calls: Sequence[Call], reached: Mapping[int, int], signal: Collection[int], owners: Collection[str]
+) -> list[int]:
+    """The indices of the calls of layers: of the innermost modules that hold parameters, of norms without any, of
+    attention around its projections, and of a recurrent layer instead of its cell, which runs at every step of time.
 
     Args:
         calls: Of the model's trace.
         reached: As for `select`.
+        signal: Those whose output depends on what the model is given.
         owners: The paths of the modules that hold parameters.
     """
-    holding = {i for i in reached if calls[i].path in owners or class_name(calls[i].module).endswith("Norm")}
+    holding = {i for i in reached if calls[i].path in owners or is_norm(calls[i].module)}
+    recurrent = {i: _recurrent(calls, i) for i in holding}
+    holding = {recurrent[i] if recurrent[i] in reached else i for i in holding} & set(signal)
     around = {a for i in holding for a in ancestors(calls, i) if calls[a].path != calls[i].path}
     attention = {i for i in reached if "attention" in class_name(calls[i].module).lower()}
     return sorted(attention & around | holding - around)
+
+
+def is_norm(module: Any) -> bool:
+    """Whether a module normalizes, as its class's name says."""
+    return class_name(module).endswith("Norm")
+
+
+def _recurrent(calls: Sequence[Call], index: int) -> int | None:
+    """The outermost recurrent layer or cell that a call is or is inside of, None where it is in none."""
+    kinds = linen.RNN | nnx.RNN | linen.RNNCellBase | nnx.RNNCellBase
+    return next((i for i in reversed([index, *ancestors(calls, index)]) if isinstance(calls[i].module, kinds)), None)
 
 
 def _unknown(name: str, calls: Sequence[Call], reached: Mapping[int, int]) -> str:
