@@ -131,8 +131,10 @@ def _tapped(value: jax.Array, sinks: Sinks, given: Sequence[jax.Array]) -> tuple
         return [value], Taken((measured,))
     same = [jax.lax.stop_gradient(x) for x in given if x.shape == value.shape]
     changed = change(same, still, measured)
+    # Before anything that follows: XLA would keep the value until there is time for it.
+    value, alike = jax.lax.optimization_barrier((value, similarity(still, measured)))
     value = _tap(value, *sinks)
-    return [value], Taken((measured,), (changed,), (similarity(still, measured),), last=value)
+    return [value], Taken((measured,), (changed,), (alike,), last=value)
 
 
 def bind_equation(eqn: Any, given: Sequence[Any]) -> Sequence[Any]:

@@ -150,7 +150,8 @@ def _images(
         if len(images) == count:
             break
     if not images:
-        raise ValueError(f"none of {len(indices)} training images can be read, {split.name(int(indices[0]))} the first")
+        first = split.name(int(indices[0]))
+        raise ValueError(f"none of the {len(indices)} training images can be read, {first} the first")
     return np.stack(images)
 
 
