@@ -92,6 +92,14 @@ def test_networks_that_are_mended_differ_from_those_that_are_not_in_that_alone()
     assert settings["IdShort, He fan-out, balance"] == settings["IdShort, He fan-out"]
 
 
+def test_a_record_from_before_a_network_could_be_mended_is_of_the_plain_one():
+    plain, mended = (_runs.make_run(MENDED, cell, 0, asked()) for cell in MENDED.cells[:2])
+    old = {name: value for name, value in plain.settings.items() if name != "model.rescale"}
+    assert plain.is_done(old)
+    assert not mended.is_done(old)
+    assert mended.is_done(mended.settings)
+
+
 def test_a_mended_network_is_measured_as_mended():
     cell = Cell(TINY, "classical, He fan-out, balance", "mended", {"model.rescale": "balance"})
     grid = Grid("Two", ANY, (cell, dataclasses.replace(cell, label="plain", changes={})))

@@ -92,6 +92,8 @@ class Run:
         """Whether it is the run that has these settings."""
         quick = ("model.depth", "seed", "model.residual", "optim.learning_rate")
         own = self.settings
+        if self.cell.changes.keys() - settings.keys():  # of before there was what makes this network another
+            return False
         return all(settings.get(name, own[name]) == own[name] for name in quick) and _records.agree(settings, own)
 
     def __str__(self) -> str:
