@@ -137,11 +137,10 @@ def jacobians(
 ) -> Jacobians:
     """The mean squared and the largest singular value of the Jacobian of every block, without forming any Jacobian.
 
-    The mean is estimated by the squared norm of J v over n_in, for vectors v of random signs (Hutchinson 1990), the largest
-    by Lanczos's
-    method on J^T J (Golub and Kahan 1965), which starts at a random vector. In all, each block is multiplied
-    `probes` + `iterations` times by its Jacobian, each as much work as its forward pass, and `iterations` times by the
-    transpose, each as much as its backward pass without the gradients of the parameters.
+    The mean is estimated by the squared norm of J v over n_in, for vectors v of random signs (Hutchinson 1990), the
+    largest by Lanczos's method on J^T J (Golub and Kahan 1965), which starts at a random vector. In all, each block is
+    multiplied `probes` + `iterations` times by its Jacobian, each as much work as its forward pass, and `iterations`
+    times by the transpose, each as much as its backward pass without the gradients of the parameters.
 
     The model is used as it is, in the mode it is in, and left as it was.
 
