@@ -108,6 +108,25 @@ def run(monkeypatch, tmp_path, capsys):
 SMALL = (f"--depth={TINY}", "--width=4", "--image-size=8", "--batch=4")
 
 
+def test_layers_and_singular_values(run, tmp_path):
+    shown = run(*SMALL, "--jacobians", "--level=layer", f"--out={tmp_path / 'layers.csv'}")
+    assert "Profile of 13 layers" in shown
+    assert "Singular values of the Jacobians of 4 blocks" in shown
+    assert len((tmp_path / "layers.csv").read_text().splitlines()) == 1 + 13
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--jacobians", "--jacobians does not go with --sweep"),
+        ("--level=layer", "--level does not go with --sweep"),
+        ("--out=x.html", "a report is of one network, not of a sweep"),
+    ],
+)
+def test_what_a_sweep_does_not_have(run, flag, message):
+    assert message in run(f"--depth={TINY}", "--sweep=width:4,8", flag)
+
+
 def test_a_network_of_the_paper(run, tmp_path):
     shown = run(*SMALL, "--residual=convshort", "--init=brock", "--seeds=2", "--out=plots/a.png", "--out=plots/a.csv")
     assert "convshort, brock" in shown

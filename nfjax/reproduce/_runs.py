@@ -14,18 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
-from nfjax import compilation, data, preemption, storage
+from nfjax import compilation, data, preemption
 from nfjax import config as configs
 from nfjax.cli import settings
 from nfjax.data.contents import contents
-from nfjax.reproduce import _grids, _pace, _records
+from nfjax.reproduce import _endings, _grids, _pace, _records
 from nfjax.reproduce._curves import NETWORKS
 from nfjax.reproduce._grids import Cell, Grid
-from nfjax.reproduce._records import Record, Start
-from nfjax.runs import metrics, workdirs
+from nfjax.reproduce._records import Record
+from nfjax.runs import workdirs
 from nfjax.training import checks, keywords, loader
 from nfjax.training import loop as train
 
@@ -307,9 +306,10 @@ def train_missing(title: str, dataset: str, plan: Plan, request: Request, images
         except train.TrainingDivergedError as error:
             diverged = str(error).partition(";")[0]
             print(f"diverged: {error}", flush=True)
-        measured = _measured(workdir, run, diverged)
+        measured = _endings.read(workdir, run.config.batch_size)
         about = {"dataset": dataset, "data": request.data_name, "fingerprint": images.fingerprint}
         about |= {"images": images.counts, "classes": images.classes, "guessing": images.guessing}
+        about |= {"curve": run.cell.curve, "settings": run.settings, "diverged": diverged}
         _records.append(request.out, Record(**about, **measured))
         _, missing = find_missing()
         if missing and missing[0].cell != run.cell:
@@ -382,31 +382,3 @@ def _folder(run: Run, data_name: str, fingerprint: str) -> str:
 def slug(text: str) -> str:
     """Lower case, with hyphens between the words."""
     return re.sub(r"[^\w]+", "-", text.lower()).strip("-")
-
-
-def _measured(workdir: pathlib.Path, run: Run, diverged: str | None) -> dict[str, Any]:
-    lines = metrics.read(workdir)
-    ended = [line for line in lines if line["kind"] == "epoch"]
-    seconds, before = 0.0, 0
-    for line in lines:
-        if line["kind"] == "train":
-            if line["images_per_second"]:
-                seconds += (line["step"] - before) * run.config.batch_size / line["images_per_second"]
-            before = line["step"]
-    return {
-        "curve": run.cell.curve,
-        "settings": run.settings,
-        "epochs": {name: [float(f"{line[name]:.6g}") for line in ended] for name in _records.PER_EPOCH},
-        "diverged": diverged,
-        "seconds": round(seconds, 1),
-        "starts": _starts(workdir / "versions.json"),
-    }
-
-
-def _starts(path: pathlib.Path) -> list[Start]:
-    """None, with a warning, where they cannot be read: what was measured is worth more."""
-    try:
-        return storage.read_json(path, list[Start], "the record of the run does without")
-    except (FileNotFoundError, storage.DamagedFileError) as error:
-        logging.warning("%s", error)
-        return []

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
-from nfjax.spp._flow import INLINED, SCAN, executions
+from nfjax.spp._flow import INLINED, SCAN, executions, executions_of
 from nfjax.spp._tracing import Tag, tag
 
 RECTIFIED = "rectified"
@@ -96,18 +96,13 @@ def order(jaxpr: Any, roles: Mapping[Tag, str], blocks: Container[Tag], before: 
             for _ in range(eqn.params["length"] if eqn.primitive.name == SCAN else 1):
                 for inner in jaxprs_in_params(eqn.params):
                     found += order(inner, roles, blocks, before)
-                    before += sum(count for one, count in executions_inside(inner).items() if one in blocks)
+                    before += sum(count for one, count in executions_of(inner).items() if one in blocks)
         elif eqn.outvars and eqn.outvars[0] in known:
             kind, shape = known[eqn.outvars[0]], eqn.outvars[0].aval.shape
             size = int(np.prod(shape))
             samples = size // shape[-1]
             found.append(Activation(before, kind, shape[-1] if kind == RECTIFIED else size, samples))
     return found
-
-
-def executions_inside(jaxpr: Any) -> collections.Counter[Tag]:
-    """How often one run of a jaxpr runs each tag."""
-    return sum(map(executions, jaxpr.eqns), collections.Counter())
 
 
 def by_block(found: list[Activation], shares: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -131,19 +131,21 @@ def _not_finite(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
 
 
 def _underflow(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
-    for what, variances, remedy in (
-        ("activations underflow", profile.forward_var, "larger kernels before it (rescale.lsuv), or a wider type"),
-        ("gradient underflows", profile.backward_var, "a loss scale, if the type is float16; otherwise a wider type"),
+    number = len(profile)
+    for what, variances, way, remedy in (
+        ("activations underflow", profile.forward_var, range(number), "larger kernels before it (rescale.lsuv)"),
+        ("gradient underflows", profile.backward_var, range(number)[::-1], "a loss scale, if the type is float16"),
     ):
-        forward = variances is profile.forward_var
-        small = [i for i in range(len(profile)) if _is_subnormal(profile, variances, i, forward)]
+        small = [
+            i for i, before in zip(way, (None, *way), strict=False) if _is_subnormal(profile, variances, i, before)
+        ]
         if small:
-            i = small[0] if forward else small[-1]
+            i = small[0]
             yield Cause(
                 f"the {what} in {profile.dtypes[i]}, at {profile.paths[i]!r}",
                 f"the standard deviation there is {math.sqrt(variances[i]):.2g}, and the smallest number of full "
                 f"precision {SUBNORMAL[profile.dtypes[i]]:.2g}",
-                f"{remedy}, and first what makes it vanish",
+                f"{remedy}, or a wider type, and first what makes it vanish",
                 fatal=True,
             )
     added = _median(profile, "branch_var")
@@ -164,14 +166,13 @@ def _underflow(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
         )
 
 
-def _is_subnormal(profile: Seen, variances: np.ndarray, i: int, forward: bool) -> bool:
-    """Whether a signal is too small for its type there, or has become 0 from what was almost so."""
+def _is_subnormal(profile: Seen, variances: np.ndarray, i: int, before: int | None) -> bool:
+    """Whether a signal is too small for its type there, or has become 0 from what was almost so, one step before."""
     limit = SUBNORMAL.get(profile.dtypes[i], 0.0)
     if variances[i] > 0:
         return math.sqrt(variances[i]) < limit
-    before = i - 1 if forward else i + 1
-    known = 0 <= before < len(profile) and variances[i] == 0 and variances[before] > 0
-    return known and not profile.zeros and math.sqrt(variances[before]) < 1e3 * limit
+    fell = before is not None and variances[i] == 0 and variances[before] > 0
+    return fell and not profile.zeros and math.sqrt(variances[before]) < 1e3 * limit
 
 
 # ---------------------------------------------------------------- what is zero, or does nothing
@@ -248,9 +249,8 @@ def _same(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
 
 
 def _initial(profile: Seen, verdicts: Verdicts) -> Iterator[Cause]:
-    if (text := profile.mode.caveat()) is not None and set(verdicts.both) - {"preserved"}:
-        what, _, way = text.partition(". To measure")
-        yield Cause("norms that normalize nothing", what, f"to measure{way}", in_notes=True)
+    if (told := profile.mode.untrained()) is not None and set(verdicts.both) - {"preserved"}:
+        yield Cause("norms that normalize nothing", *told, in_notes=True)
 
 
 # ---------------------------------------------------------------- kernels, sums and transitions

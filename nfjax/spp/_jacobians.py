@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import operator
 import pathlib
@@ -14,9 +13,9 @@ import jax
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
-from nfjax import compilation, storage
+from nfjax import compilation
 from nfjax._flax import ABSENT, Runnable, bind, runnable
-from nfjax.spp import _flow, _outputs, _tracing, _variables
+from nfjax.spp import _flow, _json, _outputs, _tracing, _variables
 from nfjax.spp._evaluation import BLOCK, check_supported
 from nfjax.spp._measuring import Choice, choose
 from nfjax.spp._mode import Mode
@@ -78,7 +77,7 @@ class Jacobians:
         return len(self.paths)
 
     def to_json(self, path: str | pathlib.Path | None = None) -> str:
-        """As JSON, where what is not finite stands as null.
+        """As JSON, where what is not finite stands as null, "inf" or "-inf".
 
         Args:
             path: A file that is written, too.
@@ -90,16 +89,8 @@ class Jacobians:
             OSError: The file cannot be written.
         """
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, np.ndarray):
-                return [number if math.isfinite(number) else None for number in value.tolist()]
-            return dict(value) if isinstance(value, Mapping) else value
-
-        content = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        text = json.dumps({**content, "mode": {"text": str(self.mode), **dataclasses.asdict(self.mode)}}, indent=1)
-        if path is not None:
-            storage.write_text(pathlib.Path(path), text + "\n")
-        return text
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return _json.write({**content, "mode": {"text": str(self.mode), **dataclasses.asdict(self.mode)}}, path)
 
     def __repr__(self) -> str:
         lines = [["", "block", "input", "output", "mean square", "", "largest", "last growth"]]

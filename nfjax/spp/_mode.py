@@ -66,7 +66,11 @@ class Mode:
         return dataclasses.replace(self, initial=tuple(path for path in self.running if path in either))
 
     def caveat(self) -> str | None:
-        """What a verdict leaves out, with the way out, where norms ran on statistics that are still initial."""
+        """What `untrained` says, in one text."""
+        return None if (told := self.untrained()) is None else "{}. {}".format(told[0], f"T{told[1][1:]}")
+
+    def untrained(self) -> tuple[str, str] | None:
+        """(what a verdict leaves out, the way out) where norms ran on statistics that are still initial."""
         if not self.initial:
             return None
         if self.mutable is None:
@@ -75,11 +79,11 @@ class Mode:
             way = 'pass mutable=["batch_stats"], which decides the mode of this model'
         else:
             way = "pass the model's own flag for training, such as train=True"
-        return (
+        what = (
             f"{len(self.initial)} of {_number((*self.batch, *self.running))} ran on running statistics that are still "
-            "initial (mean 0, variance 1): they normalize nothing, and the verdict is about that mode. To measure the "
-            f"network as it trains, {way}; as it is used, load trained statistics"
+            "initial (mean 0, variance 1): they normalize nothing, and the verdict is about that mode"
         )
+        return what, f"to measure the network as it trains, {way}; as it is used, load trained statistics"
 
 
 def _number(paths: Sequence[str]) -> str:

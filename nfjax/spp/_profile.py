@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nfjax import _names, storage
+from nfjax.spp import _json
 from nfjax.spp._diagnosis import Diagnosis, diagnose
 from nfjax.spp._kernels import Kernel
 from nfjax.spp._mode import Mode
@@ -169,9 +168,6 @@ class Profile:
             The text.
         """
 
-        def plain(value: float) -> float | str | None:
-            return value if math.isfinite(value) else None if math.isnan(value) else str(value)
-
         content = {
             "paths": self.paths,
             "shapes": self.shapes,
@@ -184,12 +180,9 @@ class Profile:
             "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
             "unreached": self.unreached,
             "norms": self.norms,
-            **{name: [[plain(v) for v in row] for row in rows.tolist()] for name, rows in self.samples.items()},
+            **self.samples,
         }
-        text = json.dumps(content, indent=1)
-        if path is not None:
-            storage.write_text(pathlib.Path(path), text + "\n")
-        return text
+        return _json.write(content, path)
 
     def __repr__(self) -> str:
         names = tuple(self.samples)

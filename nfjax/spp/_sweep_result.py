@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nfjax import storage
+from nfjax.spp import _json
 from nfjax.spp._mode import Mode
 from nfjax.spp._sweep_fit import QUANTITIES, TOLERANCE, Fit, SweepDiagnosis, Trend, fit, judge
 
@@ -185,11 +184,6 @@ class Sweep:
             The text.
         """
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, list):
-                return [plain(one) for one in value]
-            return value if math.isfinite(value) else None if math.isnan(value) else str(value)
-
         content = {
             "name": self.name,
             "values": self.values,
@@ -197,18 +191,15 @@ class Sweep:
             "steps": self.steps,
             "setting": self.setting,
             "mode": str(self.mode),
-            "losses": plain(self.losses.tolist()),
+            "losses": self.losses,
             "paths": self.paths,
-            "samples": {name: [plain(one.tolist()) for one in samples] for name, samples in self.samples.items()},
+            "samples": self.samples,
             "places": self.places,
-            "exponents": {name: plain(one.tolist()) for name, one in self.exponents.items()},
-            "errors": {name: plain(one.tolist()) for name, one in self.errors.items()},
+            "exponents": self.exponents,
+            "errors": self.errors,
             "diagnosis": str(self.diagnose()),
         }
-        text = json.dumps(content, indent=1)
-        if path is not None:
-            storage.write_text(pathlib.Path(path), text + "\n")
-        return text
+        return _json.write(content, path)
 
     def __repr__(self) -> str:
         many = f", {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
