@@ -212,14 +212,14 @@ def test_a_full_disk_leaves_no_half_of_a_record(tmp_path, monkeypatch):
 @pytest.mark.parametrize("data", [b"", b"\x00\xff", b'[{"sta', b"{}", b"5", b"[5]", b'[{"started": 5}]', None])
 def test_a_run_is_recorded_without_what_cannot_be_read_of_its_starts(tmp_path, monkeypatch, data):
     warnings = []
-    monkeypatch.setattr(_runs.logging, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(_endings.logging, "warning", lambda text, *args: warnings.append(text % args))
     path = tmp_path / "versions.json"
     path.write_text(json.dumps([START | {"step": 0, "python": "3.11.7"}]))
-    assert _runs._starts(path) == [START | {"step": 0, "python": "3.11.7"}]
+    assert _endings._starts(path) == [START | {"step": 0, "python": "3.11.7"}]
     path.unlink()
     if data is not None:
         path.write_bytes(data)
-    assert _runs._starts(path) == []
+    assert _endings._starts(path) == []
     assert len(warnings) == 1
     assert str(path) in warnings[0]
     group = [dataclasses.replace(made(BASELINE, [0.5]), starts=[])]
