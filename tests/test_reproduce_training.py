@@ -17,7 +17,7 @@ import scipy.stats
 
 from nfjax import cli, compilation, data, preemption, reproduce
 from nfjax.data.contents import contents
-from nfjax.reproduce import _grids, _intervals, _lines, _provenance, _records, _runs, _training
+from nfjax.reproduce import _endings, _grids, _intervals, _lines, _provenance, _records, _runs, _training
 from nfjax.reproduce._claims import CLAIMS, claims_table
 from nfjax.reproduce._curves import CURVES
 from nfjax.reproduce._grids import BASELINE, BROCK, CONVSHORT, SCHEMES, Cell, Grid
