@@ -65,7 +65,8 @@ def balance(
         hold_shares: Keep Var[x_l - x] / Var[x_l] of every residual block what it was, x its input; of those, at least,
             that are not the identity to begin with.
         variables: Of a Linen module; drawn by `model.init` from `seed` if left out.
-        kernels: Which of them may be changed, `path -> bool`; all if left out.
+        kernels: Which of them may be changed, `path -> bool`; all if left out. An NNX variable that is no `nnx.Param`
+            is frozen, and left.
         where: The blocks between which the signal is measured, as for `spp.propagate`.
         output: Which array of a block that returns several, likewise.
         seed: Of the gradient at the last block, and of what else is drawn.
@@ -78,16 +79,18 @@ def balance(
         The model with other kernels: an `nnx.Module`, or the variables of a Linen module.
 
     Raises:
-        ValueError: There is no such direction, no kernel, no block, or a variance is zero or not finite; nothing is
-            changed.
+        ValueError: There is no such direction, no kernel, no block, the batch is empty or constant, or a variance is
+            zero or not finite; nothing is changed.
         TypeError: It is no Flax model, or variables, arrays are none. An error from inside the model passes through.
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
     begin, passes = time.perf_counter(), 0
     called = runnable(model, inputs, kwargs, variables, rngs, mutable, jax.random.key(seed))
+    _models.refuse_empty(inputs, kwargs)
     network = _models.open_passes(called, Choice(where=where, output=output))
-    may = np.flatnonzero(_models.choose(network, kernels))
+    left = _models.leave(network, kernels)
+    may = np.flatnonzero([not reason for reason in left])
     weights, key = DIRECTIONS[direction], stream(seed, COTANGENT)
 
     def measure(logs: np.ndarray) -> Signal:
@@ -100,6 +103,7 @@ def balance(
         return np.concatenate([values - values.mean() for values in logs])
 
     start = measure(np.zeros(len(network.units)))
+    cautions = _models.examine(inputs, kwargs, report)
     residual = np.flatnonzero((start.shares > IDENTITY) & (start.shares < 1) & bool(hold_shares))
 
     def changes(found: Signal) -> np.ndarray:
@@ -110,14 +114,19 @@ def balance(
         ones = np.ones(len(network.units))
         before, after = network.products(ones), network.products(np.exp(logs))
         notes = {unit: "has no hold of the signal between the blocks" for unit in may if hold[unit] < HOLD}
-        notes |= {unit: "left out" for unit in range(len(logs)) if unit not in may}
+        notes |= {unit: reason for unit, reason in enumerate(left) if reason}
         rows = [
             Row(unit.path, float(np.exp(logs[i])), float(before[i]), float(after[i]), notes.get(i, ""))
             for i, unit in enumerate(network.units)
         ]
         signal = {name: (start[i], now[i]) for i, name in enumerate(("forward", "backward"))}
         seconds, shares = time.perf_counter() - begin, (start.shares, now.shares)
-        report(Report(f"balance, {direction}", rows, signal, network.paths, network.others, passes, seconds, shares))
+        report(
+            Report(
+                f"balance, {direction}", rows, signal, network.paths, network.others, passes, seconds, shares,
+                cautions=cautions, quantized=network.quantized,
+            )
+        )  # fmt: skip
     return _models.rebuild(model, called, network.multiplied(np.exp(logs)))
 
 

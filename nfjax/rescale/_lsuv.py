@@ -45,7 +45,8 @@ def lsuv(
         variables: Of a Linen module; drawn by `model.init` from `seed` if left out.
         init: Draws the kernels anew: a name in `initializers.INITIALIZERS` or `OF_JAX`, or `(key, shape, dtype) ->
             kernel`. None keeps those that the model has.
-        kernels: Which of them may be changed, `path -> bool`; all if left out.
+        kernels: Which of them may be changed, `path -> bool`; all if left out. An NNX variable that is no `nnx.Param`
+            is frozen, and left.
         tolerance: By how much a variance may differ from 1.
         seed: Of what is drawn.
         rngs: Of the model's call.
@@ -57,7 +58,8 @@ def lsuv(
         The model with other kernels: an `nnx.Module`, or the variables of a Linen module.
 
     Raises:
-        ValueError: There is no kernel that multiplies the signal, or a variance is not finite; nothing is changed.
+        ValueError: There is no kernel that multiplies the signal, the batch is empty or constant, or a variance is not
+            finite; nothing is changed.
         TypeError: It is no Flax model, or variables, arrays are none. An error from inside the model passes through.
     """
     if not tolerance > 0:
@@ -65,11 +67,13 @@ def lsuv(
     begin = time.perf_counter()
     key = jax.random.key(seed)
     called = runnable(model, inputs, kwargs, variables, rngs, mutable, key)
+    _models.refuse_empty(inputs, kwargs)
     network = _models.open_passes(called)
-    may = _models.choose(network, kernels)
+    left = _models.leave(network, kernels)
     before = _models.finite(network, network.products(np.ones(len(network.units))))
+    cautions = _models.examine(inputs, kwargs, report)
     if init is not None:
-        drawn = _models.redraw(network, called.arrays, may, initializers.get(init), key)
+        drawn = _models.redraw(network, called.arrays, left, initializers.get(init), key)
         network = network.with_arrays(drawn)
     factors, notes, passes = np.ones(len(network.units)), [""] * len(network.units), 1
 
@@ -82,8 +86,8 @@ def lsuv(
     for _ in range(SWEEPS):
         swept = factors.copy()
         for number in range(len(network.units)):
-            if not may[number]:
-                notes[number] = "left out"
+            if left[number]:
+                notes[number] = left[number]
                 continue
             if notes[number] == FIXED:
                 continue
@@ -112,5 +116,10 @@ def lsuv(
             Row(unit.path, float(factor), float(old), float(new), note)
             for unit, factor, old, new, note in zip(network.units, factors, before, found, notes, strict=True)
         ]
-        report(Report("lsuv", rows, {}, (), network.others, passes, time.perf_counter() - begin))
+        report(
+            Report(
+                "lsuv", rows, {}, (), network.others, passes, time.perf_counter() - begin,
+                cautions=cautions, quantized=network.quantized,
+            )
+        )  # fmt: skip
     return _models.rebuild(model, called, network.multiplied(factors))

@@ -58,6 +58,7 @@ class Passes:
         units: Of the kernels, in the order in which they are first used.
         paths: Of the blocks; empty where only kernels are measured.
         others: Paths of the parameters of two and more axes that are no such kernels.
+        quantized: (path, dtype) of those that are integers, whose scale is another's.
     """
 
     def __init__(self, model: Runnable, choice: Choice | None = None) -> None:
@@ -79,6 +80,11 @@ class Passes:
             traced, calls, branches = _measuring.choose(model, choice)
             blocks = _outputs.choose(traced, calls, branches, choice.output, choice.loss)
             blocks = {tag: role for tag, role in blocks.items() if role == BLOCK}
+        self.quantized = [
+            (slot.name, str(leaf.dtype))
+            for slot, leaf in zip(slots, self._leaves, strict=True)
+            if slot.kind == _variables.PARAMETER and jnp.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.integer)
+        ]
         first = len(traced.calls)
         self._traced, self.kernels, self.others = tag_products(traced, slots, self._leaves)
         self._products = {Tag(first + number, 0): BRANCH for number in range(len(self.kernels))}

@@ -48,6 +48,8 @@ class Report:
         seconds: In all, compilation included.
         shares: (before, after) of Var[out - in] / Var[out] at the blocks, NaN where a block's output has another shape
             than its input: what a residual branch adds to its shortcut. None where no blocks were measured.
+        cautions: What the batch cannot tell.
+        quantized: (path, dtype) of parameters of two and more axes that are integers, and are left.
     """
 
     method: str
@@ -58,6 +60,8 @@ class Report:
     passes: int
     seconds: float
     shares: tuple[np.ndarray, np.ndarray] | None = None
+    cautions: Sequence[str] = ()
+    quantized: Sequence[tuple[str, str]] = ()
 
     def __str__(self) -> str:
         changed = [row for row in self.rows if abs(np.log(row.factor)) > CHANGED]
@@ -69,15 +73,17 @@ class Report:
             shown = [f"{_spread(values):.3g}" for values in (before, after)]
             lines.append(f"{direction}: largest over smallest variance of all blocks {shown[0]}, now {shown[1]}")
         lines += self._fainter()
+        lines += [f"mind: {caution}" for caution in self.cautions]
         width = max([len("kernel"), *(len(row.path) for row in self.rows)])
         lines.append(f"{'kernel':<{width}}  {'factor':>9}  {'variance':>9}  {'now':>9}")
         for row in self.rows:
             note = f"  {row.note}" if row.note else ""
             lines.append(f"{row.path:<{width}}  {row.factor:9.3g}  {row.before:9.3g}  {row.after:9.3g}{note}")
         if self.others:
-            more = f" and {len(self.others) - SHOWN} more" if len(self.others) > SHOWN else ""
-            shown = ", ".join(self.others[:SHOWN])
-            lines.append(f"left as they are, since by themselves they multiply no signal: {shown}{more}")
+            lines.append(f"left as they are, since by themselves they multiply no signal: {listed(self.others)}")
+        if self.quantized:
+            of = listed([f"{path} ({dtype})" for path, dtype in self.quantized])
+            lines.append(f"left as they are, since they are quantized; rescale before that: {of}")
         return "\n".join(lines)
 
     def _fainter(self) -> list[str]:
@@ -97,6 +103,12 @@ class Report:
             f"shortcut: of the variance at {self.paths[least]} it was {before[least]:.3g}, now {after[least]:.3g}. "
             "hold_shares=True keeps it, and leaves what the shortcut adds up"
         ]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def _spread(values: np.ndarray) -> float:

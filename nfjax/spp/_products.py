@@ -37,12 +37,14 @@ class Kernel:
         rounds: Of the loop each of whose rounds has a slice of it, along its first axis; None for a kernel that is used
             whole.
         reverse: Whether that loop begins with the last slice.
+        variable: The class of NNX variable that it is, where that is no `nnx.Param`.
     """
 
     leaf: int
     path: str
     rounds: int | None = None
     reverse: bool = False
+    variable: str = ""
 
 
 def tag_products(
@@ -73,7 +75,7 @@ def tag_products(
         leaf = candidates[side.bit_length() - 2]
         if leaf in sliced and jnp.ndim(leaves[leaf]) < 3:
             return None
-        kernels.setdefault(leaf, Kernel(leaf, slots[leaf].name))
+        kernels.setdefault(leaf, Kernel(leaf, slots[leaf].name, variable=slots[leaf].variable))
         return Tag(len(traced.calls) + list(kernels).index(leaf), 0).name
 
     def slice_by(side: Marks, rounds: int, reverse: bool) -> None:

@@ -24,10 +24,17 @@ INPUT = ""  # in place of a block: what the network is given
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """What one array of `Runnable.arrays` is. path: in the model, for a random key its stream or place."""
+    """What one array of `Runnable.arrays` is.
+
+    Attributes:
+        kind: A parameter, a statistic, a key, or another array.
+        path: In the model; of a random key, its stream or place.
+        variable: Of a parameter that is no `nnx.Param`, the class that it is instead.
+    """
 
     kind: str
     path: tuple[str, ...] = ()
+    variable: str = ""
 
     @property
     def name(self) -> str:
@@ -47,9 +54,10 @@ def slots(arrays: Any) -> list[Slot]:
     from_linen = isinstance(arrays, tuple | list) and bool(arrays) and not isinstance(arrays[0], nnx.State)
     for place, leaf in jax.tree_util.tree_leaves_with_path(arrays, is_leaf=lambda x: isinstance(x, nnx.Variable)):
         path = tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in place)
-        kind, inner = OTHER, path[1:]
+        kind, inner, variable = OTHER, path[1:], ""
         if isinstance(leaf, nnx.Variable):
             kind = _kind(leaf)
+            variable = type(leaf).__name__ if kind == PARAMETER and not isinstance(leaf, nnx.Param) else ""
         elif from_linen and len(path) > 2 and path[0] == "0":
             kind = PARAMETER if path[1] == "params" else STATISTIC if path[1] in _STATISTICS else OTHER
             inner = path[2:-1] if isinstance(place[-1], jax.tree_util.GetAttrKey) else path[2:]  # a box around it
@@ -59,7 +67,7 @@ def slots(arrays: Any) -> list[Slot]:
             kind, inner = KEY, ("input",)
         if kind == KEY and isinstance(leaf, nnx.Variable):
             inner = inner[:-1]
-        found += [Slot(kind, inner)] * len(jax.tree.leaves(leaf))
+        found += [Slot(kind, inner, variable)] * len(jax.tree.leaves(leaf))
     return found
 
 
