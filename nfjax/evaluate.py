@@ -1,4 +1,4 @@
-"""The best checkpoint of a run, or a chosen one: its network, and its score on the run's test images.
+"""The best checkpoint of a run, or a chosen one: its network, and how good it is on the run's images or on others.
 
 `python -m nfjax.evaluate` is the same as `nfjax evaluate`.
 """
@@ -10,14 +10,21 @@ if __name__ == "__main__":
 
     cli.main("evaluate")  # which imports this module, and ends the process
 
+import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from nfjax import data
+from nfjax._names import lookup
+from nfjax.data.sources import folder as class_folders
+from nfjax.inference.assessment import Assessment
 from nfjax.runs import checkpoint, checksums, files, mirror, workdirs
 from nfjax.training import evaluation, loader, networks, preprocessing, rng, sharding
 
@@ -140,3 +147,87 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
         averaged = score(ema=True)
         scores |= {"ema_loss": averaged["loss"], "ema_accuracy": averaged["accuracy"]}
     return scores
+
+
+SPLITS = ("test", "train")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assessed:
+    """A checkpoint's predictions for images, and these images.
+
+    Attributes:
+        step: Of the checkpoint.
+        has_average: Whether there is an average of its weights, too.
+        assessment: Of the predictions, for the images that could be read.
+        name: From the number of an image among them to how a person finds it.
+        image: To its pixels, as the network sees them before they are normalized, uint8 [H, W, 3].
+    """
+
+    step: int
+    has_average: bool
+    assessment: Assessment
+    name: Callable[[int], str]
+    image: Callable[[int], np.ndarray]
+
+
+def assess(
+    workdir: str,
+    step: int | None = None,
+    data_dir: str | None = None,
+    *,
+    split: str = "test",
+    images: str | None = None,
+    ema: bool = False,
+) -> Assessed:
+    """How good a checkpoint is beyond its accuracy: by class, what it takes for what, whether its confidence is earned.
+
+    Args:
+        workdir: Of the run.
+        step: Of the checkpoint, by default the best one.
+        data_dir: In place of the data directory of the run, where the images have moved.
+        split: "test" or "train"; the images of either are cut out and resized as test images are.
+        images: A folder of other images in their place, `images/<class>/*.jpg`; a class of the run may be missing.
+        ema: Whether the weights are the average over the steps, where the run had `optim.ema_decay`.
+
+    Raises:
+        FileNotFoundError: There is no run, no checkpoint, or no image.
+        ValueError: The images are of other classes, or the checkpoint cannot be read.
+    """
+    lookup("split", split, dict.fromkeys(SPLITS), callables=False)
+    folder = mirror.pull(workdir, "evaluation")
+    config = files.read_config(folder).copy_and_resolve_references()
+    step = _known_step(folder, step)
+    class_names = tuple(files.read_data(folder).class_names)
+    with config.unlocked():  # read where they lie: what is decoded has lost its name
+        config.data.keep = "disk"
+    if images is not None:
+        chosen: data.Images | data.Encoded = class_folders.of_class_folders(images, class_names)
+    else:
+        directory = config.data.dir if data_dir is None else data_dir
+        dataset = data.load(config.data.source, directory, config.data.image_size).thinned(config.data.share)
+        workdirs.check_classes(folder, dataset)
+        chosen = getattr(dataset, split)
+    mesh, normalize = sharding.make(), preprocessing.make_normalize(config)
+    shown = data.Dataset(chosen, chosen, class_names)
+    batches = loader.build(config, shown, "test", mesh, None)
+    state = _restored(folder, step)
+    network, *weights = networks.as_functions(_trained(_network(folder, config), folder, config, step, state, ema))
+    weights = sharding.place(weights, sharding.replicated(mesh))
+    try:
+        found = evaluation.predictions(network, normalize, batches, *weights, config.train.onednn)
+    finally:
+        batches.close()
+    middle = loader.transform(config, "test")
+
+    def name(i: int) -> str:
+        example = int(found.examples[i])
+        return f"{split} image {example}" if isinstance(chosen, data.Images) else chosen.name(example)
+
+    def pixels(i: int) -> np.ndarray:
+        example = int(found.examples[i])
+        if isinstance(chosen, data.Images):
+            return chosen.images[example]
+        return middle(chosen.reader(chosen.reference(example))[0]).copy()
+
+    return Assessed(step, "ema" in state, Assessment(class_names, *found[1:]), name, pixels)

@@ -1,15 +1,30 @@
 """nfjax evaluate --workdir=DIR [--step=N] [--data-dir=DIR]
+       nfjax evaluate --workdir=DIR --images=DIR --out=assessment.png --out=assessment.json --errors=errors.png
 
-Scores the best checkpoint of a run, or a chosen one, on the run's test images: each of them counts exactly once.
+Scores the best checkpoint of a run, or a chosen one, on the run's test images, where each of them counts exactly once,
+or on other images: accuracy, also by class, what is taken for what, and whether the confidence is earned.
+
+--out draws the confusion matrix and the reliability diagram (.png, .svg, .pdf), or writes all numbers (.json) or the
+confusion matrix, a row for each class (.csv). --errors draws the wrong predictions of which the network is surest.
 """
 
 from __future__ import annotations
 
 import argparse
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from absl import logging
 
-from nfjax.cli._parser import Parser, path
+from nfjax.cli._outcome import UsageError
+from nfjax.cli._parser import Parser, path, positive
+
+if TYPE_CHECKING:
+    from nfjax.evaluate import Assessed
+
+PICTURES = (".png", ".svg", ".pdf")
+DPI = 130
 
 
 def add_arguments(parser: Parser) -> None:
@@ -17,18 +32,94 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--step", type=int, metavar="N", help="of the checkpoint; by default the one with the best test accuracy"
     )
-    parser.add_argument("--data-dir", type=path, metavar="DIR", help="where the images are now, if they have moved")
+    parser.add_argument("--ema", action="store_true", help="assess the average of the weights, where the run has one")
+    images = parser.add_argument_group("on which images")
+    images.add_argument("--data-dir", type=path, metavar="DIR", help="where the images are now, if they have moved")
+    images.add_argument("--split", choices=("test", "train"), help="of the run's images (test)")
+    images.add_argument("--images", type=path, metavar="DIR", help="others in their place, DIR/<class>/*.jpg")
+    written = parser.add_argument_group("what is written")
+    written.add_argument(
+        "--out", action="append", default=[], type=path, metavar="FILE",
+        help=f"{', '.join(WRITERS)}; may be given several times",
+    )  # fmt: skip
+    written.add_argument("--errors", type=path, metavar="FILE", help=f"{', '.join(PICTURES)}: the surest mistakes")
+    written.add_argument("--count", type=positive, metavar="N", help="of these (32)")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
     from nfjax import compilation, evaluate  # here: --help is answered quickly
 
     logging.set_verbosity(logging.ERROR)
     compilation.keep()
-    score = evaluate.evaluate(arguments.workdir, arguments.step, arguments.data_dir)
-    print(
-        f"step {score['step']:,}: test accuracy {score['accuracy']:.2%}, loss {score['loss']:.4f}, of "
-        f"{score['images']:,} images"
-    )
-    if "ema_accuracy" in score:
-        print(f"average of the weights: test accuracy {score['ema_accuracy']:.2%}, loss {score['ema_loss']:.4f}")
+    where = {"data_dir": arguments.data_dir, "split": arguments.split or "test", "images": arguments.images}
+    found = evaluate.assess(arguments.workdir, arguments.step, **where, ema=arguments.ema)
+    what = "on other images" if arguments.images else f"{where['split']} accuracy"
+    _print_score(f"step {found.step:,}: {what}", found)
+    if not arguments.ema and found.has_average:
+        averaged = evaluate.assess(arguments.workdir, found.step, **where, ema=True)
+        _print_score(f"average of the weights: {what}", averaged)
+    print(f"\n{found.assessment}")
+    for name in arguments.out:
+        WRITERS[pathlib.Path(name).suffix.lower()](pathlib.Path(name), found)
+        print(name)
+    if arguments.errors:
+        _write_errors(pathlib.Path(arguments.errors), found, arguments.count or 32)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in arguments.out:
+        if pathlib.Path(name).suffix.lower() not in WRITERS:
+            raise UsageError(f"--out={name}: expected a name that ends with one of {', '.join(WRITERS)}")
+    if arguments.errors and pathlib.Path(arguments.errors).suffix.lower() not in PICTURES:
+        raise UsageError(f"--errors={arguments.errors}: expected a name that ends with one of {', '.join(PICTURES)}")
+    if arguments.count and not arguments.errors:
+        raise UsageError("--count goes with --errors")
+    for option in ("split", "data_dir"):
+        if arguments.images and getattr(arguments, option):
+            raise UsageError(f"--{option.replace('_', '-')} is about the run's images; it does not go with --images")
+
+
+def _print_score(what: str, found: Assessed) -> None:
+    score = found.assessment
+    print(f"{what} {score.accuracy:.2%}, loss {score.loss:.4f}, of {score.images:,} images")
+
+
+def _write_picture(file: pathlib.Path, found: Assessed) -> None:
+    from nfjax import storage
+    from nfjax.inference import _assessment_pictures as pictures
+
+    storage.write_figure(file, pictures.draw(found.assessment), DPI)
+
+
+def _write_json(file: pathlib.Path, found: Assessed) -> None:
+    from nfjax import storage
+
+    storage.write_json(file, {"step": found.step} | found.assessment.to_dict())
+
+
+def _write_csv(file: pathlib.Path, found: Assessed) -> None:
+    from nfjax import storage
+
+    names = list(found.assessment.class_names)
+    rows = [[name, *counts] for name, counts in zip(names, found.assessment.confusion().tolist(), strict=True)]
+    storage.write_csv(file, [["true / predicted", *names], *rows])
+
+
+def _write_errors(file: pathlib.Path, found: Assessed, count: int) -> None:
+    from nfjax import storage
+    from nfjax.inference import _assessment_pictures as pictures
+
+    chosen = found.assessment.confident_errors(count)
+    if not len(chosen):
+        print(f"every image is recognized: {file} is not drawn")
+        return
+    storage.write_figure(file, pictures.draw_errors(found.assessment, chosen, found.image), DPI)
+    print(f"{file}, of {found.name(int(chosen[0]))} and others")
+
+
+WRITERS: dict[str, Callable[[pathlib.Path, Assessed], None]] = {
+    **dict.fromkeys(PICTURES, _write_picture),
+    ".json": _write_json,
+    ".csv": _write_csv,
+}

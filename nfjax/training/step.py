@@ -152,6 +152,17 @@ def eval_step(
     return losses.sums(losses.cross_entropy(logits, batch.label), logits, batch.label, batch.mask)
 
 
+def predict_step(
+    params: Any, batch_stats: Any, batch: Batch, *, network: Network, normalize: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(labels int32 [B], predicted classes int32 [B], log-probabilities float32 [B, C], mask [B]) of a batch; the rest
+    as of `eval_step`.
+    """
+    logits = network.predict(params, batch_stats, normalize(batch.image))
+    predicted = jax.lax.argmax(logits, logits.ndim - 1, jnp.int32)
+    return batch.label, predicted, jax.nn.log_softmax(logits), batch.mask
+
+
 def fetch(parts: list[tuple[int, Sums]]) -> Sums:
     """The sums of several dispatches on the host: NumPy arrays with one entry per step.
 

@@ -20,7 +20,7 @@ import hashlib
 import os
 import pathlib
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
@@ -154,6 +154,35 @@ def load(directory: str) -> Dataset:
         logging.info("%s%s", root, _left(aside))
     fingerprint = functools.partial(_fingerprint, root, (train, test))
     return Dataset(train, test, class_names, skipped, fingerprint, dict(aside))
+
+
+def of_class_folders(directory: str, class_names: Sequence[str]) -> Files:
+    """The images of `directory/<class>`, with the labels of a network's classes; some of these may have no folder.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: There is no such folder, no image in it, or a folder of no
+            class.
+    """
+    root = pathlib.Path(directory)
+    expected = f"expected the layout {root}/<class>/*.jpg"
+    if not root.exists():
+        raise FileNotFoundError(f"the folder {root} does not exist; {expected}")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is a file; {expected}")
+    found = _classes(root)
+    if unknown := [name for name in found if name not in class_names]:
+        splits = [name for name in ("train", *TEST_NAMES) if name in unknown]
+        hint = f"\ndid you mean {root / splits[-1]}?" if splits else ""
+        raise ValueError(
+            f"{root} has folders of no class of the network: {', '.join(map(printable, unknown[:8]))}"
+            f"{' and more' if len(unknown) > 8 else ''}; it knows {', '.join(class_names[:8])}"
+            f"{f' and {len(class_names) - 8} more' if len(class_names) > 8 else ''}{hint}"
+        )
+    aside: collections.Counter[str] = collections.Counter()
+    files = Files(directory, _images(root, _listed(root, "", tuple(class_names), found), aside))
+    if not len(files):
+        raise FileNotFoundError(f"{root} has no images in folders of its classes; {expected}{_left(aside)}")
+    return files
 
 
 def _test_folder(root: pathlib.Path) -> str | None:
