@@ -142,6 +142,13 @@ def test_a_rate_may_be_too_small_to_train_in_the_budget():
     assert _rates.largest(trained) == 3
 
 
+def test_above_a_rate_that_diverges_nothing_is_tried():
+    assert _rates.next_exponent({0: False}, None, {0}) == -5
+    assert _rates.next_exponent({0: False}, 3, {0}) == -1
+    assert _rates.next_exponent({0: False, 2: False}, None, {2}) == -5
+    assert _rates.next_exponent({0: False}, None) == 2
+
+
 @pytest.mark.parametrize("likely", range(_rates.LOWEST, _rates.HIGHEST + 1))
 def test_the_largest_rate_is_found_from_one_that_is_likely(likely):
     for largest in range(_rates.LOWEST - 1, _rates.HIGHEST + 1):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from nfjax.reproduce import _records, _runs
 from nfjax.reproduce._grids import Cell, Grid
@@ -46,13 +46,14 @@ def largest(trained: Mapping[int, bool]) -> int | None:
     return low if high - low == 1 else None
 
 
-def next_exponent(trained: Mapping[int, bool], likely: int | None = None) -> int | None:
+def next_exponent(trained: Mapping[int, bool], likely: int | None = None, diverged: Collection[int] = ()) -> int | None:
     """Which rate is to be tried next: the config's first, then by bisection; None where the largest is known.
 
     Args:
         trained: Whether it trains, by exponent.
         likely: What the largest may be, from a network that is much the same: the search begins there, and goes on from
             it step by step.
+        diverged: Those that did; above them nothing is tried.
     """
     if 0 not in trained:
         return 0
@@ -62,7 +63,7 @@ def next_exponent(trained: Mapping[int, bool], likely: int | None = None) -> int
     if low < LOWEST and (likely is None or likely > 0):
         # None is known to train: the config's rate may be too small for the budget as well as too large.
         for above in ABOVE if likely is None else (likely, *ABOVE):
-            if above not in trained:
+            if above not in trained and above <= min(diverged, default=HIGHEST):
                 return above
     if likely is None:
         return (low + high) // 2
@@ -85,6 +86,11 @@ class Outcome:
     def usual(self) -> list[Record]:
         """The runs at the rate of the config, by seed."""
         return [record for _, record in sorted(self.runs.get(0, {}).items())]
+
+    @property
+    def diverged(self) -> set[int]:
+        """The exponents at which the first seed did."""
+        return {exponent for exponent, seeds in self.runs.items() if 0 in seeds and seeds[0].diverged is not None}
 
     @property
     def trained(self) -> dict[int, bool]:
@@ -167,7 +173,7 @@ def plan_rates(grid: Grid, request: Request) -> Plan:
         for cell in cells:
             trained = found[cell.label].trained
             tried = sorted(set(trained) - {0})
-            following = next_exponent(trained, _likely(cell, grid, found))
+            following = next_exponent(trained, _likely(cell, grid, found), found[cell.label].diverged)
             runs += [run(cell, exponent, 0) for exponent in tried]
             runs += [] if following is None or following == 0 else [run(cell, following, 0)]
         further = range(1, request.seeds)
