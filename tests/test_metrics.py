@@ -67,6 +67,23 @@ def test_plot_of_one_epoch_shows_a_point_at_it():
         assert all(line.get_marker() == "o" for line in axes.lines)
 
 
+def test_the_signal_of_every_block_is_drawn_over_the_steps():
+    names = [f"{what}/blocks/{i}" for what in ("forward_var", "backward_var", "update_ratio") for i in (0, 1)]
+    first = {"kind": "signal", "step": 0, "forward_var/blocks/0": 2.0, "forward_var/blocks/1": 0.0}
+    second = {"kind": "signal", "step": 4, **dict.fromkeys(names, 1.0), "update_ratio/stem": 0.1}
+    figure = metrics.plot_signal([first, second, {"kind": "train"}], "a run")
+    forward, backward, updates, norms = figure.axes[:4]
+    drawn = {line.get_label()[1:]: line.get_xydata().tolist() for line in forward.lines}
+    assert drawn == {"forward_var/blocks/0": [[0, 2.0], [4, 1.0]], "forward_var/blocks/1": [[4, 1.0]]}  # no log of 0
+    assert [len(axes.lines) for axes in (backward, updates, norms)] == [2, 3, 0]
+    assert all(axes.get_yscale() == "log" for axes in (forward, backward, updates, norms))
+    dark, light = (line.get_color() for line in forward.lines)
+    assert sum(dark[:3]) < sum(light[:3])
+    assert [line.get_color() for line in updates.lines] == [dark, light, "0.3"]
+    assert [text.get_text() for text in updates.get_legend().get_texts()] == ["stem"]
+    assert metrics.plot_signal([{"kind": "train", "step": 0}], "a run") is None
+
+
 def test_reading_a_workdir_without_metrics(tmp_path):
     assert metrics.read(tmp_path) == []
 

@@ -314,6 +314,7 @@ def test_what_a_run_tells_is_what_its_steps_did(tiny_config, tmp_path, parts, pe
     train.train(tiny_config, str(tmp_path / "watched"))
     watched = [record for record in records(tmp_path / "watched") if record["kind"] == "signal"]
     assert [record["step"] for record in watched] == [0, 4, 8, 12, 16]
+    assert (tmp_path / "watched" / "signal.png").read_bytes().startswith(b"\x89PNG")
     assert not any(name.startswith(("update", "gradient")) for name in watched[0])
     groups = ["stem", *(f"blocks/{i}" for i in range(4)), "classifier"]
     for record in watched[1:]:
@@ -331,6 +332,7 @@ def test_what_a_run_tells_is_what_its_steps_did(tiny_config, tmp_path, parts, pe
         assert watched[3][f"update_ratio/{group}"] == pytest.approx(float(ratios[group]), rel=1e-3)
     tiny_config.log.signal_every_steps = None
     train.train(tiny_config, str(tmp_path / "alone"))
+    assert not (tmp_path / "alone" / "signal.png").exists()
     assert_equal(final_state(tiny_config, tmp_path / "watched"), final_state(tiny_config, tmp_path / "alone"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,6 +106,56 @@ def plot_curves(records: Iterable[Mapping[str, Any]], title: str) -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+# What a record of the kind "signal" holds of each block or group of parameters, and how a picture calls it.
+_OF_BLOCKS = {
+    "forward_var": "variance of the activations",
+    "backward_var": "variance of the gradients",
+    "update_ratio": "update over weights, root mean squares",
+    "gradient_norm": "gradient norm of the parameters",
+}
+
+
+def plot_signal(records: Iterable[Mapping[str, Any]], title: str) -> Figure | None:
+    """What was measured of each block while it was trained, over the steps, from the "signal" records; None where there
+    are none. The colour says where in the network a block stands, from dark, the first, to light; other parameters are
+    grey.
+    """
+    signals = [record for record in records if record["kind"] == "signal"]
+    if not signals:
+        return None
+    figure = figures.new(figsize=(9, 6.4), layout="constrained")
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colours = colormaps["viridis"]
+    blocks = list(dict.fromkeys(name.partition("/")[2] for record in signals for name in record if "_var/" in name))
+    for axes, (what, called) in zip(figure.subplots(2, 2).flat, _OF_BLOCKS.items(), strict=True):
+        found = dict.fromkeys(name for record in signals for name in record if name.startswith(f"{what}/"))
+        dashes = iter(itertools.cycle(("--", ":", "-.")))
+        for name in found:
+            points = [(record["step"], record[name]) for record in signals if record.get(name, 0) > 0]
+            block = name.partition("/")[2]
+            if block in blocks:
+                look = {"color": colours(0.92 * blocks.index(block) / max(len(blocks) - 1, 1)), "label": f"_{name}"}
+            else:  # a group of parameters beside the blocks, such as the stem
+                look = {"color": "0.3", "linestyle": next(dashes), "label": block}
+            if points:
+                marker = "o" if len(points) < 30 else ""
+                axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, linewidth=1, **look)
+        axes.set(xlabel="step", title=called, yscale="log")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1 / 0.92), colours), ax=figure.axes, shrink=0.6)
+    bar.ax.set_ylim(0, 1)
+    bar.set_ticks([0, 1], labels=["first", "last"])
+    bar.set_label("block")
     figure.suptitle(title)
     return figure
 

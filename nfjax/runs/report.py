@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 from absl import logging
@@ -16,6 +17,9 @@ from nfjax import cost, data, distributed, storage
 from nfjax.data.loading import skips
 from nfjax.data.splits import left_aside
 from nfjax.runs import files, metrics, mirror
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def header(config: ConfigDict, network: str, folder: pathlib.Path, dataset: data.Dataset, model: nnx.Module) -> str:
@@ -44,7 +48,8 @@ def finish(
     seconds: float,
     rate: float,
 ) -> dict[str, Any]:
-    """Draws curves.png, prints and returns the summary; the first process does, the others return it.
+    """Draws curves.png and, where it was measured, signal.png, prints and returns the summary; the first process does,
+    the others return it.
 
     Args:
         config: Of the run.
@@ -75,7 +80,11 @@ def finish(
         average = [f"        {last['test_ema_accuracy']:.2%} by the average of the weights"]
     if not distributed.is_first():
         return summary
-    drawn = _draw_curves(f"{network}, {config.data.source}", folder, records)
+    title = f"{network}, {config.data.source}"
+    drawn = {
+        "curves": _draw("curves", folder, lambda: metrics.plot_curves(records, title)),
+        "signal": _draw("signal", folder, lambda: metrics.plot_signal(records, title)),
+    }
     work = f"{seconds:.0f} s, {rate:,.0f} images/s" if rate else "already complete"
     lines = [
         f"done    {config.epochs} epochs, {last['step']:,} steps, {work}",
@@ -84,7 +93,7 @@ def finish(
         f"of {last.get('test_images', len(dataset.test)):,} images",
         *average,
         f"train   {last['train_accuracy']:.2%} in the last epoch, augmented",
-        *([f"curves  {mirror.shown(folder)}/curves.png"] if drawn else []),
+        *(f"{name}  {mirror.shown(folder)}/{name}.png" for name, is_there in drawn.items() if is_there),
         f"score   python -m nfjax.evaluate --workdir={mirror.shown(folder)}   (the best checkpoint: step "
         f"{best_step:,}, {saved:.2%})",
     ]
@@ -99,16 +108,22 @@ def finish(
     return summary
 
 
-def _draw_curves(title: str, folder: pathlib.Path, records: list[dict[str, Any]]) -> bool:
-    """Writes curves.png; where that cannot be done, the run is done all the same, with a warning."""
+def _draw(name: str, folder: pathlib.Path, plot: Callable[[], Figure | None]) -> bool:
+    """Writes a picture, if there is something to draw; where that cannot be done, the run is done all the same, with a
+    warning.
+    """
     picture = io.BytesIO()
     try:
-        metrics.plot_curves(records, title).savefig(picture, format="png", dpi=150)
-        storage.write_bytes(folder / "curves.png", picture.getvalue())
+        figure = plot()
+        if figure is None:
+            return False
+        figure.savefig(picture, format="png", dpi=150)
+        storage.write_bytes(folder / f"{name}.png", picture.getvalue())
     except Exception as error:  # matplotlib has many reasons: its own settings, fonts, caches
         logging.warning(
-            "the curves cannot be drawn (%s: %s); the run is complete, its numbers are in %s/metrics.jsonl, and the "
+            "the %s cannot be drawn (%s: %s); the run is complete, its numbers are in %s/metrics.jsonl, and the "
             "same command draws them again",
+            name,
             type(error).__name__,
             error,
             folder,
