@@ -125,6 +125,38 @@ standardized_convolution = functools.partial(convolution, layer=functools.partia
 scaled_standardized_convolution = functools.partial(convolution, layer=functools.partial(StandardizedConv, scaled=True))
 
 
+class MeanPooledConvolution(nnx.Module):
+    """2x2 mean-pooling with stride 2, then a 1x1 convolution, [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C']: the
+    shortcut of ResNet-D (He et al. 2019). At an odd border the mean is that of the pixels there are.
+    """
+
+    def __init__(self, conv: nnx.Module):
+        self.conv = conv
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        odd = [(0, n % 2) for n in x.shape[1:3]]
+        return self.conv(nnx.avg_pool(x, (2, 2), (2, 2), odd, count_include_pad=False))
+
+
+def with_mean_pooled_shortcuts(
+    in_features: int,
+    out_features: int,
+    kernel_size: int,
+    stride: int,
+    spatial_size: tuple[int, int],
+    *,
+    conv: ConvFactory = scaled_standardized_convolution,
+    **settings: Any,
+) -> nnx.Module:
+    """`conv`, but a 1x1 convolution with stride 2, the shortcut of a transition, stands behind mean-pooling instead, as
+    in the NF-ResNets of timm.
+    """
+    if (kernel_size, stride) != (1, 2):
+        return conv(in_features, out_features, kernel_size, stride, spatial_size, **settings)
+    pooled = strided(spatial_size, 2)
+    return MeanPooledConvolution(conv(in_features, out_features, 1, 1, pooled, **settings))
+
+
 def strided(spatial_size: tuple[int, int], stride: int) -> tuple[int, int]:
     """Height and width behind a convolution with this stride that pads k // 2."""
     return tuple((n - 1) // stride + 1 for n in spatial_size)
