@@ -1,0 +1,129 @@
+"""Weights from PyTorch: timm's networks, whose outputs are kept in a file, are the same functions here.
+
+`python -m benchmarks.timm_weights --small=tests/timm_weights.npz` wrote that file.
+"""
+
+import functools
+import pathlib
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nfjax import layers, resnet
+from nfjax.inference import torch_weights
+
+KEPT = pathlib.Path(__file__).parent / "timm_weights.npz"
+NETWORKS = {
+    "small_basic": {"block": "basic", "norm": "batch", "width": 8, "stage_sizes": (1, 2), "residual": "identity"},
+    "small_bottleneck": {"block": "bottleneck", "norm": "batch", "width": 8, "stage_sizes": (1, 2)},
+    "small_bit": {"block": "bottleneck", "norm": "group", "width": 32, "stage_sizes": (2,)},
+    "small_nf": {"block": "bottleneck", "residual": "nf", "width": 8, "stage_sizes": (1, 2), "num_classes": 5},
+}
+
+
+@functools.cache
+def kept(name):
+    """(weights by PyTorch's names, images [B, 3, H, W], logits)."""
+    with np.load(KEPT) as file:
+        found = {key.removeprefix(f"{name}/"): file[key] for key in file.files if key.startswith(f"{name}/")}
+    weights = {key.removeprefix("weights/"): value for key, value in found.items() if key.startswith("weights/")}
+    return weights, found["images"], found["logits"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_network_is_the_same_function(name):
+    weights, images, logits = kept(name)
+    model, settings = torch_weights.convert({f"module.{key}": value for key, value in weights.items()})
+    assert settings.items() >= NETWORKS[name].items()
+    found = jax.jit(lambda state, x: nnx.merge(nnx.graphdef(model), state)(x))(
+        nnx.state(model), images.transpose(0, 2, 3, 1)
+    )
+    assert np.abs(found - logits).max() < 1e-5 * logits.std()
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_every_value_counts():
+    """Each array of ours follows from theirs: with other values there, it is another."""
+    weights, *_ = kept("small_nf")
+    model, _ = torch_weights.convert(weights)
+    other, _ = torch_weights.convert({name: value + 0.1 * value**2 + 0.1 for name, value in weights.items()})
+    pairs = zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(other)), strict=True)
+    assert not any(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_what_does_not_fit_is_listed():
+    weights, *_ = kept("small_basic")
+
+    def told(**changes):
+        with pytest.raises(ValueError, match="the weights are of no network that is known here: ") as caught:
+            torch_weights.convert({name: value for name, value in (weights | changes).items() if value is not None})
+        return str(caught.value)
+
+    assert "stages.1.blocks.1.conv2.weight is missing" in told(**{"stages.1.blocks.1.conv2.weight": None})
+    wider = np.zeros((16, 16, 5, 5), np.float32)
+    assert (
+        "stages.1.blocks.1.conv2. has [5, 5, 16, 16] where blocks/2/branch/convolutions/1/kernel has [3, 3, 16, 16]"
+        in told(**{"stages.1.blocks.1.conv2.weight": wider})
+    )
+    assert "stages.0.blocks.0.se.fc1.weight [8] is left over" in told(
+        **{"stages.0.blocks.0.se.fc1.weight": np.zeros(8, np.float32)}
+    )
+    with pytest.raises(ValueError, match=r"found layer1.0.conv1.weight; ResNets of torchvision activate behind"):
+        torch_weights.convert({"layer1.0.conv1.weight": np.zeros((1, 1, 1, 1))})
+    with pytest.raises(ValueError, match="found nothing"):
+        torch_weights.convert({})
+    with pytest.raises(ValueError, match=r"no head\.fc\.weight: the number of classes is unknown"):
+        torch_weights.convert({name: value for name, value in weights.items() if not name.startswith("head")})
+
+
+def test_files_that_hold_no_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        torch_weights.read(str(tmp_path / "none.pth"))
+    (tmp_path / "weights.h5").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"expected a name that ends with \.safetensors, \.pth"):
+        torch_weights.read(str(tmp_path / "weights.h5"))
+    (tmp_path / "model.pth").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises((ImportError, ValueError), match=r"PyTorch alone reads safely|holds more than weights"):
+        torch_weights.read(str(tmp_path / "model.pth"))
+
+
+def test_mean_pooled_shortcuts():
+    """Against the mean of the pixels that there are, by hand."""
+    make = functools.partial(
+        layers.with_mean_pooled_shortcuts,
+        init=jax.nn.initializers.ones,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+        conv=layers.convolution,
+    )
+    x = jnp.arange(15.0).reshape(1, 3, 5, 1)
+    found = make(1, 1, 1, 2, (3, 5))(x)
+    expected = [[(0 + 1 + 5 + 6) / 4, (2 + 3 + 7 + 8) / 4, (4 + 9) / 2], [10.5, 12.5, 14.0]]
+    np.testing.assert_allclose(found[0, :, :, 0], expected)
+    assert isinstance(make(1, 1, 1, 1, (3, 5)), nnx.Conv)
+    assert isinstance(make(1, 1, 3, 2, (3, 5)), nnx.Conv)
+
+
+def test_the_stem_of_bit_sees_zeros_around():
+    """Of a negative input the largest value at the border is that of the padding."""
+    stem = torch_weights.BitStem(
+        1,
+        (8, 8),
+        functools.partial(layers.convolution, init=jax.nn.initializers.ones, dtype=jnp.float32),
+        rngs=nnx.Rngs(0),
+    )
+    y = stem(-jnp.ones((1, 8, 8, 3)))
+    assert float(y[0, 0, 0, 0]) == 0.0
+    assert float(y[0, 1, 1, 0]) < 0
+    assert y.shape == (1, *stem.spatial_size, 1)
+    plain = resnet.ImageNetStem(
+        1,
+        (8, 8),
+        functools.partial(layers.convolution, init=jax.nn.initializers.ones, dtype=jnp.float32),
+        rngs=nnx.Rngs(0),
+    )
+    assert float(plain(-jnp.ones((1, 8, 8, 3))).max()) < 0
