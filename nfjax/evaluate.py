@@ -35,9 +35,22 @@ def load_model(workdir: str, step: int | None = None, ema: bool = False) -> nnx.
         ValueError: It cannot be read, or has no average.
     """
     folder = mirror.pull(workdir, "evaluation")
-    config = files.read_config(folder)
+    return restore(folder, files.read_config(folder), step, ema)[0]
+
+
+def restore(
+    folder: pathlib.Path, config: ConfigDict, step: int | None = None, ema: bool = False
+) -> tuple[nnx.Module, int]:
+    """(`load_model`, the step of its checkpoint); errors as of that.
+
+    Args:
+        folder: Of the run, on this machine (`mirror.pull`).
+        config: Of the run; its `model.dtype` may be another one.
+        step: Of the checkpoint.
+        ema: Whether to take the average of the weights.
+    """
     step, model = _known_step(folder, step), _network(folder, config)
-    return _trained(model, folder, config, step, _restored(folder, step), ema)
+    return _trained(model, folder, config, step, _restored(folder, step), ema), step
 
 
 def _network(folder: pathlib.Path, config: ConfigDict) -> nnx.Module:
