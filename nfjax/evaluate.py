@@ -94,8 +94,7 @@ def _trained(
         found = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(part), found))
         cast = [jnp.asarray(there, leaf.dtype) for there, leaf in zip(found, leaves, strict=True)]
         nnx.update(model, jax.tree.unflatten(structure, cast))
-    streams = nnx.state(model, nnx.RngState)
-    nnx.update(model, networks.restarted(streams, rng.of_seed(config.seed, "training")))
+    networks.begin_streams(model, rng.of_seed(config.seed, "training"))
     model.eval()
     return model
 

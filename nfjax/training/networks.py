@@ -310,6 +310,11 @@ def restarted(random: Any, key: jax.Array | None) -> Any:
     return jax.tree.unflatten(structure, [started(number, leaf) for number, leaf in enumerate(leaves)])
 
 
+def begin_streams(model: nnx.Module, key: jax.Array) -> None:
+    """Gives the random streams of a model keys of `key`, where they have no keys yet, too."""
+    nnx.update(model, restarted(nnx.state(model, nnx.RngState), key))
+
+
 def as_functions(model: nnx.Module) -> tuple[Network, Any, Any]:
     """(network, params, batch_stats) of a model; the last two are plain dicts."""
     model.train()
