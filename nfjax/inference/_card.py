@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from nfjax.data.loading.skips import printable
 from nfjax.inference.predictor import Origin, Predictor
-
-if TYPE_CHECKING:
-    from nfjax.inference.formats import Compared
 
 FILE = "README.md"
 MOST_NAMES = 50  # of classes that are listed
@@ -58,17 +56,39 @@ images = numpy.zeros((1, SIDE, SIDE, 3), "uint8")
 }
 
 
-def text(predictor: Predictor, results: Sequence[Compared], licence: str | None) -> str:
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """An exported file beside its network.
+
+    Attributes:
+        format: Its name in `nfjax.inference.FORMATS`.
+        file: Its name.
+        size: In bytes.
+        difference: The largest one of a probability, on `images` photographs.
+        bound: On it.
+        images: How many they were.
+    """
+
+    format: str
+    file: str
+    size: int
+    difference: float
+    bound: float
+    images: int
+
+
+def text(predictor: Predictor, results: Sequence[Compared], licence: str | None, platforms: Sequence[str]) -> str:
     """The card.
 
     Args:
         predictor: The network.
         results: Of its files.
         licence: Of the weights.
+        platforms: On which the program of JAX runs.
     """
     parts = [_head(licence), "# " + _title(predictor), _about(predictor)]
     parts += ["## Accuracy", _accuracy(predictor.origin), "## How to use it", _pixels(predictor)]
-    parts += [_opened(predictor, result.format) for result in results]
+    parts += [_opened(predictor, result.format, platforms) for result in results]
     parts += ["## Files", _files(results), "## Classes", _classes(predictor.class_names)]
     if predictor.origin is not None:
         parts += ["## How it was trained", _training(predictor.origin)]
@@ -116,15 +136,13 @@ def _pixels(predictor: Predictor) -> str:
     )
 
 
-def _opened(predictor: Predictor, name: str) -> str:
-    from nfjax.inference.formats import PLATFORMS
-
+def _opened(predictor: Predictor, name: str, platforms: Sequence[str]) -> str:
     filled = OPENED.get(name, f"`{name}`: see the documentation of nfjax.")
     for word, value in {
         "SIDE": str(predictor.preprocessing.image_size),
         "CLASSES": str(len(predictor.class_names)),
         "VERSION": jax.__version__,
-        "{platforms}": ", ".join(PLATFORMS),
+        "{platforms}": ", ".join(platforms),
     }.items():
         filled = filled.replace(word, value)
     return filled

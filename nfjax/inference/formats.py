@@ -21,6 +21,7 @@ import numpy as np
 
 from nfjax._names import lookup
 from nfjax.inference import _card, _folder
+from nfjax.inference._card import Compared
 from nfjax.inference.loading import load
 from nfjax.inference.predictor import Predictor
 from nfjax.inference.preprocessing import Preprocessing
@@ -93,27 +94,6 @@ FORMATS: dict[str, Format] = {
 USUAL = ("safetensors", "stablehlo")
 
 
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """An exported file beside its network.
-
-    Attributes:
-        format: Its name in `FORMATS`.
-        file: Its name.
-        size: In bytes.
-        difference: The largest one of a probability, on `images` photographs.
-        bound: On it.
-        images: How many they were.
-    """
-
-    format: str
-    file: str
-    size: int
-    difference: float
-    bound: float
-    images: int
-
-
 def export(
     predictor: Predictor,
     out: str | os.PathLike[str],
@@ -154,7 +134,7 @@ def export(
         written = {name: one.write(predictor, part / one.file) for name, one in chosen.items()}
         _folder.write(part, predictor)
         results = _compared(predictor, {name: (part / chosen[name].file, reads) for name, reads in written.items()})
-        (part / _card.FILE).write_text(_card.text(predictor, results, licence), encoding="utf-8")
+        (part / _card.FILE).write_text(_card.text(predictor, results, licence, PLATFORMS), encoding="utf-8")
     return results
 
 
