@@ -64,23 +64,29 @@ def _safetensors(predictor: Predictor, path: pathlib.Path) -> Probabilities:
 
 def _stablehlo(predictor: Predictor, path: pathlib.Path) -> Probabilities:
     """The network as a program of JAX, for a batch of any size, with the weights inside."""
-    side = predictor.preprocessing.image_size
-    (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.uint8)
-    program = jax.export.export(jax.jit(predictor.function()), platforms=PLATFORMS)(images)
+    program = jax.export.export(jax.jit(predictor.function()), platforms=PLATFORMS)(_batch(predictor))
     path.write_bytes(program.serialize())
     again = jax.export.deserialize(bytearray(path.read_bytes()))
     return lambda images: np.asarray(again.call(images))
 
 
+def _batch(predictor: Predictor) -> jax.ShapeDtypeStruct:
+    """uint8 images, any number of them."""
+    side = predictor.preprocessing.image_size
+    (batch,) = jax.export.symbolic_shape("batch")
+    return jax.ShapeDtypeStruct((batch, side, side, 3), jnp.uint8)
+
+
 def _onnx(predictor: Predictor, path: pathlib.Path) -> Probabilities:
     """The network in ONNX, for a batch of any size, with the weights inside."""
+    import jax.extend
     import jax2onnx
     import onnxruntime
 
-    side = predictor.preprocessing.image_size
-    images = jax.ShapeDtypeStruct(("batch", side, side, 3), jnp.uint8)
-    jax2onnx.to_onnx(predictor.function(), [images], return_mode="file", output_path=str(path))
+    images = _batch(predictor)
+    # Traced here: jax2onnx would put layers of its own in place of Flax's.
+    traced = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(predictor.function())(images))
+    jax2onnx.to_onnx(lambda images: traced(images)[0], [images], return_mode="file", output_path=str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (taken,) = session.get_inputs()
     return lambda images: session.run(None, {taken.name: images})[0]
@@ -120,16 +126,13 @@ def export(
         FileExistsError: There is a folder already.
         ImportError: A package that a format needs is not installed.
     """
-    chosen = {name: lookup("format", name, FORMATS, callables=False) for name in formats}
-    if not chosen:
-        raise ValueError(f"there are no formats: expected some of {', '.join(FORMATS)}")
+    chosen = check_export(out, formats, overwrite)
     if predictor.architecture is None:
         raise ValueError(
             "this predictor was made of a model, and does not say what that is built from: give Predictor an "
             "architecture, or export a run"
         )
     out = pathlib.Path(os.path.expanduser(out))
-    _check_free(out, overwrite)
     with _replacing(out) as part:
         written = {name: one.write(predictor, part / one.file) for name, one in chosen.items()}
         _folder.write(part, predictor)
@@ -172,8 +175,20 @@ def photographs(preprocessing: Preprocessing) -> np.ndarray:
     return np.stack(parts)
 
 
+def check_export(
+    out: str | os.PathLike[str], formats: Sequence[str] = USUAL, overwrite: bool = False
+) -> dict[str, Format]:
+    """The formats of these names, where an export can be written; arguments and errors as of `export`. Nothing but an
+    export is ever replaced.
+    """
+    chosen = {name: lookup("format", name, FORMATS, callables=False) for name in formats}
+    if not chosen:
+        raise ValueError(f"there are no formats: expected some of {', '.join(FORMATS)}")
+    _check_free(pathlib.Path(os.path.expanduser(out)), overwrite)
+    return chosen
+
+
 def _check_free(out: pathlib.Path, overwrite: bool) -> None:
-    """Nothing but an export is ever replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not _is_export(out):

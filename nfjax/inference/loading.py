@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+from nfjax import _streams as streams
 from nfjax import evaluate
 from nfjax.data import remote
 from nfjax.inference import _folder
@@ -98,7 +99,7 @@ def _of_export(folder: pathlib.Path, dtype: str | None, batch_size: int, trust: 
     _folder.load_weights(folder, model, settings)
     networks.begin_streams(model, rng.of_seed(0, "training"))
     return Predictor(
-        model, preprocessing, settings.class_names, batch_size=batch_size, architecture=architecture,
+        model, preprocessing, map(streams.printable, settings.class_names), batch_size=batch_size, architecture=architecture,
         origin=_folder.origin(settings),
     )  # fmt: skip
 
