@@ -22,6 +22,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--format", default=USUAL, metavar="NAMES", help=f"safetensors, stablehlo, onnx, separated by commas ({USUAL})"
     )
+    parser.add_argument("--dtype", metavar="NAME", help="to compute in, float32 or bfloat16 (that of the training)")
     parser.add_argument("--license", metavar="NAME", help="of the weights, for the card, such as cc-by-4.0")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there already")
 
@@ -33,7 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
     compilation.keep()
     names = [name.strip() for name in arguments.format.split(",") if name.strip()]
     inference.check_export(arguments.out, names, arguments.overwrite)
-    predictor = inference.load(arguments.model, step=arguments.step, ema=arguments.ema, trust=arguments.trust)
+    predictor = inference.load(
+        arguments.model, step=arguments.step, ema=arguments.ema, dtype=arguments.dtype, trust=arguments.trust
+    )
     results = inference.export(
         predictor, arguments.out, names, licence=arguments.license, overwrite=arguments.overwrite
     )

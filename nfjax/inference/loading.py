@@ -99,9 +99,13 @@ def _of_export(folder: pathlib.Path, dtype: str | None, batch_size: int, trust: 
     _folder.load_weights(folder, model, settings)
     networks.begin_streams(model, rng.of_seed(0, "training"))
     return Predictor(
-        model, preprocessing, map(streams.printable, settings.class_names), batch_size=batch_size, architecture=architecture,
+        model,
+        preprocessing,
+        map(streams.printable, settings.class_names),
+        batch_size=batch_size,
+        architecture=architecture,
         origin=_folder.origin(settings),
-    )  # fmt: skip
+    )
 
 
 def _check_trusted(folder: pathlib.Path, architecture: networks.Architecture, trust: bool) -> None:
