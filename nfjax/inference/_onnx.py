@@ -32,7 +32,7 @@ def write(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStru
 
     Raises:
         ImportError: A package is not installed.
-        NotImplementedError: jax2onnx does not know one of the function's operations.
+        ValueError: jax2onnx cannot write one of the function's operations.
     """
     import jax2onnx
     import onnxruntime
@@ -44,7 +44,13 @@ def write(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStru
     def on_platform(images: jax.Array) -> jax.Array:
         return _run(traced.jaxpr, traced.consts, images)[0]
 
-    jax2onnx.to_onnx(on_platform, [images], return_mode="file", output_path=str(path))
+    try:
+        jax2onnx.to_onnx(on_platform, [images], return_mode="file", output_path=str(path))
+    except Exception as error:  # it raises whatever it stumbles over
+        raise ValueError(
+            f"jax2onnx cannot write this network as ONNX ({type(error).__name__}: {str(error)[:200]}), such as one that "
+            "pools at its beginning; the formats safetensors and stablehlo hold every network"
+        ) from error
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
@@ -74,5 +80,8 @@ def _run(jaxpr: Any, consts: Any, *args: Any) -> list[Any]:
 
 
 def _index(platforms: Any) -> int:
-    """Of the form for all platforms among those of `jax.lax.platform_dependent`, else of the first."""
-    return next((i for i, names in enumerate(platforms) if names is None), 0)
+    """Of the form for CPUs among those of `jax.lax.platform_dependent`, which needs no windows over [B, H, W, C]: for
+    these, jax2onnx has only such as ONNX's, over [B, C, H, W]. Else of that for all platforms.
+    """
+    fitting = [i for i, names in enumerate(platforms) if names is None or "cpu" in names]
+    return fitting[0]
