@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -74,7 +75,9 @@ def sheet(out: str, top: int) -> Iterator[Add]:
             kept.append(prediction)
 
     yield add
-    storage.write_figure(pathlib.Path(out), draw(kept, min(top, SHEET_CLASSES)), dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for a letter that no font has
+        storage.write_figure(pathlib.Path(out), draw(kept, min(top, SHEET_CLASSES)), dpi=130)
 
 
 WRITERS: dict[str, Writer] = {

@@ -124,7 +124,7 @@ def _predicted(predictor: Predictor, paths: list[str], bad: dict[str, str], tabl
 
 
 def _conclude(outs: Sequence[str], good: int, bad: dict[str, str], left: str, table: Table) -> None:
-    lines = [f"{good:,} images"]
+    lines = [f"{good:,} image{'' if good == 1 else 's'}"]
     if bad:
         lines[0] += f", {len(bad):,} skipped: {_summary(bad)}"
     if left:

@@ -48,8 +48,8 @@ def write(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStru
         jax2onnx.to_onnx(on_platform, [images], return_mode="file", output_path=str(path))
     except Exception as error:  # it raises whatever it stumbles over
         raise ValueError(
-            f"jax2onnx cannot write this network as ONNX ({type(error).__name__}: {str(error)[:200]}), such as one that "
-            "pools at its beginning; the formats safetensors and stablehlo hold every network"
+            f"jax2onnx cannot write this network as ONNX ({type(error).__name__}: {str(error)[:200]}), such as one "
+            "that pools at its beginning; the formats safetensors and stablehlo hold every network"
         ) from error
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 

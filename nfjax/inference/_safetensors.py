@@ -52,6 +52,7 @@ def encode(arrays: Mapping[str, Any]) -> bytes:
         ValueError: One has a type that the format lacks.
     """
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    arrays = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
     for name, array in arrays.items():
         if array.dtype not in _NAMES:
             raise ValueError(f"{name} has the dtype {array.dtype}: safetensors has {', '.join(map(str, _NAMES))}")

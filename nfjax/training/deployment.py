@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def computing_in(config: ConfigDict, dtype: str | None) -> ConfigDict:
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:
-    """All settings of the run, but for the folder of its images, which tells of the machine alone."""
-    told = config.to_dict()
+    """All settings of the run as JSON has them, but for the folder of its images, which tells of the machine alone."""
+    told = json.loads(json.dumps(config.to_dict()))
     del told["data"]["dir"]
     return told
