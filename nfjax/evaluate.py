@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 
 from nfjax import data
 from nfjax._names import lookup
+from nfjax.assessment import Assessment
 from nfjax.data.sources import folder as class_folders
-from nfjax.inference.assessment import Assessment
 from nfjax.runs import checkpoint, checksums, files, mirror, workdirs
 from nfjax.training import evaluation, loader, networks, preprocessing, rng, sharding
 
@@ -42,9 +42,22 @@ def load_model(workdir: str, step: int | None = None, ema: bool = False) -> nnx.
         ValueError: It cannot be read, or has no average.
     """
     folder = mirror.pull(workdir, "evaluation")
-    config = files.read_config(folder)
+    return restore(folder, files.read_config(folder), step, ema)[0]
+
+
+def restore(
+    folder: pathlib.Path, config: ConfigDict, step: int | None = None, ema: bool = False
+) -> tuple[nnx.Module, int]:
+    """(`load_model`, the step of its checkpoint); errors as of that.
+
+    Args:
+        folder: Of the run, on this machine (`mirror.pull`).
+        config: Of the run; its `model.dtype` may be another one.
+        step: Of the checkpoint.
+        ema: Whether to take the average of the weights.
+    """
     step, model = _known_step(folder, step), _network(folder, config)
-    return _trained(model, folder, config, step, _restored(folder, step), ema)
+    return _trained(model, folder, config, step, _restored(folder, step), ema), step
 
 
 def _network(folder: pathlib.Path, config: ConfigDict) -> nnx.Module:
@@ -88,8 +101,7 @@ def _trained(
         found = jax.tree.leaves(_with_keys_of(nnx.to_pure_dict(part), found))
         cast = [jnp.asarray(there, leaf.dtype) for there, leaf in zip(found, leaves, strict=True)]
         nnx.update(model, jax.tree.unflatten(structure, cast))
-    streams = nnx.state(model, nnx.RngState)
-    nnx.update(model, networks.restarted(streams, rng.of_seed(config.seed, "training")))
+    networks.begin_streams(model, rng.of_seed(config.seed, "training"))
     model.eval()
     return model
 

@@ -199,7 +199,9 @@ def _shifted(x: jax.Array) -> list[jax.Array]:
     height, width = ((n + 1) // 2 for n in x.shape[1:3])
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     shifts = [(i, j) for i in range(3) for j in range(3)]
-    return [padded[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i, j in shifts]
+    # Slices and not indices: of a batch of any size, the latter become gathers.
+    ends = [(x.shape[0], i + 2 * height - 1, j + 2 * width - 1, x.shape[3]) for i, j in shifts]
+    return [jax.lax.slice(padded, (0, i, j, 0), end, (1, 2, 2, 1)) for (i, j), end in zip(shifts, ends, strict=True)]
 
 
 def _pool_gradient(dy: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -91,6 +91,12 @@ def build(
     return made
 
 
+def takes(name: str | Builder, argument: str) -> bool:
+    """Whether the function of that name has such an argument. Raises ValueError where there is no such function."""
+    parameters = inspect.signature(_initializer(_find(name)[0])).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 class LinenNetwork(nnx.Module):
     """A Linen model as an NNX one: [B, H, W, 3] -> what the Linen model returns.
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from nfjax import cli, evaluate
+from nfjax.assessment import Assessment
 from nfjax.data.sources import folder
-from nfjax.inference.assessment import Assessment
 from nfjax.training import loop
 
 CLASSES = ("ant", "bee", "cow")

@@ -87,7 +87,7 @@ def _print_score(what: str, found: Assessed) -> None:
 
 def _write_picture(file: pathlib.Path, found: Assessed) -> None:
     from nfjax import storage
-    from nfjax.inference import _assessment_pictures as pictures
+    from nfjax.assessment import _pictures as pictures
 
     storage.write_figure(file, pictures.draw(found.assessment), DPI)
 
@@ -108,7 +108,7 @@ def _write_csv(file: pathlib.Path, found: Assessed) -> None:
 
 def _write_errors(file: pathlib.Path, found: Assessed, count: int) -> None:
     from nfjax import storage
-    from nfjax.inference import _assessment_pictures as pictures
+    from nfjax.assessment import _pictures as pictures
 
     chosen = found.assessment.confident_errors(count)
     if not len(chosen):

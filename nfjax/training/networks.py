@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,31 +61,12 @@ def shapes(config: ConfigDict, num_classes: int = 2, **instead: Any) -> nnx.Modu
     Raises:
         ValueError: It cannot be: found here, at no cost, and not after the images are decoded.
     """
-    graphs = []
-    if is_ours(config):
-        initializers.get(_settings(config)["init"])  # its name; tracing its random numbers takes seconds
-        instead = {"init": jax.nn.initializers.zeros} | instead
-
-    def state() -> nnx.State:
-        model = build(config, num_classes, jax.random.key(0), **instead)
-        for _, module in nnx.iter_graph(model):
-            for name, value in list(vars(module).items()) if isinstance(module, nnx.Module) else ():
-                if isinstance(value, jax.core.Tracer):  # which NNX, unlike an array, takes for a setting
-                    setattr(module, name, nnx.data(value))
-        graph, state = nnx.split(model)
-        graphs.append(graph)
-        return state
-
+    made = architecture(config)
     try:
-        flat = nnx.to_flat_state(jax.eval_shape(state))
-        return nnx.merge(graphs[0], nnx.from_flat_state([(path, _zeros_or_variable(value)) for path, value in flat]))
+        return made.shapes(num_classes, config.data.image_size, **instead)
     except TypeError as error:
         arguments = f", model.arguments={config.model.arguments!r}" if config.model.arguments else ""
         raise ValueError(f"model.name={config.model.name}{arguments}: it cannot be built: {error}") from error
-
-
-def _zeros_or_variable(value: Any) -> Any:
-    return jnp.zeros(value.shape, value.dtype) if isinstance(value, jax.ShapeDtypeStruct) else value
 
 
 def build(config: ConfigDict, num_classes: int, key: jax.Array, **instead: Any) -> nnx.Module:
@@ -96,33 +78,106 @@ def build(config: ConfigDict, num_classes: int, key: jax.Array, **instead: Any) 
         key: From which its parameters are drawn.
         **instead: Arguments of the network in place of those of the config.
     """
-    model = models.build(
-        config.model.name,
-        num_classes=num_classes,
-        image_size=config.data.image_size,
-        dtype=lookup("model.dtype", config.model.dtype, DTYPES, callables=False),
-        rngs=nnx.Rngs(jax.random.fold_in(key, 1), params=key),
-        **_settings(config) | instead,
-    )
-    nnx.pop(model, nnx.Intermediate)  # of a call while it was built
-    return model
+    return architecture(config).build(num_classes, config.data.image_size, key, **instead)
 
 
-def _settings(config: ConfigDict) -> dict[str, Any]:
-    """The arguments of the network: the fields of `config.model` for those of ours, and what the config adds."""
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a network is built from but for its classes and the size of its images: texts, numbers and tuples.
+
+    Attributes:
+        name: In `nfjax.models.MODELS`, or "package.module:function".
+        arguments: Of the network. In those of ours, "package.module:function" stands for that function.
+        dtype: Of activations and arithmetic, a name in `DTYPES`.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    dtype: str = "float32"
+
+    def build(self, num_classes: int, image_size: int, key: jax.Array, **instead: Any) -> nnx.Module:
+        """The network; arguments and errors as of the function `build`."""
+        settings = self.arguments
+        if self.is_ours():
+            settings = {name: _found(name, value) for name, value in settings.items()}
+        model = models.build(
+            self.name,
+            num_classes=num_classes,
+            image_size=image_size,
+            dtype=lookup("model.dtype", self.dtype, DTYPES, callables=False),
+            rngs=nnx.Rngs(jax.random.fold_in(key, 1), params=key),
+            **settings | instead,
+        )
+        nnx.pop(model, nnx.Intermediate)  # of a call while it was built
+        return model
+
+    def shapes(self, num_classes: int, image_size: int, **instead: Any) -> nnx.Module:
+        """The network with shapes in place of arrays, as of the function `shapes`."""
+        if self.is_ours():
+            if "init" in self.arguments:  # its name; tracing its random numbers takes seconds
+                initializers.get(_found("init", self.arguments["init"]))
+            instead = {"init": jax.nn.initializers.zeros} | instead
+        return _without_arrays(lambda: self.build(num_classes, image_size, jax.random.key(0), **instead))
+
+    def is_ours(self) -> bool:
+        """Whether the network is one of `nfjax.models.MODELS`."""
+        return self.name in models.MODELS
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raises ValueError where the network cannot compute in `dtype`: an unknown one, or it has no such argument."""
+        lookup("dtype", dtype, DTYPES, callables=False)
+        if dtype != self.dtype and not models.takes(self.name, "dtype"):
+            raise ValueError(
+                f"dtype={dtype}: the network {self.name} has no argument dtype, and computes as it always does; leave "
+                "it out, or give the function that makes the network one"
+            )
+
+    def code(self) -> list[str]:
+        """The "package.module:function"s by which somebody's own code is run where the network is built."""
+        named = [self.name, *(self.arguments.values() if self.is_ours() else ())]
+        return [name for name in named if isinstance(name, str) and ":" in name]
+
+
+def architecture(config: ConfigDict) -> Architecture:
+    """Of the network that a config describes: the fields of `config.model` for those of ours, and what the config adds.
+
+    Raises ValueError where `model.arguments` cannot be read, or has what is set elsewhere.
+    """
     arguments = keywords.parse("model.arguments", config.model.arguments)
     for name in arguments.keys() & ELSEWHERE.keys():
         raise ValueError(f"model.arguments={config.model.arguments!r} has {name!r}, which is {ELSEWHERE[name]}")
-    if not is_ours(config):
-        return arguments
-    settings = {name: _found(name, getattr(config.model, name)) for name in FIELDS}
-    if config.model.name != "preact_resnet":
-        settings = {name: value for name, value in settings.items() if name not in SHAPE}
-    elif settings["stage_sizes"] is not None:
-        settings["depth"] = None
-    if settings["norm"] == "none":
-        settings["norm"] = None
-    return settings | {name: _found(name, value) for name, value in arguments.items()}
+    if is_ours(config):
+        settings = {name: getattr(config.model, name) for name in FIELDS}
+        if config.model.name != "preact_resnet":
+            settings = {name: value for name, value in settings.items() if name not in SHAPE}
+        elif settings["stage_sizes"] is not None:
+            settings["depth"] = None
+        if settings["norm"] == "none":
+            settings["norm"] = None
+        arguments = settings | arguments
+    return Architecture(config.model.name, arguments, config.model.dtype)
+
+
+def _without_arrays(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """What `make` makes, with shapes in place of arrays."""
+    graphs = []
+
+    def state() -> nnx.State:
+        model = make()
+        for _, module in nnx.iter_graph(model):
+            for name, value in list(vars(module).items()) if isinstance(module, nnx.Module) else ():
+                if isinstance(value, jax.core.Tracer):  # which NNX, unlike an array, takes for a setting
+                    setattr(module, name, nnx.data(value))
+        graph, state = nnx.split(model)
+        graphs.append(graph)
+        return state
+
+    flat = nnx.to_flat_state(jax.eval_shape(state))
+    return nnx.merge(graphs[0], nnx.from_flat_state([(path, _zeros_or_variable(value)) for path, value in flat]))
+
+
+def _zeros_or_variable(value: Any) -> Any:
+    return jnp.zeros(value.shape, value.dtype) if isinstance(value, jax.ShapeDtypeStruct) else value
 
 
 def _found(name: str, value: Any) -> Any:
@@ -152,7 +207,7 @@ def describe(config: ConfigDict) -> str:
     more = f", {model.arguments}" if model.arguments else ""
     if not is_ours(config):
         return f"{title(config)}{more}"
-    norm = _settings(config)["norm"]
+    norm = _found("norm", architecture(config).arguments["norm"])
     norm = " without normalization" if norm is None else f" with {getattr(norm, '__name__', norm)} norm"
     return f"{title(config)}{norm}, {model.init}, width {model.width}{more}"
 
@@ -253,6 +308,11 @@ def restarted(random: Any, key: jax.Array | None) -> Any:
         return jnp.zeros_like(leaf)  # how often it was drawn from
 
     return jax.tree.unflatten(structure, [started(number, leaf) for number, leaf in enumerate(leaves)])
+
+
+def begin_streams(model: nnx.Module, key: jax.Array) -> None:
+    """Gives the random streams of a model keys of `key`, where they have no keys yet, too."""
+    nnx.update(model, restarted(nnx.state(model, nnx.RngState), key))
 
 
 def as_functions(model: nnx.Module) -> tuple[Network, Any, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -115,25 +116,47 @@ class CentreCrop:
 
     def __call__(self, data: bytes, position: int = 0, checked: bool = False) -> np.ndarray:
         """The middle of an image; arguments, value and errors as of `RandomResizedCrop`."""
-        from PIL import Image
-
         del position  # nothing is random
         header = decode.header(data, self.upright)
-        height, width = header.height, header.width
+
+        def region(box: tuple[int, int, int, int], factor: int) -> np.ndarray:
+            return decode.region(data, box, factor, checked, header.orientation)
+
+        return self._cut(header.height, header.width, header.reductions, region)
+
+    def of_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """The middle of an image that is decoded, RGB uint8 [H, W, 3], as of a file that holds these pixels."""
+
+        def region(box: tuple[int, int, int, int], factor: int) -> np.ndarray:
+            top, left, height, width = box
+            return np.ascontiguousarray(pixels[top : top + height, left : left + width])
+
+        return self._cut(*pixels.shape[:2], (1,), region)
+
+    def _cut(
+        self,
+        height: int,
+        width: int,
+        reductions: tuple[int, ...],
+        region: Callable[[tuple[int, int, int, int], int], np.ndarray],
+    ) -> np.ndarray:
+        """region: the pixels in a box of the image, at a part of their size."""
+        from PIL import Image
+
         if (height, width) == (self.size, self.size) and self.resize == self.size:
-            return decode.region(data, (0, 0, height, width), 1, checked, header.orientation)
+            return region((0, 0, height, width), 1)
         short = min(height, width)
         resized = [int(self.resize * n / short) for n in (height, width)]  # as torchvision rounds
         scale = [n / r for n, r in zip((height, width), resized, strict=True)]
         begin = [round((r - self.size) / 2) * s for r, s in zip(resized, scale, strict=True)]
         end = [min(b + self.size * s, n) for b, s, n in zip(begin, scale, (height, width), strict=True)]
-        factor = reduction((0, 0, int(end[0] - begin[0]), int(end[1] - begin[1])), self.size, header.reductions)
+        factor = reduction((0, 0, int(end[0] - begin[0]), int(end[1] - begin[1])), self.size, reductions)
         # What the resize reads: the square, and as much around it as its filter reaches.
         first = [max(0, int(b - 2 * s) // factor * factor) for b, s in zip(begin, scale, strict=True)]
         last = [min(n, math.ceil(e + 2 * s)) for e, s, n in zip(end, scale, (height, width), strict=True)]
         last = [min(n, -(-stop // factor) * factor) for stop, n in zip(last, (height, width), strict=True)]
         square = (first[0], first[1], last[0] - first[0], last[1] - first[1])
-        pixels = decode.region(data, square, factor, checked, header.orientation)
+        pixels = region(square, factor)
         y0, x0, y1, x1 = ((v - f) / factor for v, f in zip((*begin, *end), (*first, *first), strict=True))
         box = (x0, y0, min(x1, pixels.shape[1]), min(y1, pixels.shape[0]))
         return np.asarray(Image.fromarray(pixels).resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))

@@ -185,6 +185,17 @@ def of_class_folders(directory: str, class_names: Sequence[str]) -> Files:
     return files
 
 
+def images_below(directory: str, aside: collections.Counter[str]) -> Iterator[bytes]:
+    """The paths of the images in a folder and in those below it, relative to it and sorted, whatever their classes.
+
+    Args:
+        directory: The folder.
+        aside: Counts the files that are no images, by their ending.
+    """
+    listed = ((path, 0) for path in _walk(os.fsencode(directory), b""))
+    return (path for path, _ in _images(pathlib.Path(directory), listed, aside))
+
+
 def _test_folder(root: pathlib.Path) -> str | None:
     """Which of `TEST_NAMES` is there: with class folders, else with labels of its own, else val, for Kaggle's copy of
     ImageNet has a flat test folder whose labels nobody published.

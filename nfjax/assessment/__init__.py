@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["Assessment", "Calibration", "ClassScore"]
 BINS = 15  # of the confidences, as Guo et al. 2017 take
 SHOWN = 20  # classes in a printed table
 CONFUSED = 2  # other classes that are named beside each
@@ -215,3 +216,7 @@ class Assessment:
 
 def _or_none(value: float) -> float | None:
     return value if value == value else None
+
+
+def __dir__() -> list[str]:
+    return __all__

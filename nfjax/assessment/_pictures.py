@@ -9,7 +9,7 @@ import numpy as np
 
 from nfjax import _figures as figures
 from nfjax import _streams as streams
-from nfjax.inference.assessment import Assessment
+from nfjax.assessment import Assessment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,124 @@
+"""From the workdir of a run, or a folder that `nfjax export` wrote, to a predictor."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+from nfjax import _streams as streams
+from nfjax import evaluate
+from nfjax.data import remote
+from nfjax.inference import _folder
+from nfjax.inference.predictor import BATCH_SIZE, Origin, Predictor
+from nfjax.inference.preprocessing import Preprocessing
+from nfjax.runs import files, metrics, mirror
+from nfjax.training import deployment, networks, rng
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    dtype: str | None = None,
+    batch_size: int = BATCH_SIZE,
+    trust: bool = False,
+) -> Predictor:
+    """A trained network, ready to be used::
+
+        predictor = nfjax.load("runs/mine")
+        predictor(["cat.jpg", "dog.png"]).labels
+
+    Args:
+        path: The workdir of a run, which may be one in a bucket, or a folder that `nfjax export` wrote.
+        step: Of the checkpoint of a run, by default the one with the best test accuracy.
+        ema: Whether a run's weights are the average over the steps, where it had `optim.ema_decay`.
+        dtype: In which the network computes, "float32" or "bfloat16"; None for that in which it was trained. The
+            parameters keep theirs.
+        batch_size: Images that are computed together, over all devices.
+        trust: Whether code that the folder names may be run: a network of one's own is made by a function
+            "package.module:function", and to import that module is to run it.
+
+    Raises:
+        FileNotFoundError: There is no such folder, no model in it, or no such checkpoint.
+        ValueError: A file is damaged, of a later version or of another network; or the network is of somebody's own
+            code, and not trusted.
+    """
+    place = os.fspath(path)
+    folder = mirror.pull(place, "inference")
+    if not remote.is_remote(place) and not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{place} {what}: expected the workdir of a run, or a folder that nfjax export wrote")
+    if not (folder / _folder.SETTINGS).exists():
+        raise FileNotFoundError(
+            f"{place} is no model: it has no {_folder.SETTINGS}; expected the workdir of a run, or a folder that nfjax "
+            "export wrote"
+        )
+    if not _folder.is_export(folder):
+        return _of_run(folder, step, ema, dtype, batch_size, trust)
+    if remote.is_remote(place):
+        raise ValueError(f"{place} is an export in a bucket: copy it to this machine, and load the copy")
+    if step is not None or ema:
+        asked = f"step={step}" if step is not None else f"ema={ema}"
+        raise ValueError(f"{place} is an export, which holds one network: {asked} is for the workdir of a run")
+    return _of_export(folder, dtype, batch_size, trust)
+
+
+def _of_run(
+    folder: pathlib.Path, step: int | None, ema: bool, dtype: str | None, batch_size: int, trust: bool
+) -> Predictor:
+    config, described = files.read_config(folder), files.read_data(folder)
+    _check_trusted(folder, networks.architecture(config), trust)
+    config = deployment.computing_in(config, dtype)
+    model, step = evaluate.restore(folder, config, step, ema)
+    return Predictor(
+        model,
+        Preprocessing(**deployment.pixels(config, described.identity)),
+        described.class_names,
+        batch_size=batch_size,
+        architecture=networks.architecture(config),
+        origin=Origin(
+            step, ema, _accuracy(folder, step, ema), described.test_images, described.train_images,
+            deployment.settings(config),
+        ),
+    )  # fmt: skip
+
+
+def _of_export(folder: pathlib.Path, dtype: str | None, batch_size: int, trust: bool) -> Predictor:
+    settings = _folder.read(folder)
+    architecture = _folder.architecture(settings)
+    _check_trusted(folder, architecture, trust)
+    if dtype is not None:
+        architecture.check_dtype(dtype)
+        architecture = networks.Architecture(architecture.name, architecture.arguments, dtype)
+    preprocessing = _folder.preprocessing(settings, folder / _folder.SETTINGS)
+    try:
+        model = architecture.shapes(len(settings.class_names), preprocessing.image_size)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / _folder.SETTINGS} describes no network that can be built: {error}") from error
+    _folder.load_weights(folder, model, settings)
+    networks.begin_streams(model, rng.of_seed(0, "training"))
+    return Predictor(
+        model,
+        preprocessing,
+        map(streams.printable, settings.class_names),
+        batch_size=batch_size,
+        architecture=architecture,
+        origin=_folder.origin(settings),
+    )
+
+
+def _check_trusted(folder: pathlib.Path, architecture: networks.Architecture, trust: bool) -> None:
+    if (code := architecture.code()) and not trust:
+        raise ValueError(
+            f"{folder / _folder.SETTINGS} names {', '.join(map(repr, code))}: a function of somebody's own, and to "
+            "load the network is to import that module, which runs its code. If you know that code, load it with "
+            "trust=True (--trust on the command line)"
+        )
+
+
+def _accuracy(folder: pathlib.Path, step: int, ema: bool) -> float | None:
+    """On the test images, where the run has scored them at this step."""
+    name = "test_ema_accuracy" if ema else "test_accuracy"
+    scored = [record for record in metrics.read(folder) if record["kind"] == "epoch" and record["step"] == step]
+    return scored[-1].get(name) if scored else None
