@@ -53,7 +53,10 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "a command is missing: nfjax COMMAND …, with one of train, evaluate, data, spp, cost, reproduce"),
+        (
+            [],
+            "a command is missing: nfjax COMMAND …, with one of train, evaluate, predict, export, import, data, spp, ",
+        ),
         (["--config=configs/cifar10.py"], "a command is missing: nfjax COMMAND"),
         (["data"], "a command is missing: nfjax data COMMAND …, with one of pack, show"),
         (["trian"], "unknown command 'trian': did you mean train? Expected one of train, evaluate, "),

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nfjax import layers, resnet
-from nfjax.inference import torch_weights
+import nfjax
+from nfjax import cli, layers, resnet
+from nfjax.inference import _safetensors, torch_weights
 
 KEPT = pathlib.Path(__file__).parent / "timm_weights.npz"
 NETWORKS = {
@@ -127,3 +128,35 @@ def test_the_stem_of_bit_sees_zeros_around():
         rngs=nnx.Rngs(0),
     )
     assert float(plain(-jnp.ones((1, 8, 8, 3))).max()) < 0
+
+
+def test_the_command_makes_a_model(tmp_path, capsys):
+    weights, images, logits = kept("small_nf")
+    file, out, names = tmp_path / "theirs.safetensors", tmp_path / "model", tmp_path / "names.txt"
+    file.write_bytes(_safetensors.encode(weights))
+    names.write_text("ant\nbee\ncow\ndog\neel\n")
+    command = ["import", f"--weights={file}", f"--out={out}", f"--class-names={names}", "--image-size=33"]
+    assert cli.run(command) == 0
+    told = capsys.readouterr().out
+    assert "residual nf, stem imagenet" in told
+    assert "short side 38, middle 33x33, mean (0.485, 0.456, 0.406)" in told
+    assert "as timm has it" in told
+    predictor = nfjax.load(out)  # nfjax's own functions need no trust
+    assert predictor.class_names == ("ant", "bee", "cow", "dog", "eel")
+    normalized = predictor.network.predict(predictor.params, predictor.batch_stats, images.transpose(0, 2, 3, 1))
+    assert np.abs(normalized - logits).max() < 1e-5 * logits.std()
+    assert "Exported by nfjax" in (out / "README.md").read_text()
+
+    def refused(*arguments):
+        code = cli.run([*command, *arguments])
+        return code, capsys.readouterr().err
+
+    assert "is an export already" in refused()[1]
+    names.write_text("ant\nbee\n")
+    assert refused("--overwrite") == (2, f"nfjax: --class-names={names} has 2 names: expected 5, one for each logit\n")
+    names.write_text("ant\nbee\nant\ndog\neel\n")
+    assert "has 'ant' more than once" in refused("--overwrite")[1]
+    assert "'0.5': expected three numbers, such as 0.485,0.456,0.406" in refused("--mean=0.5")[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{file}" in (told := refused("--overwrite")[1])
+    assert "follow the header" in told

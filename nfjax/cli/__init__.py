@@ -54,6 +54,7 @@ COMMANDS: Table = {
     "evaluate": Command("nfjax.cli.evaluate", "score a checkpoint of a run on its test images"),
     "predict": Command("nfjax.cli.predict", "name what images show, with a trained network"),
     "export": Command("nfjax.cli.export", "write a trained network for other programs"),
+    "import": Command("nfjax.cli.import_weights", "make a model of weights from PyTorch"),
     "data": {
         "pack": Command("nfjax.cli.pack", "pack a data set into shards for fast reading"),
         "show": Command("nfjax.cli.show", "draw a batch of a config before and after augmentation", settings=True),

@@ -112,7 +112,8 @@ def _about(predictor: Predictor) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(predictor.params))
     return (
         f"A network for images of {side}x{side} pixels with {count:,} parameters, which computes in {made.dtype}"
-        f"{': ' + ', '.join(settings) if settings else ''}. Trained and exported by nfjax."
+        f"{': ' + ', '.join(settings) if settings else ''}. "
+        f"{'Trained and exported' if predictor.origin else 'Exported'} by nfjax."
     )
 
 

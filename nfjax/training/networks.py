@@ -17,6 +17,7 @@ from nfjax.training import keywords, ranges
 from nfjax.training.ranges import Range
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+OURS = __name__.partition(".")[0]  # whose code may be run without being asked for
 MOST_BLOCKS = 2048  # of a network, with which tracing still takes minutes only
 # The fields of `config.model` that our networks take, and which of them are the shape of one of a given depth.
 FIELDS = ("depth", "stage_sizes", "block", "residual", "norm", "init", "stem", "width", "remat")
@@ -135,7 +136,8 @@ class Architecture:
     def code(self) -> list[str]:
         """The "package.module:function"s by which somebody's own code is run where the network is built."""
         named = [self.name, *(self.arguments.values() if self.is_ours() else ())]
-        return [name for name in named if isinstance(name, str) and ":" in name]
+        own = [name for name in named if isinstance(name, str) and ":" in name]
+        return [name for name in own if not name.startswith(f"{OURS}.")]
 
 
 def architecture(config: ConfigDict) -> Architecture:
