@@ -55,7 +55,8 @@ def test_help_and_version(capsys):
     [
         (
             [],
-            "a command is missing: nfjax COMMAND …, with one of train, evaluate, predict, export, import, data, spp, ",
+            "a command is missing: nfjax COMMAND …, with one of train, evaluate, data, spp, cost, reproduce, predict, "
+            "export, import",
         ),
         (["--config=configs/cifar10.py"], "a command is missing: nfjax COMMAND"),
         (["data"], "a command is missing: nfjax data COMMAND …, with one of pack, show"),

@@ -92,7 +92,7 @@ def test_the_program_runs_without_nfjax(predictor, tmp_path):
     paths = [tmp_path / name for name in ("program/model.stablehlo", "out.npy", "images.npy")]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False", "cpu", "cuda", "tpu", f"uint8[batch,{SIZE},{SIZE},3]"], done.stderr
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), predictor(images(3)).probabilities, atol=1e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), predictor.of_pixels(images(3)), atol=1e-6)
     with pytest.raises(FileNotFoundError, match=r"has no model.safetensors: it was exported without --format=safet"):
         nfjax.load(tmp_path / "program")
 

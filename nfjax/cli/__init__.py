@@ -1,4 +1,4 @@
-"""The command line: `nfjax train|evaluate|predict|export|data|spp|cost|reproduce`, and `python -m nfjax.main`.
+"""The command line: `nfjax train|evaluate|data|spp|cost|reproduce|predict|export`, and `python -m nfjax.main`.
 
 A command is a module with two functions, and one line in `COMMANDS`:
 
@@ -52,9 +52,6 @@ Table = Mapping[str, "Command | Table"]
 COMMANDS: Table = {
     "train": Command("nfjax.cli.train", "train what a config describes, or go on with it", settings=True, flags=True),
     "evaluate": Command("nfjax.cli.evaluate", "score a checkpoint of a run on its test images"),
-    "predict": Command("nfjax.cli.predict", "name what images show, with a trained network"),
-    "export": Command("nfjax.cli.export", "write a trained network for other programs"),
-    "import": Command("nfjax.cli.import_weights", "make a model of weights from PyTorch"),
     "data": {
         "pack": Command("nfjax.cli.pack", "pack a data set into shards for fast reading"),
         "show": Command("nfjax.cli.show", "draw a batch of a config before and after augmentation", settings=True),
@@ -62,6 +59,9 @@ COMMANDS: Table = {
     "spp": Command("nfjax.cli.spp", "signal propagation of a network: a table, a verdict, a picture"),
     "cost": Command("nfjax.cli.cost", "parameters and multiply-accumulates of a network", settings=True),
     "reproduce": Command("nfjax.cli.reproduce", "the paper's tables and figures", settings=True),
+    "predict": Command("nfjax.cli.predict", "name what images show, with a trained network"),
+    "export": Command("nfjax.cli.export", "write a trained network for other programs"),
+    "import": Command("nfjax.cli.import_weights", "make a model of weights from PyTorch"),
 }
 
 

@@ -6,23 +6,28 @@ predictor("cat.jpg").top(3)
 
 from __future__ import annotations
 
-from nfjax.inference.formats import FORMATS, check_export, export
-from nfjax.inference.loading import load
-from nfjax.inference.predictions import Prediction, Predictions
-from nfjax.inference.predictor import Origin, Predictor
-from nfjax.inference.preprocessing import Preprocessing
+import importlib
 
-__all__ = [
-    "FORMATS",
-    "Origin",
-    "Prediction",
-    "Predictions",
-    "Predictor",
-    "Preprocessing",
-    "check_export",
-    "export",
-    "load",
-]
+# Imported when they are first used: what is scored needs modules of this package, and `load` what scores.
+_MODULES = {
+    "FORMATS": "formats",
+    "Origin": "predictor",
+    "Prediction": "predictions",
+    "Predictions": "predictions",
+    "Predictor": "predictor",
+    "Preprocessing": "preprocessing",
+    "check_export": "formats",
+    "export": "formats",
+    "load": "loading",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    """`nfjax.inference.load` and the others are imported when they are first used."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"nfjax.inference.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'nfjax.inference' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

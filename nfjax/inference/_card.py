@@ -38,16 +38,19 @@ of JAX that are up to six months newer than the one that wrote it, VERSION, can 
 model.safetensors last longer.
 
 ```python
-import jax, numpy
+import pathlib
+import jax
+import numpy
 
-program = jax.export.deserialize(bytearray(open("FOLDER/model.stablehlo", "rb").read()))
+program = jax.export.deserialize(bytearray(pathlib.Path("FOLDER/model.stablehlo").read_bytes()))
 probabilities = program.call(numpy.zeros((1, SIDE, SIDE, 3), "uint8"))
 ```""",
     "onnx": """\
 `model.onnx` takes and returns the same, in onnxruntime:
 
 ```python
-import numpy, onnxruntime
+import numpy
+import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
 images = numpy.zeros((1, SIDE, SIDE, 3), "uint8")
