@@ -48,6 +48,7 @@ EXTRAS = {
     "gcsfs": "gcs",
     "wandb": "wandb",
     "datasets": "huggingface",
+    "huggingface_hub": "hub",
 }
 
 

@@ -8,7 +8,7 @@ import pathlib
 from nfjax import _streams as streams
 from nfjax import evaluate
 from nfjax.data import remote
-from nfjax.inference import _folder
+from nfjax.inference import _folder, hub
 from nfjax.inference.predictor import BATCH_SIZE, Origin, Predictor
 from nfjax.inference.preprocessing import Preprocessing
 from nfjax.runs import files, metrics, mirror
@@ -30,7 +30,8 @@ def load(
         predictor(["cat.jpg", "dog.png"]).labels
 
     Args:
-        path: The workdir of a run, which may be one in a bucket, or a folder that `nfjax export` wrote.
+        path: The workdir of a run, which may be one in a bucket; a folder that `nfjax export` wrote; or
+            "hf://USER/NAME", one that it sent to the Hugging Face Hub, "hf://USER/NAME@REVISION" for a certain one.
         step: Of the checkpoint of a run, by default the one with the best test accuracy.
         ema: Whether a run's weights are the average over the steps, where it had `optim.ema_decay`.
         dtype: In which the network computes, "float32" or "bfloat16"; None for that in which it was trained. The
@@ -40,12 +41,13 @@ def load(
             "package.module:function", and to import that module is to run it.
 
     Raises:
+        ConnectionError: It is on the Hub, which cannot be reached, and not on this machine.
         FileNotFoundError: There is no such folder, no model in it, or no such checkpoint.
         ValueError: A file is damaged, of a later version or of another network; or the network is of somebody's own
             code, and not trusted.
     """
     place = os.fspath(path)
-    folder = mirror.pull(place, "inference")
+    folder = hub.fetch(place) if place.startswith(hub.PREFIX) else mirror.pull(place, "inference")
     if not remote.is_remote(place) and not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{place} {what}: expected the workdir of a run, or a folder that nfjax export wrote")
@@ -55,8 +57,10 @@ def load(
             "export wrote"
         )
     if not _folder.is_export(folder):
+        if place.startswith(hub.PREFIX):
+            raise ValueError(f"{place} is no export: its {_folder.SETTINGS} is of something else than nfjax export")
         return _of_run(folder, step, ema, dtype, batch_size, trust)
-    if remote.is_remote(place):
+    if remote.is_remote(place) and not place.startswith(hub.PREFIX):
         raise ValueError(f"{place} is an export in a bucket: copy it to this machine, and load the copy")
     if step is not None or ema:
         asked = f"step={step}" if step is not None else f"ema={ema}"
