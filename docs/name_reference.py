@@ -111,6 +111,14 @@ TABLES = (
         "",
         "A function `Observed -> [L]`, one number for each of the L blocks.",
     ),
+    Table(
+        "Formats of exports",
+        "nfjax.inference",
+        "FORMATS",
+        "`--format` of `nfjax export`",
+        "A function `(predictor, path) -> probabilities(images)` that writes a file and reads it again, the file's name, "
+        "and bounds.",
+    ),
     Table("Operations of RandAugment", "nfjax.augment", "OPERATIONS", "", "An operation of RandAugment."),
 )
 

@@ -136,6 +136,7 @@ def test_onnx_is_the_same(predictor, tmp_path):
     pytest.importorskip("onnxruntime")
     (result,) = inference.export(predictor, tmp_path / "onnx", ["onnx"])
     assert result.difference <= 1e-5
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"README.md", "config.json", "model.onnx"}
 
 
 def test_onnx_needs_float32(run, tmp_path):

@@ -175,6 +175,7 @@ def test_few_programs_are_compiled(run):
         (arrays(2).astype(np.float32) / 255, ValueError, r"dtype float32: .*\(255 \* images\).round"),
         (arrays(2).astype(np.float32), ValueError, r"dtype float32: expected uint8, levels .*images.astype\('uint8'\)"),
         (arrays(2).astype(np.float32) / 64 - 2, ValueError, "have they been normalised"),
+        (np.full((2, 8, 8, 3), np.nan), ValueError, r"dtype float64: .*images.astype\('uint8'\)"),
         ([arrays(1)[0] / 255.0], ValueError, r"image 0 has the dtype float64: .*\(255 \* images\).round"),
         (arrays(2).astype(np.int64), ValueError, r"dtype int64: .*images.astype\('uint8'\)"),
         (arrays(2) > 9, ValueError, "dtype bool: expected uint8, levels from 0 to 255$"),

@@ -136,6 +136,8 @@ def test_the_commands_that_need_the_core_alone(core, tmp_path):
         ("train", "--config=imagenet_convshort", "--workdir=W"),
         ("train", "--help"),
         ("evaluate", "--workdir=W"),
+        ("predict", "--model=W", "a.jpg"),
+        ("export", "--model=W", "--out=X"),
         ("data", "pack", "--source=digits", "--out=W"),
         ("data", "show", "--config=digits_convshort"),
         ("reproduce", "table1"),

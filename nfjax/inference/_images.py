@@ -81,10 +81,10 @@ def _check_array(array: np.ndarray, name: str, several: bool = False) -> None:
 
 
 def _hint_of_dtype(array: np.ndarray) -> str:
-    if array.dtype.kind == "f" and array.size:
-        if np.nanmin(array) < 0:
+    if array.dtype.kind == "f" and (finite := array[np.isfinite(array)]).size:
+        if finite.min() < 0:
             return "; have they been normalised? A predictor does that itself, give it the pixels from before"
-        if np.nanmax(array) <= 1:
+        if finite.max() <= 1:
             return "; pixels in [0, 1] become that by (255 * images).round().astype('uint8')"
     if array.dtype.kind in "iuf":
         return "; if the values are such levels, images.astype('uint8')"

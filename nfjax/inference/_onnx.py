@@ -37,7 +37,8 @@ def write(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStru
     import jax2onnx
     import onnxruntime
 
-    logging.getLogger("jax2onnx").setLevel(logging.ERROR)  # it warns of libraries that have nothing to do with this
+    for name in ("jax2onnx", "onnx_ir"):  # they warn of libraries and types that have nothing to do with this
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Traced here: jax2onnx would put layers of its own in place of Flax's, and knows no choice between platforms.
     traced = jax.make_jaxpr(function)(images)
 
@@ -45,12 +46,13 @@ def write(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStru
         return _run(traced.jaxpr, traced.consts, images)[0]
 
     try:
-        jax2onnx.to_onnx(on_platform, [images], return_mode="file", output_path=str(path))
+        model = jax2onnx.to_onnx(on_platform, [images], return_mode="proto")
     except Exception as error:  # it raises whatever it stumbles over
         raise ValueError(
             f"jax2onnx cannot write this network as ONNX ({type(error).__name__}: {str(error)[:200]}), such as one "
             "that pools at its beginning; the formats safetensors and stablehlo hold every network"
         ) from error
+    path.write_bytes(model.SerializeToString())  # jax2onnx itself would put large weights into a second file
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
