@@ -18,6 +18,7 @@ from nfjax.training import (
     networks,
     optimizers,
     preprocessing,
+    pretrained,
     propagation,
     ranges,
     rescaling,
@@ -43,6 +44,7 @@ def check(config: ConfigDict) -> None:
     optimizers.check(config, params)
     propagation.check(config, model)
     rescaling.check(config, model)
+    pretrained.check(config)
 
 
 def _check_batch(config: ConfigDict) -> None:

@@ -29,11 +29,13 @@ from nfjax.training import (
     optimizers,
     preprocessing,
     propagation,
+    rates,
     rescaling,
     rng,
     schedules,
     sharding,
     step,
+    transfer,
 )
 from nfjax.training.loader import Loader
 from nfjax.training.progress import Progress
@@ -176,7 +178,9 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
     mesh = sharding.make(config.train.state_shards)
     model = networks.build(config, len(dataset.class_names), rng.of_seed(config.seed, "init"))
     say(report.header(config, networks.describe(config), folder, dataset, model))
-    network, params, batch_stats = networks.as_functions(model)
+    network, params, batch_stats = networks.as_functions(model, rates.frozen(config))
+    if told := rates.describe(config, params):
+        say(told)
     progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
     schedule = schedules.build(config, progress.epoch_ends)
     optimizer = optimizers.build(config, schedule)
@@ -193,6 +197,10 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
     else:
         if logged := metrics.read(folder):
             say(f"no checkpoint in {folder}: the run begins anew, and its {len(logged)} lines of metrics with it")
+        if config.init_from:
+            del state
+            params, batch_stats = transfer.begin(config, dataset.class_names, folder, params, batch_stats)
+            state = begin(params, batch_stats)
         if config.model.rescale:
             del state
             params = rescaling.apply(config, dataset.train, normalize, network, params, batch_stats)
@@ -251,6 +259,7 @@ def _task(config: ConfigDict, network: networks.Network, optimizer: optax.Gradie
         # Whose convolutions XLA runs in a loop many times slower on a CPU.
         unroll=_cpu.platform_of(mesh) == "cpu" and not networks.is_ours(config),
         signal_every=config.log.signal_every_steps,
+        frozen=network.frozen,
         mesh=mesh,
     )
 

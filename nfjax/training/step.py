@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from nfjax.training import losses, movement, rng, sharding
+from nfjax.training import losses, movement, patterns, rng, sharding
 from nfjax.training.networks import Network
 from nfjax.training.state import Batch, Steps, TrainState
 
@@ -47,6 +47,7 @@ class Task:
             norm sees the parts.
         unroll: Whether the parts stand one after the other in the program, and are no loop in it.
         signal_every: Steps from one to the next that tells how far it moves the weights, None for none.
+        frozen: Patterns of what stays as it is, as the network and the optimizer have them.
         mesh: Of the devices over which a batch is divided, all there are by default.
     """
 
@@ -59,6 +60,7 @@ class Task:
     parts: int = 1
     unroll: bool = False
     signal_every: int | None = None
+    frozen: tuple[str, ...] = ()
     mesh: Mesh = dataclasses.field(default_factory=sharding.make)
 
     @property
@@ -96,7 +98,10 @@ def train_step(state: TrainState, batch: Batch, key: jax.Array, *, task: Task) -
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
     after = state.replace(params=params, batch_stats=batch_stats, opt=opt, step=state.step + 1)
     if task.ema_decay is not None:
-        after = after.replace(ema=_averaged(state, after, task.ema_decay))
+        averaged = _averaged(state, after, task.ema_decay)
+        # An average of equal numbers may differ from them in the last bit.
+        held = {name: patterns.held(task.frozen, state.ema[name], averaged[name]) for name in averaged}
+        after = after.replace(ema=held)
     if task.signal_every is not None:
         count = task.parts * task.mesh.size
         parts = movement.Parts(sums.pop("part_square") / count, count, batch.mask.size) if task.has_noise else None
