@@ -68,6 +68,9 @@ def base() -> ConfigDict:
     # Whether images are turned and mirrored as the camera has noted (EXIF orientation), or as they are stored, which is
     # what Pillow and torchvision give. Ours.
     config.data.exif_orientation = False
+    # Whether an epoch draws as many images of each class, with as many in all: those of a rare class more often, those
+    # of a frequent one not all. Ours.
+    config.data.balance_classes = False
     config.data.workers = config_dict.placeholder(int)  # processes that decode from the disk; none: one a core; ours
     # Batches decoded from the disk before they are asked for; none: two, or enough to keep all workers busy. Ours.
     config.data.ahead = config_dict.placeholder(int)
@@ -125,6 +128,9 @@ def base() -> ConfigDict:
     # its running statistics, and uses them. Ours.
     config.optim.freeze = config_dict.placeholder(str)
     config.optim.label_smoothing = 0.0  # paper, section 4: for ImageNet only
+    # Factors of the loss by class: "balanced" for images / (classes * images of the class), or a number for each class,
+    # separated by commas; none for 1. Ours.
+    config.optim.class_weights = config_dict.placeholder(str)
     # Decay per step of an average of the weights, such as 0.9999, which is scored beside them; none for no average.
     # Paper: none.
     config.optim.ema_decay = config_dict.placeholder(float)

@@ -56,7 +56,7 @@ def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
     """
     dataset = loader.open_data(config, config.data.dir)
     split, size = dataset.train, config.data.image_size
-    (order,) = data.train_orders(config.seed, len(split), config.batch_size, step, step + 1)
+    (order,) = loader.train_orders(config, split, step, step + 1)
     causes: dict[int, str] = {}
     if isinstance(split, data.Images):
         batch = split.take(order.indices) | {"mask": order.mask}

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from nfjax.runs import trackers
 from nfjax.training import (
+    balance,
     callbacks,
     footprint,
     loader,
@@ -36,7 +37,7 @@ def check(config: ConfigDict) -> None:
     ranges.check(config, RANGES)
     sharding.check(config)
     _check_batch(config)
-    for module in (loader, preprocessing, schedules, callbacks, trackers):
+    for module in (loader, balance, preprocessing, schedules, callbacks, trackers):
         module.check(config)
     model = networks.shapes(config)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))

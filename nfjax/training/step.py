@@ -48,6 +48,8 @@ class Task:
         unroll: Whether the parts stand one after the other in the program, and are no loop in it.
         signal_every: Steps from one to the next that tells how far it moves the weights, None for none.
         frozen: Patterns of what stays as it is, as the network and the optimizer have them.
+        class_weights: Factor of the loss of an example by its class, [C]; None for 1. The loss is divided by the number
+            of examples, not by the sum of their weights, which would give a batch of frequent classes more.
         mesh: Of the devices over which a batch is divided, all there are by default.
     """
 
@@ -61,6 +63,7 @@ class Task:
     unroll: bool = False
     signal_every: int | None = None
     frozen: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] | None = None
     mesh: Mesh = dataclasses.field(default_factory=sharding.make)
 
     @property
@@ -184,6 +187,9 @@ def make_examples(batch: Batch, key: jax.Array, task: Task) -> Examples:
         images, partner, weight = task.mix(key, images, batch.mask)
         targets = [(labels, weight), (labels[partner], 1 - weight)]
         labels = jnp.where(weight >= 0.5, labels, labels[partner])
+    if task.class_weights is not None:
+        of_class = jnp.asarray(task.class_weights, jnp.float32)
+        targets = [(target, weight * of_class[target]) for target, weight in targets]
     return {"image": images, "targets": targets, "label": labels, "mask": batch.mask}
 
 
