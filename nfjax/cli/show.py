@@ -21,7 +21,7 @@ from nfjax.cli._outcome import UsageError
 from nfjax.cli._parser import Parser, path
 from nfjax.data.decoding import crops
 from nfjax.data.loading import stream
-from nfjax.training import checks, loader, preprocessing, rng
+from nfjax.training import checks, loader, preprocessing, pretrained, rng
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"--count={arguments.count} --step={arguments.step}: expected at least one image, of step 0 or later"
         )
+    config = pretrained.resolve(config)
     checks.check(config)
     contact_sheet(config, arguments.count, arguments.step).savefig(arguments.out, dpi=130)
     print(arguments.out)

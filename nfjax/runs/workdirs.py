@@ -41,7 +41,9 @@ PACKAGES = ("nfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_c
 def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
     """Creates `workdir`, or checks that the run in it has this config. Writes nothing: `start` does.
 
-    The epochs may be more than they were. Raises ValueError that names the fields which differ, or what lies there that is not of a run, and OSError if
+    The epochs may be more than they were.
+
+    Raises ValueError that names the fields which differ, or what lies there that is not of a run, and OSError if
     nothing can be written there, or if another process does not see it.
     """
     if streams.printable(workdir) != workdir:
