@@ -20,8 +20,8 @@ def base() -> ConfigDict:
     config.seed = 0  # of initialization, order and augmentation; paper: three runs, seeds not stated
     config.batch_size = 128  # over all devices; paper, section 4
     config.epochs = 200  # not stated by the paper
-    # The workdir of a run whose best weights this one begins with, and whose mean, std, image_size, resize and
-    # exif_orientation are those of config.data that has its defaults; none for random weights. Ours.
+    # The workdir of a run with whose best weights this one begins. Where mean, std, image_size, resize and
+    # exif_orientation of config.data have their defaults, they are that run's. None for random weights. Ours.
     config.init_from = config_dict.placeholder(str)
 
     config.model = ConfigDict()

@@ -179,6 +179,8 @@ def test_another_source_than_before_is_noticed(source, tuned, tmp_path, caplog):
         begun(tuned, tuple("abcde"), tmp_path)
         assert "began with other weights before: step 8" in caplog.text
     assert pretrained.read_record(tmp_path).digest == record["digest"]
+    pretrained.remove_record(tmp_path)
+    assert pretrained.read_record(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from nfjax.training import (
     pretrained,
     propagation,
     ranges,
+    rates,
     rescaling,
     schedules,
     sharding,
@@ -46,6 +47,7 @@ def check(config: ConfigDict) -> None:
     propagation.check(config, model)
     rescaling.check(config, model)
     pretrained.check(config)
+    networks.as_functions(model, rates.frozen(config))  # last, for it changes the mode of the model
 
 
 def _check_batch(config: ConfigDict) -> None:

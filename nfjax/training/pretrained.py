@@ -186,7 +186,9 @@ def read_record(folder: pathlib.Path) -> Record | None:
 
 
 def write_record(folder: pathlib.Path, record: Record) -> None:
-    """Writes it, from the first process; what an earlier start has left there is compared before."""
+    """Writes it, from the first process, which compares it with what an earlier start has left there."""
+    if not distributed.is_first():
+        return
     before = read_record(folder)
     if before is not None and (before.path, before.digest) != (record.path, record.digest):
         logging.warning(
@@ -194,8 +196,13 @@ def write_record(folder: pathlib.Path, record: Record) -> None:
             "of that start is left, so nothing is mixed",
             folder, before.step, before.path, before.digest, record.step, record.path, record.digest,
         )  # fmt: skip
+    storage.write_json(folder / RECORD, msgspec.to_builtins(record), indent=2)
+
+
+def remove_record(folder: pathlib.Path) -> None:
+    """Removes what a first try, which came to nothing, has left there: the run begins with random weights."""
     if distributed.is_first():
-        storage.write_json(folder / RECORD, msgspec.to_builtins(record), indent=2)
+        (folder / RECORD).unlink(missing_ok=True)
 
 
 def resolve(config: ConfigDict, workdir: str | None = None) -> ConfigDict:

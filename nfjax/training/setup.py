@@ -29,6 +29,7 @@ from nfjax.training import (
     networks,
     optimizers,
     preprocessing,
+    pretrained,
     propagation,
     rates,
     rescaling,
@@ -248,6 +249,8 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
     else:
         if logged := metrics.read(folder):
             say(f"no checkpoint in {folder}: the run begins anew, and its {len(logged)} lines of metrics with it")
+        if not config.init_from:
+            pretrained.remove_record(folder)
         if config.init_from or config.model.rescale:
             del state
             params, batch_stats = first_weights(config, dataset, folder, network, params, batch_stats)
