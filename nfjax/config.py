@@ -20,6 +20,9 @@ def base() -> ConfigDict:
     config.seed = 0  # of initialization, order and augmentation; paper: three runs, seeds not stated
     config.batch_size = 128  # over all devices; paper, section 4
     config.epochs = 200  # not stated by the paper
+    # The workdir of a run with whose best weights this one begins. Where mean, std, image_size, resize and
+    # exif_orientation of config.data have their defaults, they are that run's. None for random weights. Ours.
+    config.init_from = config_dict.placeholder(str)
 
     config.model = ConfigDict()
     # A name in nfjax.models.MODELS, or package.module:function for a Flax model of one's own. The fields below are
@@ -65,6 +68,9 @@ def base() -> ConfigDict:
     # Whether images are turned and mirrored as the camera has noted (EXIF orientation), or as they are stored, which is
     # what Pillow and torchvision give. Ours.
     config.data.exif_orientation = False
+    # Whether an epoch draws as many images of each class, with as many in all: those of a rare class more often, those
+    # of a frequent one not all. Ours.
+    config.data.balance_classes = False
     config.data.workers = config_dict.placeholder(int)  # processes that decode from the disk; none: one a core; ours
     # Batches decoded from the disk before they are asked for; none: two, or enough to keep all workers busy. Ours.
     config.data.ahead = config_dict.placeholder(int)
@@ -112,7 +118,19 @@ def base() -> ConfigDict:
     # By which the learning rate is multiplied for parameters that are single numbers: alpha of LearnScalar and of
     # SkipInit, Fixup's scales and biases, whose authors take 0.1. Paper: 1.
     config.optim.scalar_rate = 1.0
+    # Factors of the learning rate, "pattern=factor" separated by commas, such as head=10,blocks/0=0.1; of several
+    # patterns that match a parameter, see nfjax.training.patterns, the last one counts. None for 1. Ours.
+    config.optim.rate_by_pattern = config_dict.placeholder(str)
+    # By which the learning rate falls from one block to the one before it, from 1 for the head, such as 0.75; none for
+    # no fall (as in BEiT, Bao et al. 2021). Paper: none.
+    config.optim.layer_decay = config_dict.placeholder(float)
+    # Parameters that stay as they are, patterns separated by commas, such as stem,blocks/0; batch norm below them keeps
+    # its running statistics, and uses them. Ours.
+    config.optim.freeze = config_dict.placeholder(str)
     config.optim.label_smoothing = 0.0  # paper, section 4: for ImageNet only
+    # Factors of the loss by class: "balanced" for images / (classes * images of the class), or a number for each class,
+    # separated by commas; none for 1. Ours.
+    config.optim.class_weights = config_dict.placeholder(str)
     # Decay per step of an average of the weights, such as 0.9999, which is scored beside them; none for no average.
     # Paper: none.
     config.optim.ema_decay = config_dict.placeholder(float)

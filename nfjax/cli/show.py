@@ -21,7 +21,7 @@ from nfjax.cli._outcome import UsageError
 from nfjax.cli._parser import Parser, path
 from nfjax.data.decoding import crops
 from nfjax.data.loading import stream
-from nfjax.training import checks, loader, preprocessing, rng
+from nfjax.training import checks, loader, preprocessing, pretrained, rng
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"--count={arguments.count} --step={arguments.step}: expected at least one image, of step 0 or later"
         )
+    config = pretrained.resolve(config)
     checks.check(config)
     contact_sheet(config, arguments.count, arguments.step).savefig(arguments.out, dpi=130)
     print(arguments.out)
@@ -56,7 +57,7 @@ def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
     """
     dataset = loader.open_data(config, config.data.dir)
     split, size = dataset.train, config.data.image_size
-    (order,) = data.train_orders(config.seed, len(split), config.batch_size, step, step + 1)
+    (order,) = loader.train_orders(config, split, step, step + 1)
     causes: dict[int, str] = {}
     if isinstance(split, data.Images):
         batch = split.take(order.indices) | {"mask": order.mask}

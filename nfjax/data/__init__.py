@@ -8,7 +8,7 @@ and `__getitem__`.
 
 from __future__ import annotations
 
-from nfjax.data.loading.order import Order, epoch_end, eval_orders, train_indices, train_orders
+from nfjax.data.loading.order import Classes, Order, epoch_end, eval_orders, train_indices, train_orders
 from nfjax.data.sources import COLLECTIONS, DATASETS, load, loader
 from nfjax.data.sources.sequences import from_sequences
 from nfjax.data.splits import Dataset, Encoded, Images
@@ -16,6 +16,7 @@ from nfjax.data.splits import Dataset, Encoded, Images
 __all__ = [
     "COLLECTIONS",
     "DATASETS",
+    "Classes",
     "Dataset",
     "Encoded",
     "Images",

@@ -107,6 +107,12 @@ class Part:
     def __len__(self) -> int:
         return len(self._indices)
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Of its examples, int32 [N], where the whole knows them without reading; else None."""
+        whole = getattr(self._whole, "labels", None)
+        return None if whole is None else whole[self._indices]
+
     def reference(self, index: int) -> Any:
         return self._whole.reference(int(self._indices[index]))
 

@@ -27,6 +27,7 @@ from nfjax import config as configs
 from nfjax import distributed, storage
 from nfjax.data import Dataset
 from nfjax.runs import files, mirror
+from nfjax.runs.progress import say
 
 LOCK = ".lock"
 PARAMETERS = "parameters.txt"
@@ -39,6 +40,8 @@ PACKAGES = ("nfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_c
 
 def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
     """Creates `workdir`, or checks that the run in it has this config. Writes nothing: `start` does.
+
+    The epochs may be more than they were.
 
     Raises ValueError that names the fields which differ, or what lies there that is not of a run, and OSError if
     nothing can be written there, or if another process does not see it.
@@ -71,6 +74,7 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
         )
     if _has_begun(folder) and (before := _settings_before(folder, config)) is not None:
         now = essence(config)
+        _note_more_epochs(before, now)
         differing = [
             f"  {name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
             for name in sorted(before.keys() | now.keys())
@@ -82,6 +86,14 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
                 "differ:\n" + "\n".join(differing) + "\nchoose another --workdir, or the settings of that run"
             )
     return folder
+
+
+def _note_more_epochs(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Lets a run go on for more epochs than it began with, whether it came to their end or not."""
+    then, wanted = before.get("epochs"), now["epochs"]
+    if isinstance(then, int) and then < wanted:
+        say(f"epochs  {then} before, {wanted} now: from here on with the schedule of {wanted} epochs")
+        before["epochs"] = wanted
 
 
 def _foreign(folder: pathlib.Path) -> str:
@@ -252,7 +264,9 @@ def _short(value: Any) -> str:
 
 
 def note_start(folder: pathlib.Path, config: ConfigDict, step: int) -> None:
-    """Adds one entry to versions.json: when, from which step, by which versions, on which device, from which commit."""
+    """Adds one entry to versions.json: when, from which step to which epoch, by which versions, on which device, from
+    which commit.
+    """
     if not distributed.is_first():
         return
     path = folder / files.VERSIONS
@@ -269,6 +283,7 @@ def note_start(folder: pathlib.Path, config: ConfigDict, step: int) -> None:
         {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "step": step,
+            "epochs": config.epochs,
             "python": platform.python_version(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},

@@ -12,14 +12,17 @@ from ml_collections import ConfigDict
 
 from nfjax.runs import trackers
 from nfjax.training import (
+    balance,
     callbacks,
     footprint,
     loader,
     networks,
     optimizers,
     preprocessing,
+    pretrained,
     propagation,
     ranges,
+    rates,
     rescaling,
     schedules,
     sharding,
@@ -35,7 +38,7 @@ def check(config: ConfigDict) -> None:
     ranges.check(config, RANGES)
     sharding.check(config)
     _check_batch(config)
-    for module in (loader, preprocessing, schedules, callbacks, trackers):
+    for module in (loader, balance, preprocessing, schedules, callbacks, trackers):
         module.check(config)
     model = networks.shapes(config)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -43,6 +46,8 @@ def check(config: ConfigDict) -> None:
     optimizers.check(config, params)
     propagation.check(config, model)
     rescaling.check(config, model)
+    pretrained.check(config)
+    networks.as_functions(model, rates.frozen(config))  # last, for it changes the mode of the model
 
 
 def _check_batch(config: ConfigDict) -> None:

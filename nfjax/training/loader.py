@@ -24,11 +24,11 @@ from ml_collections import ConfigDict
 
 from nfjax import data
 from nfjax._names import lookup
-from nfjax.data import Order
+from nfjax.data import Classes, Order
 from nfjax.data.decoding import crops
 from nfjax.data.identity import identity
 from nfjax.data.loading import memory, skips, stream
-from nfjax.training import ranges, sharding, step
+from nfjax.training import balance, ranges, sharding, step
 from nfjax.training.ranges import Range
 from nfjax.training.state import Batch, Steps
 
@@ -133,8 +133,14 @@ def first_images(config: ConfigDict, split: data.Images | data.Encoded) -> np.nd
 
 def images_of_first_step(config: ConfigDict, split: data.Images | data.Encoded, most: int) -> np.ndarray:
     """The images of the first training step, without augmentation, `most` at most; the rest as in `first_images`."""
-    (order,) = data.train_orders(config.seed, len(split), config.batch_size, 0, 1)
+    (order,) = train_orders(config, split, 0, 1)
     return _images(config, split, order.indices, min(config.batch_size, most))
+
+
+def train_orders(config: ConfigDict, split: data.Images | data.Encoded, first: int, last: int) -> Iterator[Order]:
+    """The batches of training steps `first` to `last - 1` of a run with this config."""
+    classes = balance.classes(config, split)
+    return data.train_orders(config.seed, len(split), config.batch_size, first, last, classes)
 
 
 def _images(
@@ -165,7 +171,9 @@ def build(config: ConfigDict, dataset: data.Dataset, name: str, mesh: Mesh, fold
         mesh: Of the devices.
         folder: Gets skipped.jsonl; None for none.
     """
-    split, order = getattr(dataset, name), (config.batch_size, config.seed, mesh)
+    split = getattr(dataset, name)
+    classes = balance.classes(config, split, dataset) if name == "train" else None
+    order = (config.batch_size, config.seed, mesh, classes)
     if isinstance(split, data.Images) and config.data.keep == "device":
         return DeviceLoader(split, *order)
     make = taken(split) if isinstance(split, data.Images) else _decoded(config, split, name, folder)
@@ -221,11 +229,13 @@ class Loader:
         size: Examples of the split.
         batch_size: Examples of a batch, over all devices.
         seed: Of the order of training.
+        classes: Of the split, where they are drawn equally in training; else None.
         waited: Seconds for which nothing was left to do for the device because a batch was not there yet.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, mesh: Mesh):
+    def __init__(self, size: int, batch_size: int, seed: int, mesh: Mesh, classes: Classes | None = None):
         self.size, self.batch_size, self.seed, self.waited = size, batch_size, seed, 0.0
+        self.classes = classes
         self.mesh, self._by_batch = mesh, sharding.by_batch(mesh)
 
     def train(self, first: int, last: int, idle: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
@@ -233,7 +243,8 @@ class Loader:
 
         idle: tells whether the device has finished what it was given.
         """
-        return self._batches(data.train_orders(self.seed, self.size, self.batch_size, first, last), idle)
+        orders = data.train_orders(self.seed, self.size, self.batch_size, first, last, self.classes)
+        return self._batches(orders, idle)
 
     def evaluate(self) -> Iterator[Batch]:
         """Batches in which every example stands once; the last one is filled up with masked ones."""
@@ -251,14 +262,14 @@ class Loader:
 class DeviceLoader(Loader):
     """Images in the device's memory, from which batches are gathered by index."""
 
-    def __init__(self, split: data.Images, batch_size: int, seed: int, mesh: Mesh):
-        super().__init__(len(split), batch_size, seed, mesh)
+    def __init__(self, split: data.Images, batch_size: int, seed: int, mesh: Mesh, classes: Classes | None = None):
+        super().__init__(len(split), batch_size, seed, mesh, classes)
         examples = Batch(split.images, split.labels, np.ones(len(split), np.float32))
         self._examples: Batch = sharding.place(examples, sharding.replicated(mesh))
 
     def train_steps(self, first: int, count: int, length: int) -> Steps:
         """Training steps `first` to `first + count - 1` for one dispatch, in the shape of `length` steps."""
-        indices = data.train_indices(self.seed, self.size, self.batch_size, first, count)
+        indices = data.train_indices(self.seed, self.size, self.batch_size, first, count, self.classes)
         padded = np.zeros((length, self.batch_size), np.int32)
         padded[:count] = indices
         return Steps(self._examples, padded, np.int32(count))
@@ -282,8 +293,9 @@ class HostLoader(Loader):
         batch_size: int,
         seed: int,
         mesh: Mesh,
+        classes: Classes | None = None,
     ):
-        super().__init__(size, batch_size, seed, mesh)
+        super().__init__(size, batch_size, seed, mesh, classes)
         self._make = make
         self._open: list[_Prefetch] = []
 

@@ -1,9 +1,9 @@
 """The training loop: reads a config, writes a workdir.
 
 The workdir holds config.json, data.json (class names, sizes, skipped files), versions.json (one entry per start),
-parameters.txt, metrics.jsonl, TensorBoard events, checkpoints/, damaged_checkpoints/ where there are any, and
-curves.png. Whatever is random or ordered in a run follows from (seed, step), so a run that was stopped goes on from its
-newest checkpoint as if it had never been stopped.
+parameters.txt, init_from.json where it began with trained weights, metrics.jsonl, TensorBoard events, checkpoints/,
+damaged_checkpoints/ where there are any, and curves.png. Whatever is random or ordered in a run follows from (seed,
+step), so a run that was stopped goes on from its newest checkpoint as if it had never been stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from nfjax import distributed, preemption
 from nfjax.runs import mirror, report, workdirs
-from nfjax.training import callbacks, checks, failures, networks, setup
+from nfjax.training import callbacks, checks, failures, networks, pretrained, setup
 from nfjax.training.failures import TrainingDivergedError
 from nfjax.training.setup import Run
 
@@ -46,6 +46,7 @@ def train(config: ConfigDict, workdir: str, more: Sequence[Callable[[Run], None]
         TrainingDivergedError: The loss, its gradient or the update stopped being finite.
         preemption.TrainingInterruptedError: Ctrl-C or SIGTERM; what was trained is saved.
     """
+    config = pretrained.resolve(config, workdir)
     checks.check(config)
     try:
         folder = workdirs.open_for(config, workdir)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -22,6 +23,22 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), smoothing)
     return optax.softmax_cross_entropy(logits, targets)
+
+
+def balanced_weights(counts: np.ndarray) -> np.ndarray:
+    """The weight of each class with which all classes have as much of the loss: n / (classes * n_c).
+
+    Their mean over all examples is 1.
+
+    Args:
+        counts: Examples of each class, int [C]; one that has none counts for nothing, and has a weight of 1.
+
+    Returns:
+        float32 [C].
+    """
+    there = counts > 0
+    weights = counts.sum() / (there.sum() * np.maximum(counts, 1))
+    return np.where(there, weights, 1.0).astype(np.float32)
 
 
 def sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

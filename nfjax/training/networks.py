@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from nfjax import _names, initializers, models
 from nfjax._names import lookup
-from nfjax.training import keywords, ranges
+from nfjax.training import keywords, patterns, ranges
 from nfjax.training.ranges import Range
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -68,6 +68,15 @@ def shapes(config: ConfigDict, num_classes: int = 2, **instead: Any) -> nnx.Modu
     except TypeError as error:
         arguments = f", model.arguments={config.model.arguments!r}" if config.model.arguments else ""
         raise ValueError(f"model.name={config.model.name}{arguments}: it cannot be built: {error}") from error
+
+
+def head(config: ConfigDict, num_classes: int = 2) -> frozenset[str]:
+    """The paths of the parameters whose shapes follow the number of classes: what tells classes apart."""
+    own, other = (
+        patterns.by_path(nnx.to_pure_dict(nnx.state(shapes(config, classes), nnx.Param)))
+        for classes in (num_classes, num_classes + 1)
+    )
+    return frozenset(path for path, leaf in own.items() if path not in other or other[path].shape != leaf.shape)
 
 
 def build(config: ConfigDict, num_classes: int, key: jax.Array, **instead: Any) -> nnx.Module:
@@ -229,6 +238,8 @@ class Network:
         random: The state of the model's own random streams, of dropout for example; empty where it has none.
         synchronized: Whether all that it keeps between steps is the same on every device, as batch norm's statistics
             over all of them are; what else there is has to be averaged.
+        frozen: Patterns of what training leaves as it is, parameters and what is kept: no gradient reaches them, and
+            batch norm below them takes its running statistics.
     """
 
     train_graph: nnx.GraphDef
@@ -236,6 +247,7 @@ class Network:
     structures: tuple[Any, Any]
     random: Any
     synchronized: bool
+    frozen: tuple[str, ...] = ()
 
     def train(
         self,
@@ -258,6 +270,10 @@ class Network:
         Returns:
             Logits [B, classes], float32 whatever the network computes in, and the updated batch statistics.
         """
+        if self.frozen:
+            params = patterns.map_by_path(
+                lambda path, leaf: jax.lax.stop_gradient(leaf) if patterns.matches(self.frozen, path) else leaf, params
+            )
         model = self._merge(self.train_graph, params, batch_stats, noise)
         model.set_attributes(nnx.BatchNorm, axis_name=axes, raise_if_not_found=False)
         logits = model(images).astype(jnp.float32)
@@ -265,7 +281,7 @@ class Network:
         updated = nnx.to_pure_dict(nnx.state(model, STATE))
         if axes and not self.synchronized:
             updated = jax.tree.map(lambda x: _of_all_devices(x, axes), updated)
-        return logits, updated
+        return logits, patterns.held(self.frozen, batch_stats, updated)
 
     def predict(self, params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
         """Logits [B, classes], float32, from running statistics where there is batch norm."""
@@ -317,9 +333,18 @@ def begin_streams(model: nnx.Module, key: jax.Array) -> None:
     nnx.update(model, restarted(nnx.state(model, nnx.RngState), key))
 
 
-def as_functions(model: nnx.Module) -> tuple[Network, Any, Any]:
-    """(network, params, batch_stats) of a model; the last two are plain dicts."""
+def as_functions(model: nnx.Module, frozen: Sequence[str] = ()) -> tuple[Network, Any, Any]:
+    """(network, params, batch_stats) of a model; the last two are plain dicts.
+
+    Args:
+        model: Any NNX model.
+        frozen: Patterns of what training leaves as it is.
+
+    Raises:
+        ValueError: Batch norm of a Linen model is among it, which does not tell how it is to be used.
+    """
     model.train()
+    _freeze_statistics(model, frozen)
     train_graph, params, random, batch_stats = nnx.split(model, nnx.Param, nnx.RngState, ...)
     model.eval()
     eval_graph, *_ = nnx.split(model, nnx.Param, nnx.RngState, ...)
@@ -330,5 +355,23 @@ def as_functions(model: nnx.Module) -> tuple[Network, Any, Any]:
         if isinstance(module, nnx.BatchNorm)
     )
     synchronized = normalized == len(jax.tree.leaves(batch_stats))
-    network = Network(train_graph, eval_graph, structures, random, synchronized)
+    network = Network(train_graph, eval_graph, structures, random, synchronized, tuple(frozen))
     return network, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+def _freeze_statistics(model: nnx.Module, frozen: Sequence[str]) -> None:
+    """Sets the norms that are frozen to their running statistics, those that have this switch, as Flax's do."""
+    if not frozen:
+        return
+    for keys, module in nnx.iter_modules(model):
+        path = "/".join(map(str, keys))
+        kept = [f"{path}/{name}".lstrip("/") for name in patterns.by_path(nnx.to_pure_dict(nnx.state(module, STATE)))]
+        held = [name for name in kept if patterns.matches(frozen, name)]
+        if held and isinstance(module, models.LinenNetwork):
+            raise ValueError(
+                f"optim.freeze={','.join(frozen)} has {held[0]} of a Linen model, whose batch norm has one switch for "
+                "all of it: freeze its parameters alone, such as --config.optim.freeze='**/kernel,**/scale,**/bias'; "
+                "its running statistics then go on"
+            )
+        if held == kept and held and hasattr(module, "use_running_average"):
+            module.use_running_average = True

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from nfjax import _names
-from nfjax.training import keywords, ranges, schedules
+from nfjax.training import keywords, patterns, ranges, rates, schedules
 from nfjax.training.ranges import Range
 
 CLASSIFIER = "classifier"
@@ -28,6 +29,9 @@ RANGES: dict[str, Range] = {
     "optim.clip_norm": _CLIPPING,
     "optim.adaptive_clip": _CLIPPING,
     "optim.scalar_rate": Range(lambda value: np.float32(value) > 0, "must be positive"),
+    "optim.layer_decay": Range(
+        lambda value: 0 < value <= 1, "must be more than 0, and at most 1, or none for one rate in all layers"
+    ),
     "optim.label_smoothing": ranges.UP_TO_ONE,
     "optim.ema_decay": Range(lambda value: 0 < value < 1, "must be more than 0 and less than 1, or none for none"),
 }
@@ -96,6 +100,8 @@ def make(
     clip_norm: float | None = None,
     adaptive_clip: float | None = None,
     scalar_rate: float = 1.0,
+    rate: Callable[[str], float] | None = None,
+    frozen: Sequence[str] = (),
     settings: str = "",
 ) -> optax.GradientTransformation:
     """An optimizer, with what is done to the gradient before it.
@@ -113,6 +119,8 @@ def make(
             output unit, with the classifier exempt, as in that paper; None for none.
         scalar_rate: By which the learning rate is multiplied for parameters that are single numbers, such as the scales
             and biases of Fixup, whose authors take 0.1.
+        rate: From the path of a parameter, "blocks/0/alpha", to a further factor of its learning rate; None for 1.
+        frozen: Patterns, see `patterns`, of parameters that stay as they are, bit for bit, and have no state.
         settings: Further keyword arguments of the optimizer, "b1=0.9, b2=0.95".
 
     Raises:
@@ -146,7 +154,28 @@ def make(
             f"optim.name={name!r} gives {type(optimizer).__name__}: expected an optax.GradientTransformation"
         )
     behind = [] if scalar_rate == 1 else [optax.masked(optax.scale(scalar_rate), scalars)]
-    return optax.chain(*parts, _promoting(optimizer), *behind)
+    if rate is not None:
+        behind.append(optax.stateless(lambda updates, params: _times(updates, rate)))
+    return _sparing(optax.chain(*parts, _promoting(optimizer), *behind), tuple(frozen))
+
+
+def _times(updates: Any, rate: Callable[[str], float]) -> Any:
+    return patterns.map_by_path(lambda path, leaf: leaf * np.asarray(rate(path), leaf.dtype), updates)
+
+
+def _sparing(optimizer: optax.GradientTransformation, frozen: tuple[str, ...]) -> optax.GradientTransformation:
+    """The optimizer for all parameters but those that are frozen, of which it knows nothing."""
+    if not frozen:
+        return optimizer
+    # Negative zero: added to a number, it gives the same bits, those of negative zero, too.
+    still = optax.stateless(lambda updates, params: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates))
+
+    def labels(params: Any) -> Any:
+        return patterns.map_by_path(
+            lambda path, leaf: "frozen" if patterns.matches(frozen, path) else "trained", params
+        )
+
+    return optax.partition({"trained": optimizer, "frozen": still}, labels)
 
 
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -170,6 +199,7 @@ def check(config: ConfigDict, params: Any) -> None:
         raise ValueError(_wrong_mask(settings.weight_decay_mask, error)) from error
     if wrong := [leaf for leaf in jax.tree.leaves(decays) if not isinstance(leaf, bool | np.bool_)]:
         raise ValueError(_wrong_mask(settings.weight_decay_mask, f"it gives {wrong[0]!r}"))
+    rates.check(config, patterns.by_path(params))
     optimizer = build(config, schedule)
     try:
         jax.eval_shape(lambda params: optimizer.update(params, optimizer.init(params), params), params)
@@ -198,6 +228,8 @@ def build(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
         clip_norm=settings.clip_norm,
         adaptive_clip=settings.adaptive_clip,
         scalar_rate=settings.scalar_rate,
+        rate=rates.build(config),
+        frozen=rates.frozen(config),
         settings=settings.arguments,
     )
 

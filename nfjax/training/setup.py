@@ -21,6 +21,7 @@ from nfjax import _cpu, data, distributed, preemption, spp
 from nfjax.runs import checkpoint, metrics, mirror, report, trackers, workdirs
 from nfjax.runs.progress import Bar, say
 from nfjax.training import (
+    balance,
     divergence,
     failures,
     footprint,
@@ -28,12 +29,15 @@ from nfjax.training import (
     networks,
     optimizers,
     preprocessing,
+    pretrained,
     propagation,
+    rates,
     rescaling,
     rng,
     schedules,
     sharding,
     step,
+    transfer,
 )
 from nfjax.training.loader import Loader
 from nfjax.training.progress import Progress
@@ -159,6 +163,59 @@ class Run:
         return not self._parts or all(x.is_ready() for x in self._parts[-1][1].values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What the first step of a run works with.
+
+    Attributes:
+        state: Before it.
+        task: What is trained.
+        key: Of the random stream "training".
+    """
+
+    state: TrainState
+    task: Task
+    key: jax.Array
+
+
+def beginning(config: ConfigDict, dataset: data.Dataset, mesh: Mesh, schedule: optax.Schedule) -> Beginning:
+    """The first step of a run that has no workdir, with a schedule that may be another than the config's."""
+    model = networks.build(config, len(dataset.class_names), rng.of_seed(config.seed, "init"))
+    network, params, batch_stats = networks.as_functions(model, rates.frozen(config))
+    weights = first_weights(config, dataset, None, network, params, batch_stats)
+    optimizer = optimizers.build(config, schedule)
+    task = _task(config, network, optimizer, mesh, balance.class_weights(config, dataset))
+    return Beginning(_begin(config, optimizer, mesh, *weights), task, rng.of_seed(config.seed, "training"))
+
+
+def first_weights(
+    config: ConfigDict,
+    dataset: data.Dataset,
+    folder: pathlib.Path | None,
+    network: networks.Network,
+    params: Any,
+    batch_stats: Any,
+) -> tuple[Any, Any]:
+    """(parameters, batch statistics) before the first step: as initialized, those of a source, or rescaled.
+
+    folder: The workdir, which gets a record of the source; None for none.
+    """
+    if config.init_from:
+        params, batch_stats = transfer.begin(config, dataset.class_names, folder, params, batch_stats)
+    if config.model.rescale:
+        normalize = preprocessing.make_normalize(config)
+        params = rescaling.apply(config, dataset.train, normalize, network, params, batch_stats)
+    return params, batch_stats
+
+
+def check_size(config: ConfigDict, dataset: data.Dataset) -> None:
+    """Raises ValueError where a batch has more images than there are."""
+    if (size := len(dataset.train)) < config.batch_size:
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than the {size} training images; choose a smaller one"
+        )
+
+
 def build(config: ConfigDict, folder: pathlib.Path) -> Run:
     """The run of a config in a workdir that is open and claimed, at its start or where it stopped.
 
@@ -167,16 +224,15 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
     """
     dataset = loader.open_data(config, config.data.dir)
     size = len(dataset.train)
-    if size < config.batch_size:
-        raise ValueError(
-            f"batch_size={config.batch_size} is more than the {size} training images; choose a smaller one"
-        )
+    check_size(config, dataset)
     workdirs.start(folder, config, dataset)
 
     mesh = sharding.make(config.train.state_shards)
     model = networks.build(config, len(dataset.class_names), rng.of_seed(config.seed, "init"))
     say(report.header(config, networks.describe(config), folder, dataset, model))
-    network, params, batch_stats = networks.as_functions(model)
+    network, params, batch_stats = networks.as_functions(model, rates.frozen(config))
+    if told := rates.describe(config, params):
+        say(told)
     progress = Progress(size, config.batch_size, config.epochs, config.log.every_steps)
     schedule = schedules.build(config, progress.epoch_ends)
     optimizer = optimizers.build(config, schedule)
@@ -193,9 +249,11 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
     else:
         if logged := metrics.read(folder):
             say(f"no checkpoint in {folder}: the run begins anew, and its {len(logged)} lines of metrics with it")
-        if config.model.rescale:
+        if not config.init_from:
+            pretrained.remove_record(folder)
+        if config.init_from or config.model.rescale:
             del state
-            params = rescaling.apply(config, dataset.train, normalize, network, params, batch_stats)
+            params, batch_stats = first_weights(config, dataset, folder, network, params, batch_stats)
             state = begin(params, batch_stats)
         workdirs.note_parameters(folder, params)
     del model, params, batch_stats
@@ -203,7 +261,7 @@ def build(config: ConfigDict, folder: pathlib.Path) -> Run:
 
     interrupts = preemption.Interrupts(late=True)
     train_loader = loader.build(config, dataset, "train", mesh, folder)
-    task = _task(config, network, optimizer, mesh)
+    task = _task(config, network, optimizer, mesh, balance.class_weights(config, dataset))
     train_step, steps_per_dispatch = _train_step(config, task, size)
     tracked = (folder, progress.step, config.log.trackers, json.loads(config.to_json_best_effort()))
     return Run(
@@ -239,7 +297,13 @@ def _begin(
     return sharding.place(state, sharding.of_state(state, mesh))
 
 
-def _task(config: ConfigDict, network: networks.Network, optimizer: optax.GradientTransformation, mesh: Mesh) -> Task:
+def _task(
+    config: ConfigDict,
+    network: networks.Network,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    class_weights: tuple[float, ...] | None,
+) -> Task:
     return Task(
         network,
         optimizer,
@@ -251,6 +315,8 @@ def _task(config: ConfigDict, network: networks.Network, optimizer: optax.Gradie
         # Whose convolutions XLA runs in a loop many times slower on a CPU.
         unroll=_cpu.platform_of(mesh) == "cpu" and not networks.is_ours(config),
         signal_every=config.log.signal_every_steps,
+        frozen=network.frozen,
+        class_weights=class_weights,
         mesh=mesh,
     )
 

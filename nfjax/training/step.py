@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from nfjax.training import losses, movement, rng, sharding
+from nfjax.training import losses, movement, patterns, rng, sharding
 from nfjax.training.networks import Network
 from nfjax.training.state import Batch, Steps, TrainState
 
@@ -47,6 +47,9 @@ class Task:
             norm sees the parts.
         unroll: Whether the parts stand one after the other in the program, and are no loop in it.
         signal_every: Steps from one to the next that tells how far it moves the weights, None for none.
+        frozen: Patterns of what stays as it is, as the network and the optimizer have them.
+        class_weights: Factor of the loss of an example by its class, [C]; None for 1. The loss is divided by the number
+            of examples, not by the sum of their weights, which would give a batch of frequent classes more.
         mesh: Of the devices over which a batch is divided, all there are by default.
     """
 
@@ -59,6 +62,8 @@ class Task:
     parts: int = 1
     unroll: bool = False
     signal_every: int | None = None
+    frozen: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] | None = None
     mesh: Mesh = dataclasses.field(default_factory=sharding.make)
 
     @property
@@ -96,7 +101,10 @@ def train_step(state: TrainState, batch: Batch, key: jax.Array, *, task: Task) -
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
     after = state.replace(params=params, batch_stats=batch_stats, opt=opt, step=state.step + 1)
     if task.ema_decay is not None:
-        after = after.replace(ema=_averaged(state, after, task.ema_decay))
+        averaged = _averaged(state, after, task.ema_decay)
+        # An average of equal numbers may differ from them in the last bit.
+        held = {name: patterns.held(task.frozen, state.ema[name], averaged[name]) for name in averaged}
+        after = after.replace(ema=held)
     if task.signal_every is not None:
         count = task.parts * task.mesh.size
         parts = movement.Parts(sums.pop("part_square") / count, count, batch.mask.size) if task.has_noise else None
@@ -190,6 +198,9 @@ def make_examples(batch: Batch, key: jax.Array, task: Task) -> Examples:
         images, partner, weight = task.mix(key, images, batch.mask)
         targets = [(labels, weight), (labels[partner], 1 - weight)]
         labels = jnp.where(weight >= 0.5, labels, labels[partner])
+    if task.class_weights is not None:
+        of_class = jnp.asarray(task.class_weights, jnp.float32)
+        targets = [(target, weight * of_class[target]) for target, weight in targets]
     return {"image": images, "targets": targets, "label": labels, "mask": batch.mask}
 
 
