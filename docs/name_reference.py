@@ -116,8 +116,8 @@ TABLES = (
         "nfjax.inference",
         "FORMATS",
         "`--format` of `nfjax export`",
-        "A function `(predictor, path) -> probabilities(images)` that writes a file and reads it again, the file's name, "
-        "and bounds.",
+        "A function `(predictor, path) -> probabilities(images)` that writes a file and reads it again, its name, and "
+        "bounds.",
     ),
     Table("Operations of RandAugment", "nfjax.augment", "OPERATIONS", "", "An operation of RandAugment."),
 )
