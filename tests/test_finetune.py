@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 from test_train import assert_equal, final_state, interrupt_at, records
 
+import nfjax
 from nfjax import config as configs
-from nfjax import data, evaluate, preemption
+from nfjax import data, evaluate, inference, preemption
 from nfjax.runs import checkpoint, files
 from nfjax.training import checks, networks, optimizers, patterns, pretrained, rates, transfer
 from nfjax.training import loop as train
@@ -123,6 +124,25 @@ def test_a_run_that_goes_on_never_needs_its_source_again(source, tuned, tmp_path
     tuned.init_from = str(source)
     with pytest.raises(ValueError, match=r"init_from: '.*copy' there, '.*source.*' now"):
         train.train(tuned, str(tmp_path / "stopped"))
+
+
+def test_an_export_is_a_source_like_its_run(source, tmp_path):
+    inference.export(nfjax.load(source), tmp_path / "exported", ["safetensors"])
+    run, exported = pretrained.find(str(source)), pretrained.find(str(tmp_path / "exported"))
+    assert exported.read().digest() == run.read().digest()
+    assert (exported.step, exported.class_names) == (run.step, run.class_names)
+    own = {
+        name: tuple(value) if isinstance(value, list | tuple) else value for name, value in run.preprocessing.items()
+    }
+    assert exported.preprocessing == own | {"resize": exported.preprocessing["resize"]}
+    assert exported.settings["width"] == 4
+    weights = tmp_path / "exported" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match="is not the file that"):
+        exported.read()
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="was exported without --format=safetensors"):
+        exported.read()
 
 
 def test_what_is_set_wins_over_the_source_and_is_told(tuned, capsys):

@@ -6,6 +6,8 @@
 import functools
 import pathlib
 import pickle
+import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from flax import nnx
 import nfjax
 from nfjax import cli, layers, resnet
 from nfjax.inference import _safetensors, torch_weights
+from nfjax.training import pretrained
 
 KEPT = pathlib.Path(__file__).parent / "timm_weights.npz"
 NETWORKS = {
@@ -141,6 +144,16 @@ def test_the_command_makes_a_model(tmp_path, capsys):
     assert "residual nf, stem imagenet" in told
     assert "short side 38, middle 33x33, mean (0.485, 0.456, 0.406)" in told
     assert "as timm has it" in told
+    line = told.splitlines()[-1]
+    assert line.startswith("to fine-tune it: nfjax train --config=CONFIG ")
+    source, flags = pretrained.find(str(out)), shlex.split(line)[7:]
+    assert all(flag.startswith("--config.model.") for flag in flags)
+    assert (
+        cli.run(["cost", "--config=cifar10_convshort", "--num-classes=5", "--config.data.image_size=33", *flags]) == 0
+    )
+    count = sum(leaf.size for leaf in source.read().params.values())
+    assert re.search(rf"^parameters +{count:,}$", capsys.readouterr().out, re.M)
+    assert source.class_names == ("ant", "bee", "cow", "dog", "eel")
     predictor = nfjax.load(out)  # nfjax's own functions need no trust
     assert predictor.class_names == ("ant", "bee", "cow", "dog", "eel")
     normalized = predictor.network.predict(predictor.params, predictor.batch_stats, images.transpose(0, 2, 3, 1))
@@ -158,5 +171,5 @@ def test_the_command_makes_a_model(tmp_path, capsys):
     assert "has 'ant' more than once" in refused("--overwrite")[1]
     assert "'0.5': expected three numbers, such as 0.485,0.456,0.406" in refused("--mean=0.5")[1]
     file.write_bytes(file.read_bytes()[:-1])
-    assert f"{file}" in (told := refused("--overwrite")[1])
-    assert "follow the header" in told
+    assert f"{file}" in refused("--overwrite")[1]
+    assert "follow the header" in refused("--overwrite")[1]

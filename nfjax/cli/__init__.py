@@ -18,6 +18,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from absl import logging
+
 import nfjax
 from nfjax import preemption
 from nfjax.cli._outcome import EXIT_CODES, UsageError, explain
@@ -84,6 +86,7 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         The exit code, one of `EXIT_CODES`.
     """
+    verbosity = logging.get_verbosity()  # which some commands lower; a program that goes on has its own
     try:
         command, rest, name = _find(argv)
         module = importlib.import_module(command.module)
@@ -96,6 +99,8 @@ def run(argv: Sequence[str]) -> int:
         raise
     except (Exception, KeyboardInterrupt) as error:
         return explain(error, with_traceback="--traceback" in argv)
+    finally:
+        logging.set_verbosity(verbosity)
     return 0
 
 

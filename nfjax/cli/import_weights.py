@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shlex
+from typing import Any
 
 from absl import logging
 
@@ -63,6 +65,17 @@ def run(arguments: argparse.Namespace) -> None:
         f"{preprocessing.std}{'' if arguments.mean and arguments.std else ' (as timm has it, unless you know better)'}"
     )
     print(f"{arguments.out}: README.md says what it is and how to use it")
+    print(f"to fine-tune it: nfjax train --config=CONFIG --config.init_from={arguments.out} {_flags(network)}")
+
+
+def _flags(network: dict[str, Any]) -> str:
+    """The settings of a run with this network."""
+    from nfjax.training.networks import FIELDS
+
+    fields = {name: value for name, value in network.items() if name in FIELDS}
+    others = ",".join(f"{name}='{value}'" for name, value in network.items() if name not in FIELDS)
+    flags = [shlex.quote(f"--config.model.{name}={value}") for name, value in fields.items()]
+    return " ".join([*flags, *([shlex.quote(f"--config.model.arguments={others}")] if others else [])])
 
 
 def _class_names(file: str | None, classes: int) -> list[str]:

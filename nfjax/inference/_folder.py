@@ -201,28 +201,48 @@ def load_weights(folder: pathlib.Path, model: nnx.Module, settings: Settings) ->
         storage.DamagedFileError: The file is damaged, or of another network.
         FileNotFoundError: There is none.
     """
+    _check_there(folder)
     path = folder / WEIGHTS
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{folder} has no {WEIGHTS}: it was exported without --format=safetensors, and can be used by the program "
-            "that it holds, see its README.md"
-        )
     parts = [nnx.state(model, nnx.Param), nnx.state(model, networks.STATE)]
     expected = arrays_by_name(*map(nnx.to_pure_dict, parts))
     places = _safetensors.read_places(path)
     described = {name: (np.dtype(array.dtype), array.shape) for name, array in expected.items()}
     _check_same(path, settings, described, {name: (place.dtype, place.shape) for name, place in places.items()})
+    found = _decode(folder, settings, places)
+    names = iter(expected)
+    for part in parts:
+        leaves, structure = jax.tree.flatten(part)
+        nnx.update(model, jax.tree.unflatten(structure, [jax.numpy.asarray(found[next(names)]) for _ in leaves]))
+
+
+def read_weights(folder: pathlib.Path, settings: Settings) -> dict[str, np.ndarray]:
+    """The arrays of an export by name, as of `arrays_by_name`, whatever its network.
+
+    Raises:
+        storage.DamagedFileError: The file is damaged.
+        FileNotFoundError: There is none.
+    """
+    _check_there(folder)
+    return _decode(folder, settings, _safetensors.read_places(folder / WEIGHTS))
+
+
+def _check_there(folder: pathlib.Path) -> None:
+    if not (folder / WEIGHTS).exists():
+        raise FileNotFoundError(
+            f"{folder} has no {WEIGHTS}: it was exported without --format=safetensors, and can be used by the program "
+            "that it holds, see its README.md"
+        )
+
+
+def _decode(folder: pathlib.Path, settings: Settings, places: dict[str, _safetensors.Place]) -> dict[str, np.ndarray]:
+    path = folder / WEIGHTS
     data = path.read_bytes()
     if settings.weights_sha256 not in (None, hashlib.sha256(data).hexdigest()):
         raise storage.DamagedFileError(
             f"{path} is not the file that {folder / SETTINGS} tells of. If it was changed on purpose, remove "
             f"weights_sha256 there; else {_WAY_OUT}"
         )
-    found = _safetensors.decode(data, places)
-    names = iter(expected)
-    for part in parts:
-        leaves, structure = jax.tree.flatten(part)
-        nnx.update(model, jax.tree.unflatten(structure, [jax.numpy.asarray(found[next(names)]) for _ in leaves]))
+    return _safetensors.decode(data, places)
 
 
 def _check_same(path: pathlib.Path, settings: Settings, expected: dict[str, Any], found: dict[str, Any]) -> None:

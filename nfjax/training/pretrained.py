@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -109,6 +110,39 @@ def of_workdir(path: str) -> Source | None:
     )
 
 
+def of_export(path: str) -> Source | None:
+    """The network in a folder of `nfjax export` or `nfjax import`, on this machine or, as "hf://USER/NAME", on the
+    Hugging Face Hub; None where there is none.
+
+    Raises:
+        ValueError: A file of it is damaged, or of a later version.
+        FileNotFoundError: It has no weights.
+    """
+    from nfjax.inference import _folder, hub  # which know images, too
+
+    folder = hub.fetch(path) if path.startswith(hub.PREFIX) else pathlib.Path(os.path.expanduser(path))
+    if not (folder / _folder.SETTINGS).exists() or not _folder.is_export(folder):
+        return None
+    settings = _folder.read(folder)
+    made, prepared = _folder.architecture(settings), _folder.preprocessing(settings, folder / _folder.SETTINGS)
+
+    def read() -> Weights:
+        found = _folder.read_weights(folder, settings)
+        parts = ({name.partition("/")[2]: value for name, value in found.items() if name.startswith(f"{kind}/")}
+                 for kind in ("params", "batch_stats"))  # fmt: skip
+        return Weights(*parts)
+
+    return Source(
+        path,
+        0 if settings.origin is None else settings.origin.step,
+        f"{made.name} {', '.join(f'{name}={value}' for name, value in made.arguments.items() if value is not None)}",
+        {"name": made.name} | {name: value for name, value in made.arguments.items() if name in NETWORK},
+        tuple(settings.class_names),
+        {name: getattr(prepared, name) for name in PREPROCESSING},
+        read,
+    )
+
+
 @contextlib.contextmanager
 def _opened(folder: pathlib.Path) -> Iterator[checkpoint.Checkpoints]:
     """The checkpoints in a workdir, to be read; orbax would warn that nothing can be written."""
@@ -124,7 +158,7 @@ def _opened(folder: pathlib.Path) -> Iterator[checkpoint.Checkpoints]:
         logging.set_verbosity(verbosity)
 
 
-KINDS: tuple[Callable[[str], Source | None], ...] = (of_workdir,)
+KINDS: tuple[Callable[[str], Source | None], ...] = (of_export, of_workdir)
 
 
 def find(path: str) -> Source:
@@ -139,7 +173,7 @@ def find(path: str) -> Source:
             return source
     raise FileNotFoundError(
         f"init_from={path}: there is no trained network; expected the --workdir of a training run, with its "
-        f"{files.CONFIG} and {checkpoint.FOLDER}"
+        f"{files.CONFIG} and {checkpoint.FOLDER}, or a folder of nfjax export or nfjax import"
     )
 
 
