@@ -1,5 +1,6 @@
 """Strict numerics for every test, and a tiny network and config for those that train."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -18,6 +19,18 @@ from nfjax import config as configs
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+gc.set_threshold(100_000, 20, 100)  # what JAX and Flax hold is large, lasts, and need not be walked again and again
+
+
+def _no_sharding(tracer):
+    raise AttributeError(f"{type(tracer).__name__} has no attribute 'sharding'")
+
+
+# Flax asks each value that it assigns to a variable for its sharding. A tracer has none, and before JAX 0.12 it says
+# so in a message that goes through all that was traced: two thirds of the time that 50 layers with batch norm take.
+if jax.__version_info__ < (0, 12):
+    jax.core.Tracer.sharding = property(_no_sharding)
+
 TINY = 10  # the depth of the smallest network, one basic block per stage
 # Of `nfjax reproduce`: a run that takes a second, on made-up images.
 TINY_FLAGS = [
@@ -29,15 +42,17 @@ TINY_FLAGS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
-    """The same program is compiled once per test session, in its processes and in those that they start."""
+    """The same program is compiled once per test session, in its processes and in those that they start: small ones,
+    of a single operation, as well, since they are most of all.
+    """
     base = tmp_path_factory.getbasetemp()
     folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # as `nfjax.compilation` may: it is in the keys
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patch.setenv("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
         patch.setenv("NFJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

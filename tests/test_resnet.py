@@ -125,16 +125,24 @@ def test_without_norm_examples_are_independent(residual):
 def test_with_batch_norm_examples_are_not_independent():
     model = PreActResNet(18, "identity", "batch", width=4, rngs=nnx.Rngs(0))
     first, second, other = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
+    call = nnx.jit(lambda model, batch: model(batch)[0])
     model.train()
-    a, b = model(jnp.stack([first, second]))[0], model(jnp.stack([first, 100 * other]))[0]
+    a, b = call(model, jnp.stack([first, second])), call(model, jnp.stack([first, 100 * other]))
     assert float(jnp.abs(a - b).max()) > 1e-3
     model.eval()
-    a, b = model(jnp.stack([first, second]))[0], model(jnp.stack([first, 100 * other]))[0]
+    a, b = call(model, jnp.stack([first, second])), call(model, jnp.stack([first, 100 * other]))
     np.testing.assert_array_equal(a, b)
 
 
 def window(x):
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pooled(pool, x, cotangent):
+    """The output, and the gradient of the input."""
+    y, gradient = jax.vjp(pool, x)
+    return y, gradient(cotangent)[0]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -143,18 +151,18 @@ def test_pooling_takes_the_largest_of_its_window_and_sends_the_gradient_there(si
     # No two values are equal, so that the gradient has one place to go.
     values = np.random.default_rng(0).permutation(3 * size[0] * size[1]).reshape(1, *size, 3) - 100.0
     x = jnp.asarray(values / 128, dtype)
-    y, gradient = jax.vjp(layers.max_pool, x)
-    expected, expected_gradient = jax.vjp(window, x)
+    shape = jax.eval_shape(window, x).shape
+    cotangent = jnp.asarray(np.random.default_rng(1).integers(-8, 8, shape), dtype)
+    y, gradient = pooled(layers.max_pool, x, cotangent)
+    expected, expected_gradient = pooled(window, x, cotangent)
     np.testing.assert_array_equal(y, expected)
-    cotangent = jnp.asarray(np.random.default_rng(1).integers(-8, 8, y.shape), dtype)
-    np.testing.assert_array_equal(gradient(cotangent)[0], expected_gradient(cotangent)[0])
+    np.testing.assert_array_equal(gradient, expected_gradient)
 
 
 def test_values_that_are_equal_share_the_gradient_of_their_window():
     x = jnp.asarray([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 2.0]]).reshape(1, 3, 3, 1)
-    y, gradient = jax.vjp(layers.max_pool, x)
+    y, shared = pooled(layers.max_pool, x, jnp.asarray([[4.0, 8.0], [16.0, 32.0]]).reshape(1, 2, 2, 1))
     np.testing.assert_array_equal(y.reshape(2, 2), [[1, 1], [2, 2]])
-    shared = gradient(jnp.asarray([[4.0, 8.0], [16.0, 32.0]]).reshape(y.shape))[0]
     np.testing.assert_array_equal(shared.reshape(3, 3), [[2, 2 + 8, 0], [0, 0, 0], [16, 0, 32]])
 
 
@@ -162,6 +170,7 @@ def test_pooling_has_derivatives_of_any_kind():
     x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
     dx = jnp.cos(x)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def of(pool):
         curved = lambda x: (jnp.sin(pool(x)) * x[:, ::2, ::2]).sum()  # noqa: E731
         return (
@@ -182,9 +191,10 @@ def test_bfloat16_computes_in_bfloat16_over_float32_parameters(norm):
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
     # flax's BatchNorm itself promotes bfloat16 to float32 for its statistics.
     with jax.numpy_dtype_promotion("standard" if norm else "strict"):
-        assert model.blocks[0](model.stem(images.astype(jnp.bfloat16))).dtype == jnp.bfloat16
-        half = model(images)
-    full = PreActResNet(18, "learnscalar", norm, width=8, rngs=nnx.Rngs(0))(images)
+        block = nnx.eval_shape(lambda model: model.blocks[0](model.stem(images.astype(jnp.bfloat16))), model)
+        assert block.dtype == jnp.bfloat16
+        half = nnx.jit(lambda model: model(images))(model)
+    full = nnx.jit(lambda model: model(images))(PreActResNet(18, "learnscalar", norm, width=8, rngs=nnx.Rngs(0)))
     assert half.dtype == jnp.float32
     assert float(jnp.abs(half - full).max() / jnp.abs(full).max()) < 0.1
 
@@ -235,7 +245,8 @@ def test_effective_fan_out_knows_each_layer():
 
 def test_seeds_and_callables():
     images = jnp.ones((1, 8, 8, 3))
-    a, b, c = (PreActResNet(18, width=4, rngs=nnx.Rngs(seed))(images) for seed in (0, 0, 1))
+    call = nnx.jit(lambda model: model(images))
+    a, b, c = (call(PreActResNet(18, width=4, rngs=nnx.Rngs(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
     assert float(jnp.abs(a - c).max()) > 0
     model = PreActResNet(18, width=4, init=jax.nn.initializers.constant(0.5), rngs=nnx.Rngs(0))
@@ -276,7 +287,7 @@ def test_bad_images(shape):
 def test_a_norm_of_ones_own():
     model = PreActResNet(18, width=4, norm=functools.partial(nnx.GroupNorm, num_groups=2), rngs=nnx.Rngs(0))
     assert isinstance(model.blocks[0].activation.norm, nnx.GroupNorm)
-    assert bool(jnp.isfinite(model(jnp.ones((1, 8, 8, 3)))).all())
+    assert bool(jnp.isfinite(nnx.jit(lambda model: model(jnp.ones((1, 8, 8, 3))))(model)).all())
 
 
 @pytest.mark.parametrize("residual", ["idshort", "convshort"])

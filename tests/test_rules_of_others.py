@@ -145,15 +145,21 @@ def test_a_fixup_network_begins_at_zero_and_its_first_step_is_that_of_any_depth(
     changes = []
     for count in (1, 3, 12):
         model = network(None, "fixup", stage_sizes=(count,), block="basic")
-        np.testing.assert_array_equal(model(images), jnp.zeros((4, 10)))
         graph, params = nnx.split(model, nnx.Param)
 
-        def loss(params, graph=graph):
-            logits = nnx.merge(graph, params)(images)
-            return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
+        @jax.jit
+        def step(params, graph=graph):
+            def loss(params):
+                logits = nnx.merge(graph, params)(images)
+                return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean(), logits
 
-        stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
-        changes.append(nnx.merge(graph, stepped)(images))
+            grads, logits = jax.grad(loss, has_aux=True)(params)
+            stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+            return logits, nnx.merge(graph, stepped)(images)
+
+        logits, change = step(params)
+        np.testing.assert_array_equal(logits, jnp.zeros((4, 10)))
+        changes.append(change)
     assert float(jnp.abs(changes[0]).max()) > 1e-3
     # Between transitions every block begins as the identity, and only the classifier has a gradient.
     for change in changes[1:]:
@@ -282,10 +288,17 @@ def test_group_norm_goes_with_standardized_weights():
 def test_an_image_is_alone_in_its_batch(norm):
     model = network(10, "identity", norm)
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
-    for part in (model.stem, *model.blocks):
-        whole, alone = part(images), part(images[:1])
+
+    @nnx.jit
+    def outputs(model, whole):
+        found = []
+        for part in (model.stem, *model.blocks):
+            whole, alone = part(whole), part(whole[:1])
+            found.append((whole, alone))
+        return found
+
+    for whole, alone in outputs(model, images):
         np.testing.assert_allclose(whole[:1], alone, atol=2e-5 * float(jnp.abs(whole).max()))
-        images = whole
 
 
 @pytest.mark.parametrize(("rule", "norm"), [("nf", None), ("fixup", None), *(("identity", norm) for norm in NORMS)])
@@ -302,10 +315,17 @@ def test_bfloat16_remat_and_both_stems(rule, norm):
 
     for a, b in zip(*map(jax.tree.leaves, map(gradient, (plain, kept))), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max()) + 1e-12)
-    x, y = plain.stem(images), half.stem(images.astype(jnp.bfloat16))
-    for block, narrow in zip(plain.blocks[:2], half.blocks[:2], strict=True):  # behind these, groups are of two numbers
-        x, y = block(x), narrow(y)
-        assert y.dtype == jnp.bfloat16
+
+    @nnx.jit
+    def outputs(model, x):
+        found = [model.stem(x)]
+        for block in model.blocks[:2]:  # behind these, groups are of two numbers
+            found.append(block(found[-1]))
+        return found
+
+    (*_, x), (_, *narrow) = outputs(plain, images), outputs(half, images.astype(jnp.bfloat16))
+    assert [y.dtype for y in narrow] == [jnp.bfloat16] * 2
+    y = narrow[-1]
     assert float(jnp.linalg.norm((x - y).ravel()) / jnp.linalg.norm(x.ravel())) < 0.1
 
 

@@ -71,25 +71,29 @@ def test_equal_to_an_explicit_vjp_at_every_block(tiny, residual, norm):
     profile = spp.propagate(model, x, seed=3)
 
     def tail(x, start):
-        for block in nnx.clone(model).blocks[start:]:  # batch norm writes its statistics
+        for block in nnx.clone(model).blocks[start:]:
             x = block(x)
         return x
 
-    outputs, y = [], model.stem(x)
-    for block in model.blocks:
-        y = block(y)
-        outputs.append(y)
-    noise = jax.random.normal(_monitor.stream(3, _monitor.COTANGENT), y.shape)
-    for i, y in enumerate(outputs):
-        _, pull = jax.vjp(lambda y, i=i: tail(y, i + 1), y)
-        (gradient,) = pull(noise)
+    @jax.jit
+    def by_hand(x):
+        """(output, gradient, output of the branch) of each block."""
+        own = nnx.clone(model)  # batch norm writes its statistics
+        outputs, branches = [own.stem(x)], []
+        for block in own.blocks:
+            branches.append(block.branch(block.activation(outputs[-1])))
+            outputs.append(block(outputs[-1]))
+        noise = jax.random.normal(_monitor.stream(3, _monitor.COTANGENT), outputs[-1].shape)
+        pulls = [jax.vjp(lambda y, i=i: tail(y, i), y)[1] for i, y in enumerate(outputs[1:], 1)]
+        return list(zip(outputs[1:], [pull(noise)[0] for pull in pulls], branches, strict=True))
+
+    for i, (y, gradient, branch) in enumerate(by_hand(x)):
         np.testing.assert_allclose(profile.backward_var[i], var(gradient), rtol=2e-5)
         values = np.asarray(y, np.float64)
         np.testing.assert_allclose(profile.forward_var[i], values.var(), rtol=2e-5)
         np.testing.assert_allclose(profile.channel_sq_mean[i], (values.mean((0, 1, 2)) ** 2).mean(), rtol=2e-5)
         np.testing.assert_allclose(profile.channel_var[i], values.var((0, 1, 2)).mean(), rtol=2e-5)
-        inputs = outputs[i - 1] if i else model.stem(x)
-        branch = np.asarray(model.blocks[i].branch(model.blocks[i].activation(inputs)), np.float64)
+        branch = np.asarray(branch, np.float64)
         np.testing.assert_allclose(profile.branch_var[i], branch.var((0, 1, 2)).mean(), rtol=2e-5)
         assert profile.shapes[i] == y.shape
 
@@ -104,11 +108,16 @@ def test_gradient_of_a_loss(tiny):
         features = model.activation(y).mean(axis=(1, 2))
         return jnp.square(model.classifier(features)).sum()
 
-    y = model.stem(x)
-    for i, block in enumerate(model.blocks):
-        y = block(y)
-        gradient = jax.grad(lambda y, i=i: loss(y, i + 1))(y)
-        np.testing.assert_allclose(profile.backward_var[i], var(gradient), rtol=2e-5)
+    @jax.jit
+    def gradients(x):
+        y, found = model.stem(x), []
+        for i, block in enumerate(model.blocks, 1):
+            y = block(y)
+            found.append(jax.grad(lambda y, i=i: loss(y, i))(y))
+        return found
+
+    for expected, gradient in zip(profile.backward_var, gradients(x), strict=True):
+        np.testing.assert_allclose(expected, var(gradient), rtol=2e-5)
 
 
 def test_cross_entropy_on_random_labels_agrees_in_shape_with_gaussian_noise(tiny):

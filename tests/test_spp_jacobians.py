@@ -22,8 +22,8 @@ def explicit(block, x):
     if isinstance(block, nnx.Module):  # one that writes statistics is not to write them inside of jacfwd
         graph, state = nnx.split(block)
         return explicit(lambda x: nnx.merge(graph, state, copy=True)(x), x)
-    y, jacobian = block(x), np.asarray(jax.jacfwd(block)(x), np.float64)
-    values = np.linalg.svd(jacobian.reshape(y.size, x.size), compute_uv=False)
+    y, jacobian = jax.jit(lambda x: (block(x), jax.jacfwd(block)(x)))(x)
+    values = np.linalg.svd(np.asarray(jacobian, np.float64).reshape(y.size, x.size), compute_uv=False)
     return np.square(values).sum() / x.size, values[0]
 
 

@@ -344,9 +344,20 @@ def step_of(config, folder, number):
             before = jax.tree.map(jnp.copy, run.state)
             key = rng.of_step(run.key, before.step)
             run.state, _ = steps.train_step(run.state, batch, run.key, task=run.task)
-        examples = steps.make_examples(batch, key, run.task)
-        grads, *_ = steps.differentiate(before, examples, key, run.task)
+        _, grads, _ = differentiated(run, before, batch, key)
     return run, before.params, grads
+
+
+def differentiated(run, state, batch, key):
+    """The examples of a step, their gradient and their sums, in one program."""
+
+    @jax.jit
+    def of(state, batch, key):
+        examples = steps.make_examples(batch, key, run.task)
+        grads, _, sums, _ = steps.differentiate(state, examples, key, run.task)
+        return examples, grads, sums
+
+    return of(state, batch, key)
 
 
 def folder_of(folder, config):
@@ -358,16 +369,18 @@ def test_noise_of_a_step_is_that_of_its_parts(tiny_config, tmp_path):
     run = setup.build(tiny_config, folder_of(tmp_path, tiny_config))
     with setup.closing(run):
         batch, key = next(run.loader.train(0, 1)), rng.of_step(run.key, 0)
-        examples = steps.make_examples(batch, key, run.task)
+        examples, _, sums = differentiated(run, run.state, batch, key)
 
-        def loss(params, rows):
-            logits, _ = run.network.train(params, run.state.batch_stats, examples["image"][rows])
-            return -jax.nn.log_softmax(logits)[jnp.arange(len(logits)), examples["label"][rows]].mean()
+        @jax.jit
+        @jax.grad
+        def gradient(params, images, labels):
+            logits, _ = run.network.train(params, run.state.batch_stats, images)
+            return -jax.nn.log_softmax(logits)[jnp.arange(len(logits)), labels].mean()
 
-        own = [jax.grad(loss)(run.state.params, slice(first, None, 2)) for first in (0, 1)]
+        halves = [(examples["image"][first::2], examples["label"][first::2]) for first in (0, 1)]
+        own = [gradient(run.state.params, *half) for half in halves]
         whole = jax.tree.map(lambda a, b: (a + b) / 2, *own)
         squares = [float(movement.square(tree)) for tree in (*own, whole)]
-        _, _, sums, _ = steps.differentiate(run.state, examples, key, run.task)
         assert float(sums["part_square"]) == pytest.approx(squares[0] + squares[1], rel=1e-4)
         state, after = run.state.params, jax.tree.map(lambda x: x * 1.5, run.state.params)
         parts = movement.Parts(sums["part_square"] / 2, 2, 64)
