@@ -90,8 +90,8 @@ def open_for(config: ConfigDict, workdir: str) -> pathlib.Path:
 
 def _note_more_epochs(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Lets a run go on for more epochs than it began with, whether it came to their end or not."""
-    then, wanted = before.get("epochs"), now["epochs"]
-    if isinstance(then, int) and then < wanted:
+    then, wanted = before.get("epochs"), now.get("epochs")
+    if isinstance(then, int) and isinstance(wanted, int) and then < wanted:
         say(f"epochs  {then} before, {wanted} now: from here on with the schedule of {wanted} epochs")
         before["epochs"] = wanted
 
