@@ -11,6 +11,8 @@ from flax import linen as nn
 from flax import nnx
 
 from nfjax import initializers, rescale, resnet, spp
+from nfjax.rescale import _balance
+from nfjax.rescale._passes import Signal
 
 LECUN, HE = jax.nn.initializers.lecun_normal(), initializers.he_normal("fan_in")
 
@@ -432,3 +434,22 @@ def test_wrong_arguments_are_explained():
         rescale.lsuv(model, x, init="nonsense")
     with pytest.raises(ValueError, match=r"the variance of the activations at blocks/0 is 0.0: the batch is constant"):
         rescale.balance(model, jnp.zeros((4, 8)))
+
+
+def test_where_a_nudge_misleads_the_other_side_is_asked():
+    """A bump where the effect of the factor is measured: by it alone the factor would have to shrink, which helps at no
+    length; by both sides it has to grow.
+    """
+
+    def measure(logs):
+        y = max(0.0, 1 - 0.8 * logs[0]) + 0.06 * np.exp(-(((logs[0] - _balance.STEP) / 0.02) ** 2))
+        return Signal(np.exp([y, -y]), np.ones(2), np.full(2, np.nan))
+
+    def deviations(found):
+        return np.log(found.forward) - np.log(found.forward).mean()
+
+    start = measure(np.zeros(1))
+    logs, now, _ = _balance._flatten(start, measure, deviations, lambda found: np.zeros(0), np.array([0]), 1)
+    assert np.abs(deviations(start)).max() > 0.99
+    assert np.abs(deviations(now)).max() < 1e-3
+    assert logs[0] > 1

@@ -156,30 +156,46 @@ def _flatten(
     def cost(found: Signal) -> float:
         return float((deviations(found) ** 2).sum()) + HELD * float((changes(found) ** 2).sum())
 
-    for _ in range(ROUNDS):
-        error, change, total = deviations(now), changes(now), cost(now)
-        if total < SETTLED:
-            break
+    def effects(at: np.ndarray, found: Signal, nudge: float) -> tuple[np.ndarray, np.ndarray]:
+        """Of each factor on the deviations and on the changes, by the difference that a nudge makes."""
+        error, change = deviations(found), changes(found)
         jacobian, constraint = np.zeros((len(error), count)), np.zeros((len(change), count))
         for unit in may:
-            nudged = logs.copy()
-            nudged[unit] += STEP
-            found = measure(nudged)
-            jacobian[:, unit] = (deviations(found) - error) / STEP
-            constraint[:, unit] = (changes(found) - change) / STEP
-        hold = np.maximum(hold, np.abs(jacobian).max(axis=0))
-        for effect in (jacobian, constraint):
-            effect[:, hold < HOLD] = 0.0
-        step = _step(jacobian, error, constraint, change)
+            nudged = at.copy()
+            nudged[unit] += nudge
+            there = measure(nudged)
+            jacobian[:, unit] = (deviations(there) - error) / nudge
+            constraint[:, unit] = (changes(there) - change) / nudge
+        return jacobian, constraint
+
+    def better(jacobian: np.ndarray, constraint: np.ndarray) -> tuple[np.ndarray, Signal, float]:
+        """(where it leads, what is measured there, how much of the cost is gained) of the longest step that helps."""
+        step = _step(jacobian, deviations(now), constraint, changes(now))
         step[hold < HOLD] = 0.0
         step *= min(1.0, LONGEST / max(float(np.abs(step).max()), LONGEST))
-        gained = 0.0
         for halvings in range(HALVINGS):
-            found = measure(logs + step / 2**halvings)
-            gained = 1 - cost(found) / total
-            if gained > 0:
-                logs, now = logs + step / 2**halvings, found
-                break
+            there = logs + step / 2**halvings
+            found = measure(there)
+            if (gained := 1 - cost(found) / cost(now)) > 0:
+                return there, found, gained
+        return logs, now, 0.0
+
+    for _ in range(ROUNDS):
+        if cost(now) < SETTLED:
+            break
+        sides = [effects(logs, now, STEP)]
+        hold = np.maximum(hold, np.abs(sides[0][0]).max(axis=0))
+        for effect in sides[0]:
+            effect[:, hold < HOLD] = 0.0
+        there, found, gained = better(*sides[0])
+        if gained < PROGRESS:
+            # A few examples and many ReLUs answer a nudge to one side otherwise than one to the other: by their mean.
+            sides.append(effects(logs, now, -STEP))
+            mean = [(one + other) / 2 for one, other in zip(*sides, strict=True)]
+            for effect in mean:
+                effect[:, hold < HOLD] = 0.0
+            there, found, gained = max((there, found, gained), better(*mean), key=lambda step: step[2])
+        logs, now = there, found
         if gained < PROGRESS:
             break
     return logs, now, hold
