@@ -66,8 +66,8 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: the mean over all images of |accuracy - confidence| of their bin (Guo et al.
-        2017).
+        """Expected calibration error: the distance between accuracy and confidence in a bin, as a mean over all images
+        (Guo et al. 2017).
         """
         filled = self.images > 0
         gaps = np.abs(self.accuracy[filled] - self.confidence[filled])
