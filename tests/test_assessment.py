@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfjax import cli, evaluate
+from nfjax import cli, evaluate, inference
 from nfjax.assessment import Assessment
 from nfjax.data.sources import folder
 from nfjax.training import loop
@@ -173,6 +173,35 @@ def test_other_images_and_the_training_images(trained, tmp_path, capsys):
     assert "on other images" in out.splitlines()[0]
     assert out.splitlines()[0].endswith("of 4 images")
     assert re.search(r"^bee +0 +-", out, re.M)
+
+
+def test_an_export_is_assessed_like_its_run(trained, tmp_path, capsys):
+    workdir, _ = trained
+    inference.export(inference.load(workdir), tmp_path / "exported", ["safetensors"])
+    pictures(tmp_path / "others", ("ant", "cow"), 2)
+    run = evaluate.assess(workdir, images=str(tmp_path / "others"))
+    found = inference.assess(inference.load(tmp_path / "exported"), str(tmp_path / "others"))
+    np.testing.assert_array_equal(found.assessment.labels, run.assessment.labels)
+    np.testing.assert_allclose(found.assessment.log_probabilities, run.assessment.log_probabilities, atol=1e-5)
+    assert [found.name(i) for i in range(4)] == [run.name(i) for i in range(4)] == [
+        "ant/0.png", "ant/1.png", "cow/0.png", "cow/1.png",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(found.image(3), run.image(3))
+    (tmp_path / "others" / "cow" / "9.png").write_bytes(b"\x89PNG and no more")
+    command = ["evaluate", f"--model={tmp_path / 'exported'}", f"--images={tmp_path / 'others'}"]
+    assert cli.run(command) == 0
+    out, errors = capsys.readouterr()
+    assert out.startswith("on these images ")
+    assert "of 4 images\n" in out
+    assert "9.png: no image" in errors
+    for wrong, told in (
+        (["--workdir=W"], "--model and --workdir: expected one of the two"),
+        (["--split=test"], "--split is about the run's images"),
+    ):
+        assert cli.run([*command, *wrong]) == 2
+        assert told in capsys.readouterr().err
+    assert cli.run(command[:2]) == 2
+    assert "--model needs --images=DIR" in capsys.readouterr().err
 
 
 def test_wrong_input_is_explained(trained, tmp_path, capsys):

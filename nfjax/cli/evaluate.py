@@ -1,8 +1,10 @@
 """nfjax evaluate --workdir=DIR [--step=N] [--data-dir=DIR]
        nfjax evaluate --workdir=DIR --images=DIR --out=assessment.png --out=assessment.json --errors=errors.png
+       nfjax evaluate --model=PATH --images=DIR
 
 Scores the best checkpoint of a run, or a chosen one, on the run's test images, where each of them counts exactly once,
-or on other images: accuracy, also by class, what is taken for what, and whether the confidence is earned.
+or on other images: accuracy, also by class, what is taken for what, and whether the confidence is earned. --model takes
+whatever nfjax predict does, an exported folder, too, and leaves out the images that cannot be read.
 
 --out draws the confusion matrix and the reliability diagram (.png, .svg, .pdf), or writes all numbers (.json) or the
 confusion matrix, a row for each class (.csv). --errors draws the wrong predictions of which the network is surest.
@@ -12,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from absl import logging
 
+from nfjax import _streams as streams
 from nfjax.cli._outcome import UsageError
 from nfjax.cli._parser import Parser, path, positive
 
@@ -28,7 +32,11 @@ DPI = 130
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="of a training run")
+    parser.add_argument("--workdir", metavar="DIR", help="of a training run")
+    parser.add_argument("--model", type=path, metavar="PATH", help="or a folder of nfjax export, or hf://USER/NAME")
+    parser.add_argument(
+        "--trust", action="store_true", help="of --model: run the code that it names, see nfjax predict"
+    )
     parser.add_argument(
         "--step", type=int, metavar="N", help="of the checkpoint; by default the one with the best test accuracy"
     )
@@ -48,17 +56,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    from nfjax import compilation, evaluate  # here: --help is answered quickly
+    from nfjax import compilation  # here: --help is answered quickly
 
     logging.set_verbosity(logging.ERROR)
     compilation.keep()
-    where = {"data_dir": arguments.data_dir, "split": arguments.split or "test", "images": arguments.images}
-    found = evaluate.assess(arguments.workdir, arguments.step, **where, ema=arguments.ema)
-    what = "on other images" if arguments.images else f"{where['split']} accuracy"
-    _print_score(f"step {found.step:,}: {what}", found)
-    if not arguments.ema and found.has_average:
-        averaged = evaluate.assess(arguments.workdir, found.step, **where, ema=True)
-        _print_score(f"average of the weights: {what}", averaged)
+    found = _of_model(arguments) if arguments.model else _of_run(arguments)
     print(f"\n{found.assessment}")
     for name in arguments.out:
         WRITERS[pathlib.Path(name).suffix.lower()](pathlib.Path(name), found)
@@ -67,7 +69,41 @@ def run(arguments: argparse.Namespace) -> None:
         _write_errors(pathlib.Path(arguments.errors), found, arguments.count or 32)
 
 
+def _of_run(arguments: argparse.Namespace) -> Assessed:
+    """Of a checkpoint; its score is printed, and that of the average of its weights, if there is one."""
+    from nfjax import evaluate
+
+    where = {"data_dir": arguments.data_dir, "split": arguments.split or "test", "images": arguments.images}
+    found = evaluate.assess(arguments.workdir, arguments.step, **where, ema=arguments.ema)
+    what = "on other images" if arguments.images else f"{where['split']} accuracy"
+    _print_score(f"step {found.step:,}: {what}", found)
+    if not arguments.ema and found.has_average:
+        averaged = evaluate.assess(arguments.workdir, found.step, **where, ema=True)
+        _print_score(f"average of the weights: {what}", averaged)
+    return found
+
+
+def _of_model(arguments: argparse.Namespace) -> Assessed:
+    from nfjax import inference
+
+    def skip(name: str, cause: str, detail: str) -> None:
+        print(f"nfjax: {streams.printable(name)}: {cause}{f' ({detail})' if detail else ''}", file=sys.stderr)
+
+    predictor = inference.load(arguments.model, step=arguments.step, ema=arguments.ema, trust=arguments.trust)
+    found = inference.assess(predictor, arguments.images, skip)
+    _print_score("on these images", found)
+    return found
+
+
 def _check(arguments: argparse.Namespace) -> None:
+    if not arguments.model and not arguments.workdir:
+        raise UsageError("an argument is missing: --model, or --workdir; nfjax evaluate --help tells more")
+    if arguments.model and arguments.workdir:
+        raise UsageError("--model and --workdir: expected one of the two")
+    if arguments.model and not arguments.images:
+        raise UsageError("--model needs --images=DIR, with a folder for each class; --workdir has images of its own")
+    if arguments.trust and not arguments.model:
+        raise UsageError("--trust goes with --model")
     for name in arguments.out:
         if pathlib.Path(name).suffix.lower() not in WRITERS:
             raise UsageError(f"--out={name}: expected a name that ends with one of {', '.join(WRITERS)}")

@@ -16,6 +16,7 @@ _MODULES = {
     "Predictions": "predictions",
     "Predictor": "predictor",
     "Preprocessing": "preprocessing",
+    "assess": "assessing",
     "check_export": "formats",
     "export": "formats",
     "load": "loading",
