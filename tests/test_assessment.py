@@ -11,6 +11,7 @@ from PIL import Image
 
 from nfjax import cli, evaluate, inference
 from nfjax.assessment import Assessment
+from nfjax.cli import evaluate as evaluate_command
 from nfjax.data.sources import folder
 from nfjax.training import loop
 
@@ -81,6 +82,16 @@ def test_a_table_and_numbers_for_a_machine():
     assert found["top_3_accuracy"] == 1.0
     many = assessment(np.arange(30), np.eye(30) * 0.9 + 0.1 / 30, [f"class {i}" for i in range(30)])
     assert "and 10 classes that are recognized better" in str(many)
+
+
+def test_a_name_moves_no_cursor_and_is_no_formula(tmp_path):
+    found = assessment([0, 1], [[0.4, 0.6], [0.4, 0.6]], ["\x1b[2J", "=1+1"])
+    assert "\x1b" not in str(found)
+    assert "\\x1b[2J" in str(found)
+    evaluate_command._write_csv(tmp_path / "found.csv", evaluate.Assessed(0, False, found, str, lambda i: None))
+    header, *rows = csv.reader((tmp_path / "found.csv").read_text().splitlines())
+    assert header == ["true / predicted", "\\x1b[2J", "'=1+1"]
+    assert rows == [["\\x1b[2J", "0", "1"], ["'=1+1", "0", "1"]]
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,8 @@ def test_a_choice_between_platforms_is_made_for_onnx():
 
 
 def test_onnx_is_the_same(predictor, tmp_path):
-    pytest.importorskip("jax2onnx")
-    pytest.importorskip("onnxruntime")
+    for package in ("jax2onnx", "onnxruntime"):
+        pytest.importorskip(package, reason=f'{package} is not installed: pip install "nfjax[onnx]"')
     (result,) = inference.export(predictor, tmp_path / "onnx", ["onnx"])
     assert result.difference <= 1e-5
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"README.md", "config.json", "model.onnx"}

@@ -447,7 +447,7 @@ def test_odd_names_break_neither_terminal_nor_spreadsheet(run, tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert len(out.splitlines()) == len(names)
-    assert _predictions._harmless("-b.png") == "'-b.png"
+    assert _predictions.harmless("-b.png") == "'-b.png"
     cells = [row[0] for row in csv.reader(pathlib.Path("a.csv").read_text().splitlines())][1:]
     assert cells == ["'=1+1.png", "'@a.png", r"c\x1b[31m.png", r"d\n.png", r"\xff.png", "猫.png"]
     told = [json.loads(line)["file"] for line in pathlib.Path("a.jsonl").read_text().splitlines()]

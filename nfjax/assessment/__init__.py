@@ -196,13 +196,14 @@ class Assessment:
         others = confusion - np.diag(confusion.diagonal())
         rows = sorted(enumerate(self.by_class()), key=lambda row: (not row[1].images, row[1].accuracy))
         shown = rows[:SHOWN]
-        width = max([len("class"), *(len(row.name) for _, row in shown)])
+        names = [_printable(name) for name in self.class_names]
+        width = max([len("class"), *(len(names[label]) for label, _ in shown)])
         lines = [f"{'class':<{width}}  images  accuracy  precision  most often predicted instead"]
         for label, row in shown:
             order = np.argsort(-others[label], kind="stable")[:CONFUSED]
-            taken = ", ".join(f"{self.class_names[i]} ({others[label, i]})" for i in order if others[label, i])
+            taken = ", ".join(f"{names[i]} ({others[label, i]})" for i in order if others[label, i])
             accuracy, precision = (f"{value:.1%}" if value == value else "-" for value in (row.accuracy, row.precision))
-            lines.append(f"{row.name:<{width}}  {row.images:6,}  {accuracy:>8}  {precision:>9}  {taken}".rstrip())
+            lines.append(f"{names[label]:<{width}}  {row.images:6,}  {accuracy:>8}  {precision:>9}  {taken}".rstrip())
         if len(rows) > len(shown):
             lines.append(f"and {len(rows) - len(shown):,} classes that are recognized better")
         calibration = self.calibration()
@@ -212,6 +213,11 @@ class Assessment:
             f"{calibration.error:.1%} ({len(calibration.images)} bins)"
         )
         return "\n".join(lines)
+
+
+def _printable(name: str) -> str:
+    """The name, without what a terminal would obey."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _or_none(value: float) -> float | None:

@@ -46,8 +46,8 @@ def csv_rows(out: str, top: int) -> Iterator[Add]:
                 names = [f"{what}_{k}" for k in range(1, len(found) + 1) for what in ("class", "probability")]
                 rows.writerow(["file", *names])
                 first = False
-            cells = [cell for name, share in found for cell in (_harmless(name), f"{share:.6f}")]
-            rows.writerow([_harmless(prediction.image), *cells])
+            cells = [cell for name, share in found for cell in (harmless(name), f"{share:.6f}")]
+            rows.writerow([harmless(prediction.image), *cells])
 
         yield add
 
@@ -128,7 +128,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 22 else f"{name[:21]}…"
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Text that a spreadsheet takes for text."""
     text = printable(text)
     return f"'{text}" if text.startswith(_FORMULA) else text

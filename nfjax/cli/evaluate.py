@@ -136,8 +136,9 @@ def _write_json(file: pathlib.Path, found: Assessed) -> None:
 
 def _write_csv(file: pathlib.Path, found: Assessed) -> None:
     from nfjax import storage
+    from nfjax.cli._predictions import harmless
 
-    names = list(found.assessment.class_names)
+    names = [harmless(name) for name in found.assessment.class_names]
     rows = [[name, *counts] for name, counts in zip(names, found.assessment.confusion().tolist(), strict=True)]
     storage.write_csv(file, [["true / predicted", *names], *rows])
 
