@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import stat
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,7 +87,9 @@ def write_csv(path: pathlib.Path, rows: Iterable[Iterable[Any]]) -> None:
 def write_figure(path: pathlib.Path, figure: Figure, dpi: int) -> None:
     """`write_bytes` of a picture, in the format that the name says."""
     stream = io.BytesIO()
-    figure.savefig(stream, format=path.suffix[1:], dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for a letter that no font has
+        figure.savefig(stream, format=path.suffix[1:], dpi=dpi)
     write_bytes(path, stream.getvalue())
 
 

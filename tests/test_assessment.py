@@ -224,8 +224,9 @@ def test_wrong_input_is_explained(trained, tmp_path, capsys):
 
     code, errors = told("--out=found.xlsx")
     assert code == 2
-    assert "--out=found.xlsx: expected a name that ends with one of .png, .svg, .pdf, .json, .csv" in errors
-    assert "--errors=e.csv: expected a name that ends with one of .png" in told("--errors=e.csv")[1]
+    assert "--out=found.xlsx: expected a file that ends with one of .png, .svg, .pdf, .json, .csv" in errors
+    assert "--out=/nowhere/found.png: expected a file in a folder that exists" in told("--out=/nowhere/found.png")[1]
+    assert "--errors=e.csv: expected a file that ends with one of .png" in told("--errors=e.csv")[1]
     assert "--count goes with --errors" in told("--count=3")[1]
     assert "--split is about the run's images; it does not go with --images" in told("--split=test", "--images=x")[1]
     assert f"did you mean {data / 'test'}?" in told(f"--images={data}")[1]

@@ -384,7 +384,8 @@ def test_the_sheet_has_the_first_images_and_their_predictions(predictor, paths):
     assert len(drawn) == 10
     for ax, prediction in zip(drawn, found, strict=True):
         np.testing.assert_array_equal(ax.images[0].get_array(), prediction.pixels)
-        assert ax.texts[0].get_text() == "\n".join(f"{name} {share:.0%}" for name, share in prediction.top(2))
+        assert ax.get_title() == "\n".join(f"{name} {share:.0%}" for name, share in prediction.top(2))
+        assert ax.texts[0].get_text() == os.path.basename(prediction.image)
     assert _predictions.told("a.png", 70) == "a.png shows the first 64 of 70"
     assert _predictions.told("a.csv", 70) == "a.csv"
 

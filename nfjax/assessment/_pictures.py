@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nfjax import _contact_sheet as contact_sheet
 from nfjax import _figures as figures
 from nfjax import _streams as streams
 from nfjax.assessment import Assessment
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 NAMED = 40  # classes whose names fit beside a matrix
 NUMBERED = 16  # classes whose counts fit into its cells
-COLUMNS = 8
-LONGEST = 18  # letters of a name below an image
 
 
 def draw(found: Assessment, title: str = "") -> Figure:
@@ -42,7 +41,7 @@ def _matrix(axes: Axes, found: Assessment) -> None:
     classes = len(found.class_names)
     axes.set(xlabel="predicted class", ylabel="true class")
     if classes <= NAMED:
-        names = [_short(name) for name in found.class_names]
+        names = [contact_sheet.short(name) for name in found.class_names]
         axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
         axes.set_yticks(range(classes), names, parse_math=False)
     if classes <= NUMBERED:
@@ -78,19 +77,8 @@ def draw_errors(found: Assessment, chosen: Sequence[int], image: Callable[[int],
         chosen: Which of its images, at least one.
         image: From its number to its pixels, uint8 [H, W, 3].
     """
-    columns = min(COLUMNS, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure = figures.new(figsize=(1.5 * columns, 1.95 * rows), layout="constrained")
-    confidence = found.confidence
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, i in zip(figure.axes, chosen, strict=False):
-        axes.imshow(image(int(i)))
-        taken, true = (_short(found.class_names[label[i]]) for label in (found.predicted, found.labels))
-        axes.set_title(f"{taken} {confidence[i]:.0%}\nis {true}", fontsize=8, parse_math=False)
-    return figure
-
-
-def _short(name: str) -> str:
-    name = streams.printable(name)
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    tiles = []
+    for i in chosen:
+        taken, true = (contact_sheet.short(found.class_names[label[i]]) for label in (found.predicted, found.labels))
+        tiles.append(contact_sheet.Tile((image(int(i)),), [f"{taken} {found.confidence[i]:.0%}", f"is {true}"]))
+    return contact_sheet.draw(tiles)

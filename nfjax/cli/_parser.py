@@ -16,6 +16,7 @@ import absl.flags
 from nfjax.cli._outcome import UsageError
 
 T = TypeVar("T")
+PICTURES = (".png", ".svg", ".pdf")  # the endings of what is drawn
 _SETTING = re.compile(r"--?(?P<no>no)?config\.(?P<field>[^=]+)(?P<equals>=(?P<text>.*))?", re.S)
 
 
@@ -188,6 +189,23 @@ def positive(text: str) -> int:
 def path(text: str) -> str:
     """For `add_argument(type=)`: a path, "~" replaced."""
     return os.path.expanduser(text)
+
+
+def check_file(option: str, name: str, endings: Iterable[str]) -> None:
+    """Refuses, before anything is computed, a file that could not be written when it is.
+
+    Args:
+        option: Such as "--out".
+        name: The path that it was given.
+        endings: Those that have a meaning, such as ".png".
+
+    Raises:
+        UsageError: It has another ending, is a folder, or lies in none.
+    """
+    if os.path.splitext(name)[1].lower() not in endings:
+        raise UsageError(f"{option}={name}: expected a file that ends with one of {', '.join(endings)}")
+    if os.path.isdir(name) or not os.path.isdir(os.path.dirname(name) or "."):
+        raise UsageError(f"{option}={name}: expected a file in a folder that exists")
 
 
 def names(table: Iterable[object]) -> str:

@@ -10,13 +10,12 @@ import csv
 import json
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
-from nfjax import _figures as figures
+from nfjax import _contact_sheet as contact_sheet
 from nfjax import storage
-from nfjax.cli._outcome import UsageError
+from nfjax.cli._parser import PICTURES, check_file
 from nfjax.data.loading.skips import printable
 
 if TYPE_CHECKING:
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
     from nfjax.inference import Prediction
 
 MOST_DRAWN = 64  # images of a sheet
-SHEET_CLASSES = 3  # below each of them
+SHEET_CLASSES = 3  # above each of them
+FILE_LETTERS = 24  # of the name below
 # With these, full width forms included, spreadsheets begin a formula.
 _FORMULA = tuple("=+-@\t\r＝＋－＠")
 
@@ -67,7 +67,7 @@ def json_lines(out: str, top: int) -> Iterator[Add]:
 
 @contextlib.contextmanager
 def sheet(out: str, top: int) -> Iterator[Add]:
-    """The first images as the network sees them, with the predictions below."""
+    """The first images as the network sees them, with the predictions above."""
     kept: list[Prediction] = []
 
     def add(prediction: Prediction) -> None:
@@ -75,28 +75,20 @@ def sheet(out: str, top: int) -> Iterator[Add]:
             kept.append(prediction)
 
     yield add
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for a letter that no font has
-        storage.write_figure(pathlib.Path(out), draw(kept, min(top, SHEET_CLASSES)), dpi=130)
+    storage.write_figure(pathlib.Path(out), draw(kept, min(top, SHEET_CLASSES)), dpi=130)
 
 
 WRITERS: dict[str, Writer] = {
     ".csv": csv_rows,
     ".jsonl": json_lines,
-    ".png": sheet,
-    ".svg": sheet,
-    ".pdf": sheet,
+    **dict.fromkeys(PICTURES, sheet),
 }
 
 
 def writer(out: str) -> Writer:
-    """What writes a file of this name. Raises UsageError for an ending that has none, and where it cannot lie there."""
-    ending = os.path.splitext(out)[1].lower()
-    if ending not in WRITERS:
-        raise UsageError(f"--out={out}: expected a file that ends with one of {', '.join(WRITERS)}")
-    if os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or "."):
-        raise UsageError(f"--out={out}: expected a file in a folder that exists")
-    return WRITERS[ending]
+    """What writes a file of this name. Raises UsageError for one that could not be written."""
+    check_file("--out", out, WRITERS)
+    return WRITERS[os.path.splitext(out)[1].lower()]
 
 
 def told(out: str, count: int) -> str:
@@ -106,26 +98,17 @@ def told(out: str, count: int) -> str:
 
 
 def draw(predictions: list[Prediction], top: int) -> Figure:
-    """The images in rows of eight, with the `top` most probable classes below each of them."""
-    columns = min(8, len(predictions))
-    rows = -(-len(predictions) // columns)
-    figure = figures.new(figsize=(1.7 * columns, (1.7 + 0.17 * (1 + top)) * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, prediction in zip(axes.flat, predictions, strict=False):
-        ax.imshow(prediction.pixels)
-        name = _short(os.path.basename(prediction.image))
-        ax.set_title(name, fontsize=6, color="#555555", parse_math=False)  # $ is part of a name
-        lines = [f"{_short(name)} {share:.0%}" for name, share in prediction.top(top)]
-        below = {"transform": ax.transAxes, "ha": "center", "va": "top", "fontsize": 7, "parse_math": False}
-        ax.text(0.5, -0.03, "\n".join(lines), **below)
-    return figure
-
-
-def _short(name: str) -> str:
-    name = printable(name)
-    return name if len(name) <= 22 else f"{name[:21]}…"
+    """The images with the `top` most probable classes above each of them, and the name of its file below."""
+    return contact_sheet.draw(
+        [
+            contact_sheet.Tile(
+                (prediction.pixels,),
+                [f"{contact_sheet.short(name)} {share:.0%}" for name, share in prediction.top(top)],
+                contact_sheet.short(os.path.basename(prediction.image), FILE_LETTERS),
+            )
+            for prediction in predictions
+        ]
+    )
 
 
 def harmless(text: str) -> str:

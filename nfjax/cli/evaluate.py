@@ -22,12 +22,11 @@ from absl import logging
 
 from nfjax import _streams as streams
 from nfjax.cli._outcome import UsageError
-from nfjax.cli._parser import Parser, path, positive
+from nfjax.cli._parser import PICTURES, Parser, check_file, path, positive
 
 if TYPE_CHECKING:
     from nfjax.evaluate import Assessed
 
-PICTURES = (".png", ".svg", ".pdf")
 DPI = 130
 
 
@@ -105,10 +104,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.trust and not arguments.model:
         raise UsageError("--trust goes with --model")
     for name in arguments.out:
-        if pathlib.Path(name).suffix.lower() not in WRITERS:
-            raise UsageError(f"--out={name}: expected a name that ends with one of {', '.join(WRITERS)}")
-    if arguments.errors and pathlib.Path(arguments.errors).suffix.lower() not in PICTURES:
-        raise UsageError(f"--errors={arguments.errors}: expected a name that ends with one of {', '.join(PICTURES)}")
+        check_file("--out", name, WRITERS)
+    if arguments.errors:
+        check_file("--errors", arguments.errors, PICTURES)
     if arguments.count and not arguments.errors:
         raise UsageError("--count goes with --errors")
     for option in ("split", "data_dir"):

@@ -6,6 +6,7 @@ Draws a contact sheet of a training batch: every image as it is in the file, and
 from __future__ import annotations
 
 import argparse
+import pathlib
 from typing import TYPE_CHECKING
 
 import jax
@@ -13,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nfjax import _figures as figures
-from nfjax import _streams as streams
-from nfjax import data
+from nfjax import _contact_sheet as contact_sheet
+from nfjax import data, storage
 from nfjax.cli import settings
 from nfjax.cli._outcome import UsageError
-from nfjax.cli._parser import Parser, path
+from nfjax.cli._parser import PICTURES, Parser, check_file, path
 from nfjax.data.decoding import crops
 from nfjax.data.loading import stream
 from nfjax.training import checks, loader, preprocessing, pretrained, rng
@@ -37,6 +37,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_file("--out", arguments.out, PICTURES)
     config = settings.read(arguments)
     if arguments.count < 1 or arguments.step < 0:
         raise UsageError(
@@ -44,11 +45,11 @@ def run(arguments: argparse.Namespace) -> None:
         )
     config = pretrained.resolve(config)
     checks.check(config)
-    contact_sheet(config, arguments.count, arguments.step).savefig(arguments.out, dpi=130)
+    storage.write_figure(pathlib.Path(arguments.out), draw(config, arguments.count, arguments.step), dpi=130)
     print(arguments.out)
 
 
-def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
+def draw(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
     """The first `count` images of the batch of training step `step`, in pairs: the whole image (its middle square)
     above, what a run with this config trains on below, with their labels.
 
@@ -76,11 +77,12 @@ def contact_sheet(config: ConfigDict, count: int = 16, step: int = 0) -> Figure:
         batch, plain = made(loader.transform(config, "train")), made(middle)["image"]
     seen, partner, weight = _as_seen(config, batch, step)
     names = [dataset.class_names[label] for label in batch["label"]]
-    titles = [
-        causes.get(int(order.indices[i])) or _title(names[i], names[partner[i]], weight[i])
-        for i in range(min(count, len(names)))
-    ]
-    return _sheet(plain, seen, titles)
+    tiles = []
+    for i in range(min(count, len(names))):
+        cause = causes.get(int(order.indices[i]))
+        title = [cause] if cause else _title(names[i], names[partner[i]], weight[i])
+        tiles.append(contact_sheet.Tile((plain[i], seen[i]), title))
+    return contact_sheet.draw(tiles)
 
 
 def _as_seen(config: ConfigDict, batch: dict[str, np.ndarray], step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,21 +103,6 @@ def _as_seen(config: ConfigDict, batch: dict[str, np.ndarray], step: int) -> tup
     return jax.device_get(seen(key, jnp.asarray(batch["image"]), jnp.asarray(batch["mask"])))
 
 
-def _title(name: str, partner: str, weight: float) -> str:
-    short, other = (text if len(text) <= 18 else f"{text[:17]}…" for text in (name, partner))
-    return short if weight == 1 else f"{weight:.0%} {short}\n{1 - weight:.0%} {other}"
-
-
-def _sheet(plain: np.ndarray, seen: np.ndarray, titles: list[str]) -> Figure:
-    columns = min(8, len(titles))
-    rows = -(-len(titles) // columns)
-    figure = figures.new(figsize=(1.4 * columns, 3.0 * rows), layout="constrained")
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for i, title in enumerate(titles):
-        row, column = 2 * (i // columns), i % columns
-        axes[row, column].imshow(plain[i])
-        axes[row, column].set_title(streams.printable(title), fontsize=8, parse_math=False)  # $ is part of a name
-        axes[row + 1, column].imshow(seen[i])
-    return figure
+def _title(name: str, partner: str, weight: float) -> list[str]:
+    short, other = contact_sheet.short(name), contact_sheet.short(partner)
+    return [short] if weight == 1 else [f"{weight:.0%} {short}", f"{1 - weight:.0%} {other}"]

@@ -8,15 +8,16 @@ Trains what a config describes; run again with the same workdir, it goes on wher
 from __future__ import annotations
 
 import argparse
+import pathlib
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from nfjax import preemption
+from nfjax import preemption, storage
 from nfjax.cli import settings
 from nfjax.cli._outcome import UsageError, explain
-from nfjax.cli._parser import Parser, path
+from nfjax.cli._parser import PICTURES, Parser, check_file, path
 
 
 def add_arguments(parser: Parser) -> None:
@@ -50,6 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
                 "--find-learning-rate keeps nothing and runs in one process: expected neither --workdir nor "
                 "--coordinator, --processes and --process"
             )
+        if arguments.out:
+            check_file("--out", arguments.out, PICTURES)
         app.run(lambda _: _find(config, arguments), flags_parser=lambda argv: argv)
         return
     if arguments.out or arguments.steps is not None:
@@ -84,7 +87,8 @@ def _find(config: ConfigDict, arguments: argparse.Namespace) -> None:
     search = rate_finder.find(config, rate_finder.STEPS if arguments.steps is None else arguments.steps)
     print(rate_finder.explain(search, config))
     if arguments.out:
-        rate_finder.plot(search, f"{networks.title(config)}, {config.data.source}").savefig(arguments.out, dpi=150)
+        curve = rate_finder.plot(search, f"{networks.title(config)}, {config.data.source}")
+        storage.write_figure(pathlib.Path(arguments.out), curve, dpi=150)
         print(f"curve   {arguments.out}")
 
 
