@@ -11,6 +11,7 @@ if __name__ == "__main__":
     cli.main("evaluate")  # which imports this module, and ends the process
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ from nfjax.runs import checkpoint, checksums, files, mirror, workdirs
 from nfjax.training import evaluation, loader, networks, preprocessing, rng, sharding
 
 
-def load_model(workdir: str, step: int | None = None, ema: bool = False) -> nnx.Module:
+def load_model(workdir: str | os.PathLike[str], step: int | None = None, ema: bool = False) -> nnx.Module:
     """The trained network of a run, in evaluation mode.
 
     Args:
@@ -41,7 +42,7 @@ def load_model(workdir: str, step: int | None = None, ema: bool = False) -> nnx.
         FileNotFoundError: There is no run or no such checkpoint.
         ValueError: It cannot be read, or has no average.
     """
-    folder = mirror.pull(workdir, "evaluation")
+    folder = mirror.pull(os.fspath(workdir), "evaluation")
     return restore(folder, files.read_config(folder), step, ema)[0]
 
 
@@ -126,7 +127,9 @@ def _with_keys_of(template: Any, stored: Any) -> Any:
     return {key: _with_keys_of(inner, stored[str(key)]) for key, inner in template.items()}
 
 
-def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None) -> dict[str, Any]:
+def evaluate(
+    workdir: str | os.PathLike[str], step: int | None = None, data_dir: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """{"step", "images", "loss", "accuracy"} of the checkpoint at `step`, by default the best one; "ema_loss" and
     "ema_accuracy", too, where the run has an average of the weights.
 
@@ -139,7 +142,7 @@ def evaluate(workdir: str, step: int | None = None, data_dir: str | None = None)
         FileNotFoundError: There is no run or no checkpoint.
         ValueError: The images are of other classes, or the checkpoint cannot be read.
     """
-    folder = mirror.pull(workdir, "evaluation")
+    folder = mirror.pull(os.fspath(workdir), "evaluation")
     config = files.read_config(folder)
     step = _known_step(folder, step)
     dataset = loader.open_data(config, config.data.dir if data_dir is None else data_dir)
@@ -184,12 +187,12 @@ class Assessed:
 
 
 def assess(
-    workdir: str,
+    workdir: str | os.PathLike[str],
     step: int | None = None,
-    data_dir: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     *,
     split: str = "test",
-    images: str | None = None,
+    images: str | os.PathLike[str] | None = None,
     ema: bool = False,
 ) -> Assessed:
     """How good a checkpoint is beyond its accuracy: by class, what it takes for what, whether its confidence is earned.
@@ -207,14 +210,14 @@ def assess(
         ValueError: The images are of other classes, or the checkpoint cannot be read.
     """
     lookup("split", split, dict.fromkeys(SPLITS), callables=False)
-    folder = mirror.pull(workdir, "evaluation")
+    folder = mirror.pull(os.fspath(workdir), "evaluation")
     config = files.read_config(folder).copy_and_resolve_references()
     step = _known_step(folder, step)
     class_names = tuple(files.read_data(folder).class_names)
     with config.unlocked():  # read where they lie: what is decoded has lost its name
         config.data.keep = "disk"
     if images is not None:
-        chosen: data.Images | data.Encoded = class_folders.of_class_folders(images, class_names)
+        chosen: data.Images | data.Encoded = class_folders.of_class_folders(os.fspath(images), class_names)
     else:
         directory = config.data.dir if data_dir is None else data_dir
         dataset = data.load(config.data.source, directory, config.data.image_size).thinned(config.data.share)

@@ -191,7 +191,7 @@ def test_an_export_is_assessed_like_its_run(trained, tmp_path, capsys):
     inference.export(inference.load(workdir), tmp_path / "exported", ["safetensors"])
     pictures(tmp_path / "others", ("ant", "cow"), 2)
     run = evaluate.assess(workdir, images=str(tmp_path / "others"))
-    found = inference.assess(inference.load(tmp_path / "exported"), str(tmp_path / "others"))
+    found = inference.assess(inference.load(tmp_path / "exported"), tmp_path / "others")
     np.testing.assert_array_equal(found.assessment.labels, run.assessment.labels)
     np.testing.assert_allclose(found.assessment.log_probabilities, run.assessment.log_probabilities, atol=1e-5)
     assert [found.name(i) for i in range(4)] == [run.name(i) for i in range(4)] == [

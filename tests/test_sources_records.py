@@ -58,7 +58,7 @@ def flip(file, at):
 
 def test_what_goes_in_comes_out(tmp_path, source):
     dataset = folder.load(str(source))
-    manifest = pack.pack(dataset, str(tmp_path / "out"), source="folder", per_shard=5, verify_after=True)
+    manifest = pack.pack(dataset, tmp_path / "out", source="folder", per_shard=5, verify_after=True)
     packed = records.load(str(tmp_path / "out"))
     assert contents(packed.train) == contents(dataset.train)
     assert contents(packed.test) == contents(dataset.test)

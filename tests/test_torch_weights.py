@@ -4,6 +4,7 @@
 """
 
 import functools
+import json
 import pathlib
 import pickle
 import re
@@ -17,8 +18,10 @@ from flax import nnx
 
 import nfjax
 from nfjax import cli, layers, resnet
+from nfjax.cli import _parser, settings
 from nfjax.inference import _safetensors, torch_weights
-from nfjax.training import pretrained
+from nfjax.training import patterns, pretrained, train
+from tests import photographs
 
 KEPT = pathlib.Path(__file__).parent / "timm_weights.npz"
 NETWORKS = {
@@ -173,3 +176,33 @@ def test_the_command_makes_a_model(tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-1])
     assert f"{file}" in refused("--overwrite")[1]
     assert "follow the header" in refused("--overwrite")[1]
+
+
+def test_what_was_imported_is_fine_tuned(tmp_path, capsys):
+    """By the flags that the command prints: every weight but the head's is PyTorch's, and the frozen ones stay it."""
+    photographs.write(tmp_path / "set")
+    weights, _, _ = kept("small_basic")
+    (tmp_path / "theirs.safetensors").write_bytes(_safetensors.encode(weights))
+    out = tmp_path / "model"
+    assert cli.run(["import", f"--weights={tmp_path / 'theirs.safetensors'}", f"--out={out}", "--image-size=33"]) == 0
+    flags = shlex.split(capsys.readouterr().out.splitlines()[-1])[6:]
+    assert flags[0] == f"--config.init_from={out}"
+    own = ["batch_size=8", "epochs=1", f"data.dir={tmp_path / 'set'}", "optim.freeze=stem,blocks/0,blocks/1"]
+    quick = ["augment.rand_operations=0", "train.onednn=false", "data.keep=host"]
+    settled, _ = _parser.separate([*flags, *(f"--config.{setting}" for setting in [*own, *quick])])
+    config = settings.load("cifar10_convshort")
+    config.update_from_flattened_dict(settings.values(config, settled))
+    train(config, tmp_path / "run")
+
+    before, after = (patterns.by_path(nfjax.load(path).params) for path in (out, tmp_path / "run"))
+    assert before.keys() == after.keys()
+    frozen = [name for name in before if name.startswith(("stem/", "blocks/0/", "blocks/1/"))]
+    assert len(frozen) > 10
+    for name in frozen:
+        np.testing.assert_array_equal(before[name], after[name])
+    moved = [name for name in before if name.startswith("blocks/2/") and (before[name] != after[name]).any()]
+    assert len(moved) > 3
+    assert (before["classifier/kernel"].shape, after["classifier/kernel"].shape) == ((16, 5), (16, 2))
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["data"]["image_size"] == 33
+    assert written["data"]["mean"] == list(torch_weights.COLOURS["identity"][0])

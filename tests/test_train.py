@@ -111,7 +111,7 @@ def test_a_run_learns_and_leaves_everything_in_its_workdir(tiny_config, tmp_path
     printed = capsys.readouterr().out
     assert "epoch 6/6  train loss" in printed
     assert "test    " in printed
-    score = evaluate.evaluate(str(tmp_path))
+    score = evaluate.evaluate(tmp_path)
     assert score["images"] == 250
     best = max(epochs, key=lambda record: record["test_accuracy"])
     assert score["accuracy"] == best["test_accuracy"]

@@ -12,7 +12,7 @@ from nfjax.evaluate import Assessed
 from nfjax.inference.predictor import Predictor, Skip
 
 
-def assess(predictor: Predictor, images: str, skip: Skip | None = None) -> Assessed:
+def assess(predictor: Predictor, images: str | os.PathLike[str], skip: Skip | None = None) -> Assessed:
     """As `nfjax.evaluate.assess`, for whatever `nfjax.load` loads.
 
     Args:
@@ -25,6 +25,7 @@ def assess(predictor: Predictor, images: str, skip: Skip | None = None) -> Asses
         FileNotFoundError, NotADirectoryError: There is no such folder, or no image in it.
         ValueError: It has folders of no class of the network; or an image cannot be read, and there is no `skip`.
     """
+    images = os.fspath(images)
     files = class_folders.of_class_folders(images, predictor.class_names)
     paths = [os.path.join(images, os.fsdecode(files.reference(i)[0])) for i in range(len(files))]
     labels = dict(zip(paths, files.labels.tolist(), strict=True))

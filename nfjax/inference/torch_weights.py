@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -68,7 +69,7 @@ class Layout:
     translate: Callable[[str, str, Mapping[str, np.ndarray]], np.ndarray]
 
 
-def read(path: str) -> dict[str, np.ndarray]:
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The weights in a file, by name: .safetensors, or .pth, .pt and .bin of PyTorch, opened with weights only.
 
     Raises:

@@ -9,6 +9,7 @@ step), so a run that was stopped goes on from its newest checkpoint as if it had
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,9 @@ from nfjax.training.setup import Run
 __all__ = ["Run", "TrainingDivergedError", "train"]
 
 
-def train(config: ConfigDict, workdir: str, more: Sequence[Callable[[Run], None]] = ()) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: str | os.PathLike[str], more: Sequence[Callable[[Run], None]] = ()
+) -> dict[str, Any]:
     """Trains what `config` describes, or goes on where the run in `workdir` stopped; prints a summary and returns it.
 
     Where several processes train together, all of them call this, with the same arguments.
@@ -46,6 +49,7 @@ def train(config: ConfigDict, workdir: str, more: Sequence[Callable[[Run], None]
         TrainingDivergedError: The loss, its gradient or the update stopped being finite.
         preemption.TrainingInterruptedError: Ctrl-C or SIGTERM; what was trained is saved.
     """
+    workdir = os.fspath(workdir)
     config = pretrained.resolve(config, workdir)
     checks.check(config)
     try:

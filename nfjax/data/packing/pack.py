@@ -55,7 +55,7 @@ class _Settings(TypedDict):
 
 def pack(
     dataset: Dataset,
-    out: str,
+    out: str | os.PathLike[str],
     *,
     source: str = "",
     short_side: int | None = None,
@@ -92,7 +92,7 @@ def pack(
         ValueError: Settings are wrong, or differ from those of the pack in `out`, or too many images are damaged.
         FileExistsError: `out` holds something else, or another process packs there.
     """
-    threads = default_workers() if threads is None else threads
+    out, threads = os.fspath(out), default_workers() if threads is None else threads
     _check(short_side, quality, per_shard, max_skipped, threads)
     local = pathlib.Path(os.path.expanduser(out))
     if remote.is_remote(out):
@@ -120,7 +120,7 @@ def pack(
     return manifest
 
 
-def verify(directory: str) -> int:
+def verify(directory: str | os.PathLike[str]) -> int:
     """Reads every byte and every record of a packed directory.
 
     Returns:
@@ -129,6 +129,7 @@ def verify(directory: str) -> int:
     Raises:
         ValueError, FileNotFoundError: A shard or a record is not as it was written; the first is named.
     """
+    directory = os.fspath(directory)
     manifest, _ = read_manifest(directory)
     check_sizes(directory, {shard.file: shard.bytes for split in SPLITS for shard in manifest.shards[split]})
     total = sum(shard.count for split in SPLITS for shard in manifest.shards[split])

@@ -118,7 +118,7 @@ def _check_images(source: str | Loader, name: str, split: Any, num_classes: int)
         )
 
 
-def load(source: str | Loader, directory: str, image_size: int) -> Dataset:
+def load(source: str | Loader, directory: str | os.PathLike[str], image_size: int) -> Dataset:
     """Opens a data set.
 
     Args:
