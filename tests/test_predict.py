@@ -5,6 +5,7 @@ would misread; and `nfjax predict`.
 import csv
 import io
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -70,6 +71,13 @@ def test_the_pixels_are_those_on_which_the_run_was_scored(run, predictor, paths)
     from_disk = np.concatenate([np.asarray(batch.image) for batch in batches.evaluate()])
     batches.close()
     np.testing.assert_array_equal(seen, from_disk[: len(seen)])
+
+
+def test_a_run_is_loaded_in_silence(run, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        nfjax.load(run[0])
+    assert caplog.records == []
 
 
 def test_its_accuracy_is_that_of_the_run(run, predictor, paths):

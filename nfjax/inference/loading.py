@@ -6,7 +6,6 @@ import os
 import pathlib
 
 from nfjax import _streams as streams
-from nfjax import evaluate
 from nfjax.data import remote
 from nfjax.inference import _folder, hub
 from nfjax.inference.predictor import BATCH_SIZE, Origin, Predictor
@@ -71,6 +70,8 @@ def load(
 def _of_run(
     folder: pathlib.Path, step: int | None, ema: bool, dtype: str | None, batch_size: int, trust: bool
 ) -> Predictor:
+    from nfjax import evaluate  # here: an export needs neither checkpoints nor the loaders of images
+
     config, described = files.read_config(folder), files.read_data(folder)
     _check_trusted(folder, networks.architecture(config), trust)
     config = deployment.computing_in(config, dtype)

@@ -55,16 +55,17 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         newest = policies.LatestN(keep)
         best = policies.BestN(get_metric_fn=_accuracy, n=1)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-            best_fn=_accuracy,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-        )
-        self._check_metrics(read_only)
+        with _without_remarks():
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+                best_fn=_accuracy,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
+            )
+            self._check_metrics(read_only)
+            self.manager = ocp.CheckpointManager(self.directory, options=options)
         self._options, self._keep = options, keep
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _check_metrics(self, read_only: bool) -> None:
         """Sets aside checkpoints whose metrics are damaged: they decide which one is the best, and orbax would not open
@@ -176,7 +177,8 @@ class Checkpoints:
         reader = ocp.StandardCheckpointer()
         try:
             path = self.directory / str(step) / "default"
-            stored = reader.metadata(path).item_metadata.tree
+            with _without_remarks():
+                stored = reader.metadata(path).item_metadata.tree
             tree = reader.restore(path, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored))
             reason = checksums.damage(tree, tree.pop(CHECKSUMS))
         except Exception as error:  # orbax and tensorstore raise many types for damaged files
@@ -221,6 +223,23 @@ class Checkpoints:
             self.manager.close()
         except Exception as error:  # one of orbax's many kinds, of a save that was under way
             logging.info("checkpoints closed with %r", error)
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Orbax warns that a folder is only read, as it was told to, and of a file that a step inside of a manager never
+    has. Its errors are shown.
+    """
+
+    def keep(record: Any) -> bool:
+        return "orbax" not in record.pathname or record.levelno >= logging.converter.STANDARD_ERROR
+
+    logger = logging.get_absl_logger()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _told(error: Exception) -> str:
