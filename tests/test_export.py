@@ -203,6 +203,12 @@ def test_the_card_tells_what_it_is(predictor, exported):
 
 def test_names_are_no_markup(predictor):
     assert _card._plain("<b>*a*</b>|`x`\x1b") == r"\<b\>\*a\*\</b\>\|\`x\`\\x1b"
+    assert _card._code("a=(`x`, *b_c*)\x1b") == "`a=('x', *b_c*)\\x1b`"
+    assert "`init=he_fan_out`" in _card.text(predictor, [], None, ())
+    named = _card.text(predictor, [], None, (), "my | images")
+    assert r"of n = 24 test images of my \| images, for" in named
+    assert r"On 24 images of my \| images, for" in named
+    assert "| seed | 0 |" in named
     assert "Not stated" in _card.text(predictor, [], None, ())
     assert "license: unknown" in _card.text(predictor, [], None, ())
 

@@ -26,6 +26,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--dtype", metavar="NAME", help="to compute in, float32 or bfloat16 (that of the training)")
     parser.add_argument("--license", metavar="NAME", help="of the weights, for the card, such as cc-by-4.0")
+    parser.add_argument("--data-name", metavar="NAME", help="of the run's images, for the card, such as CIFAR-10")
     parser.add_argument("--to-hub", metavar="USER/NAME", help="send it to the Hugging Face Hub, when it is written")
     parser.add_argument("--private", action="store_true", help="there, into a repository for you alone")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there already")
@@ -47,7 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model, step=arguments.step, ema=arguments.ema, dtype=arguments.dtype, trust=arguments.trust
     )
     results = inference.export(
-        predictor, arguments.out, names, licence=arguments.license, overwrite=arguments.overwrite
+        predictor,
+        arguments.out,
+        names,
+        licence=arguments.license,
+        data_name=arguments.data_name,
+        overwrite=arguments.overwrite,
     )
     for result in results:
         print(

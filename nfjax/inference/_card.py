@@ -80,7 +80,13 @@ class Compared:
     images: int
 
 
-def text(predictor: Predictor, results: Sequence[Compared], licence: str | None, platforms: Sequence[str]) -> str:
+def text(
+    predictor: Predictor,
+    results: Sequence[Compared],
+    licence: str | None,
+    platforms: Sequence[str],
+    data_name: str | None = None,
+) -> str:
     """The card.
 
     Args:
@@ -88,13 +94,15 @@ def text(predictor: Predictor, results: Sequence[Compared], licence: str | None,
         results: Of its files.
         licence: Of the weights.
         platforms: On which the program of JAX runs.
+        data_name: What it was trained and scored on; None where that is not known.
     """
+    of_what = f" of {_plain(data_name)}" if data_name else ""
     parts = [_head(licence), "# " + _title(predictor), _about(predictor)]
-    parts += ["## Accuracy", _accuracy(predictor.origin), "## How to use it", _pixels(predictor)]
+    parts += ["## Accuracy", _accuracy(predictor.origin, of_what), "## How to use it", _pixels(predictor)]
     parts += [_opened(predictor, result.format, platforms) for result in results]
     parts += ["## Files", _files(results), "## Classes", _classes(predictor.class_names)]
     if predictor.origin is not None:
-        parts += ["## How it was trained", _training(predictor.origin)]
+        parts += ["## How it was trained", _training(predictor.origin, of_what)]
     return (
         "\n\n".join([*parts, "## What it is not good for", _limits(predictor), "## License", _licence(licence)]) + "\n"
     )
@@ -111,7 +119,7 @@ def _title(predictor: Predictor) -> str:
 
 def _about(predictor: Predictor) -> str:
     made, side = predictor.architecture, predictor.preprocessing.image_size
-    settings = [f"`{name}={_plain(value)}`" for name, value in made.arguments.items() if value is not None]
+    settings = [_code(f"{name}={value}") for name, value in made.arguments.items() if value is not None]
     count = sum(leaf.size for leaf in jax.tree.leaves(predictor.params))
     return (
         f"A network for images of {side}x{side} pixels with {count:,} parameters, which computes in {made.dtype}"
@@ -120,13 +128,13 @@ def _about(predictor: Predictor) -> str:
     )
 
 
-def _accuracy(origin: Origin | None) -> str:
+def _accuracy(origin: Origin | None, of_what: str) -> str:
     if origin is None or origin.accuracy is None:
         return "Not known: it was not scored on test images when these weights were saved."
     weights = "the average of the weights at" if origin.ema else "the weights of"
     return (
-        f"{origin.accuracy:.2%} of n = {origin.test_images:,} test images, for {weights} step {origin.step:,}. "
-        "The step may have been chosen for its accuracy on these very images, which flatters it a little."
+        f"{origin.accuracy:.2%} of n = {origin.test_images:,} test images{of_what}, for {weights} step "
+        f"{origin.step:,}. The step may have been chosen for its accuracy on these very images, which flatters it a little."
     )
 
 
@@ -173,11 +181,19 @@ def _classes(names: Sequence[str]) -> str:
     return ", ".join(_plain(name) for name in names[:MOST_NAMES]) + more
 
 
-def _training(origin: Origin) -> str:
+def _training(origin: Origin, of_what: str) -> str:
     flat = dict(_flat(origin.settings))
-    rows = [f"| {name} | {_plain(flat[name])} |" for name in TOLD if flat.get(name) not in (None, 0.0, False)]
+    off = (None, 0.0, False)
+    told = [name for name in TOLD if name in flat and (flat[name] not in off or name == "seed")]
+    rows = [f"| {name} | {_plain(flat[name])} |" for name in told]
     return "\n".join(
-        [f"On {origin.training_images:,} images, for {origin.step:,} steps.", "", "| setting | |", "|---|---|", *rows]
+        [
+            f"On {origin.training_images:,} images{of_what}, for {origin.step:,} steps.",
+            "",
+            "| setting | |",
+            "|---|---|",
+            *rows,
+        ]
     )
 
 
@@ -205,6 +221,11 @@ def _flat(settings: dict[str, Any], above: str = "") -> Any:
             yield from _flat(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
+
+
+def _code(text: str) -> str:
+    """A text as code, which Markdown shows as it is, but for the mark that would end it."""
+    return f"`{printable(text).replace('`', chr(39))}`"
 
 
 def _plain(value: Any) -> str:

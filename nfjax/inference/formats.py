@@ -103,6 +103,7 @@ def export(
     formats: Sequence[str] = USUAL,
     *,
     licence: str | None = None,
+    data_name: str | None = None,
     overwrite: bool = False,
 ) -> list[Compared]:
     """Writes a folder with a network in it, all of it or nothing, each file compared with the network.
@@ -112,6 +113,7 @@ def export(
         out: The folder, which is made.
         formats: Names in `FORMATS`.
         licence: Of the weights, for the card; None where it is not known.
+        data_name: What the run's images are, for the card, such as "CIFAR-10"; likewise.
         overwrite: Whether an export that is there already is replaced.
 
     Returns:
@@ -134,7 +136,7 @@ def export(
         written = {name: one.write(predictor, part / one.file) for name, one in chosen.items()}
         _folder.write(part, predictor)
         results = _compared(predictor, {name: (part / chosen[name].file, reads) for name, reads in written.items()})
-        (part / _card.FILE).write_text(_card.text(predictor, results, licence, PLATFORMS), encoding="utf-8")
+        (part / _card.FILE).write_text(_card.text(predictor, results, licence, PLATFORMS, data_name), encoding="utf-8")
     return results
 
 
