@@ -134,7 +134,8 @@ def _accuracy(origin: Origin | None, of_what: str) -> str:
     weights = "the average of the weights at" if origin.ema else "the weights of"
     return (
         f"{origin.accuracy:.2%} of n = {origin.test_images:,} test images{of_what}, for {weights} step "
-        f"{origin.step:,}. The step may have been chosen for its accuracy on these very images, which flatters it a little."
+        f"{origin.step:,}. The step may have been chosen for its accuracy on these very images, which flatters it a "
+        "little."
     )
 
 
