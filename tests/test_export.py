@@ -217,6 +217,37 @@ def test_onnx_pools(name, tmp_path, in_onnxruntime):
     np.testing.assert_allclose(run(pixels[:1]), expected[:1], rtol=0, atol=3e-6)
 
 
+FUNCTIONS = """
+import importlib, inspect, pathlib, sys
+import jax, jax.numpy as jnp
+from nfjax.inference import _onnx
+
+def functions():
+    found = {}
+    for module in map(importlib.import_module, ("jax", "jax.lax", "jax.nn", "jax.numpy", "flax.nnx", "flax.linen")):
+        for name, value in vars(module).items():
+            inside = dir(value) if inspect.isclass(value) else ()
+            found[module.__name__, name] = {"": value, **{key: inspect.getattr_static(value, key) for key in inside}}
+    return found
+
+before = functions()
+shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 4), jnp.float32)
+for _ in range(2):
+    _onnx.write(lambda x: jnp.cumsum(jnp.pad(x, ((0, 0), (1, 1))), 1, jnp.float32), shape, pathlib.Path(sys.argv[1]))
+after = functions()
+print([(*name, key) for name, now in before.items() for key in now | after[name]
+       if callable(after[name].get(key)) and after[name][key] is not now.get(key)])
+"""
+
+
+def test_jax_and_flax_are_afterwards_what_they_were(tmp_path, in_onnxruntime):
+    """In a process of its own: jax2onnx replaces some functions once, when it loads its plugins."""
+    done = subprocess.run(
+        [sys.executable, "-c", FUNCTIONS, tmp_path / "model.onnx"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_what_onnx_cannot_hold_is_told(tmp_path, in_onnxruntime):
     shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 4), jnp.float32)
     with pytest.raises(

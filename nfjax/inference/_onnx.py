@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -37,8 +38,16 @@ def write(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStru
         ImportError: A package is not installed.
         ValueError: jax2onnx cannot write one of the function's operations.
     """
-    import jax2onnx
     import onnxruntime
+
+    with _put_back():
+        model = _converted(function, images)
+    path.write_bytes(model.SerializeToString())  # jax2onnx itself would put large weights into a second file
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def _converted(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStruct) -> Any:
+    import jax2onnx
 
     for name in ("jax2onnx", "onnx_ir"):  # they warn of libraries and types that have nothing to do with this
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -49,14 +58,31 @@ def write(function: Callable[[jax.Array], jax.Array], images: jax.ShapeDtypeStru
         return _run(traced.jaxpr, traced.consts, images)[0]
 
     try:
-        model = jax2onnx.to_onnx(on_platform, [images], opset=OPSET, return_mode="proto")
+        return jax2onnx.to_onnx(on_platform, [images], opset=OPSET, return_mode="proto")
     except Exception as error:  # it raises whatever it stumbles over
         raise ValueError(
             f"jax2onnx cannot write this network as ONNX ({type(error).__name__}: {_first_line(error)}); the formats "
             "safetensors and stablehlo hold every network"
         ) from error
-    path.write_bytes(model.SerializeToString())  # jax2onnx itself would put large weights into a second file
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _put_back() -> Iterator[None]:
+    """Of what jax2onnx puts in place of functions of JAX and Flax, it leaves two behind: a cumsum that takes no second
+    argument, and a call of Linen's attention that is for its own tracing.
+    """
+    from flax import linen
+
+    replaced = ((jnp, "cumsum"), (linen.MultiHeadAttention, "__call__"))
+    before = [vars(owner).get(name) for owner, name in replaced]
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(replaced, before, strict=True):
+            if value is not None:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)
 
 
 def _first_line(error: Exception) -> str:
