@@ -2,6 +2,7 @@
 is no such export, or lies, is refused.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -19,9 +20,10 @@ from flax import nnx
 
 import nfjax
 from nfjax import cli, inference, storage
-from nfjax.inference import _card, _folder, _onnx, _safetensors, formats
+from nfjax.inference import _card, _folder, _onnx, _safetensors, formats, torch_weights
 from nfjax.training import networks
-from tests import photographs, toys
+from tests import photographs, test_torch_weights, toys
+from tests.conftest import TINY
 from tests.photographs import SIZE
 
 OLD = pathlib.Path(__file__).parent / "exported"
@@ -51,8 +53,8 @@ def copy(exported, tmp_path):
     return pathlib.Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
-def images(count=5):
-    return np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+def images(count=5, size=SIZE):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
 def arrays(predictor):
@@ -117,26 +119,142 @@ def test_in_bfloat16_it_differs_by_rounding_only(run, tmp_path):
     np.testing.assert_array_equal(arrays(whole)["params/classifier/kernel"], arrays(half)["params/classifier/kernel"])
 
 
+def rewritten(function, x):
+    """(the function in the operations in which ONNX gets it, their names)."""
+    traced = jax.make_jaxpr(function)(x)
+    again = jax.make_jaxpr(lambda x: tuple(_onnx._run(traced.jaxpr, traced.consts, x)))(x)
+    return functools.partial(jax.core.eval_jaxpr, again.jaxpr, again.consts), str(again)
+
+
 def test_a_choice_between_platforms_is_made_for_onnx():
-    def function(x):
-        chosen = jax.lax.platform_dependent(x, cuda=lambda x: x * 2, cpu=lambda x: x + 1, default=lambda x: x - 1)
+    def function(x, choose=jax.lax.platform_dependent):
+        chosen = choose(x, cuda=lambda x: x * 2, cpu=lambda x: x + 1, default=lambda x: x - 1)
+        chosen = choose(chosen, cuda=lambda x: x * 2, cpu=lambda x: x + 3)
         return jax.nn.relu(jax.jit(jnp.sin)(chosen)), jnp.where(x > 0, x, 0.5)
 
     x = jnp.linspace(-1, 1, 5)
-    traced = jax.make_jaxpr(function)(x)
-    written_out = jax.make_jaxpr(lambda x: tuple(_onnx._run(traced.jaxpr, traced.consts, x)))(x)
-    assert "platform_index" not in str(written_out)
-    assert "cond" not in str(written_out)
-    for value, expected in zip(jax.core.eval_jaxpr(written_out.jaxpr, written_out.consts, x), function(x), strict=True):
-        np.testing.assert_allclose(value, expected, rtol=1e-6)
+    again, names = rewritten(function, x)
+    assert "platform_index" not in names
+    assert "cond" not in names
+    # The form for all platforms where there is one, that for CPUs where there is none.
+    expected = function(x, lambda x, cuda, cpu, default=None: (default or cpu)(x))
+    for value, wanted in zip(again(x), expected, strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-6)
 
 
-def test_onnx_is_the_same(predictor, tmp_path):
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (0, 1))),
+        lambda x: nnx.max_pool(jnp.pad(x, ((0, 0), (1, 2), (0, 1), (0, 0))), (5, 4)),
+        lambda x: nnx.avg_pool(x, (2, 2), (2, 2), [(0, 1), (0, 0)], count_include_pad=False),
+        lambda x: jnp.pad(x, ((0, 0), (2, 1), (1, 0), (0, 3)), constant_values=-jnp.inf),
+        # As they are: these jax2onnx refuses.
+        lambda x: jax.lax.pad(x, 0.5, ((0, 0, 0), (-1, 2, 0), (1, 0, 1), (0, 0, 0))),
+        lambda x: jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)), constant_values=x[0, 0, 0, 0]),
+        lambda x: nnx.max_pool(x, (2, 2, 2)),
+    ],
+)
+def test_pooling_and_padding_are_the_same_as_onnx_gets_them(function):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6, 3)), jnp.float32)
+    again, _ = rewritten(function, x)
+    np.testing.assert_array_equal(*again(x), function(x))
+
+
+@pytest.fixture
+def in_onnxruntime():
+    """Opens an exported folder as the card says, in onnxruntime alone."""
     for package in ("jax2onnx", "onnxruntime"):
         pytest.importorskip(package, reason=f'{package} is not installed: pip install "nfjax[onnx]"')
+    import onnxruntime
+
+    def opened(folder):
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+        (images,), (probabilities,) = session.get_inputs(), session.get_outputs()
+        assert (images.type, probabilities.type) == ("tensor(uint8)", "tensor(float)")
+        assert isinstance(images.shape[0], str)  # a batch of any size
+        return lambda pixels: session.run(None, {images.name: pixels})[0]
+
+    return opened
+
+
+def test_onnx_is_the_same(predictor, tmp_path, in_onnxruntime):
     (result,) = inference.export(predictor, tmp_path / "onnx", ["onnx"])
     assert result.difference <= 1e-5
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"README.md", "config.json", "model.onnx"}
+    np.testing.assert_allclose(
+        in_onnxruntime(tmp_path / "onnx")(images()), predictor.of_pixels(images()), rtol=0, atol=1e-5
+    )
+    import onnx
+
+    model = onnx.load(tmp_path / "onnx" / "model.onnx")
+    assert [(used.domain, used.version) for used in model.opset_import] == [("", _onnx.OPSET)]
+    onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "small_bottleneck", "small_bit", "small_nf"])
+def test_onnx_pools(name, tmp_path, in_onnxruntime):
+    """The ImageNet stem, and networks of timm: max-pooling with a border of nothing and of zeros, mean-pooling."""
+    if name == "imagenet":
+        arguments, classes = {"depth": TINY, "width": 4, "residual": "convshort", "stem": "imagenet"}, 3
+        model = networks.Architecture("preact_resnet", arguments).build(classes, 33, jax.random.key(0))
+    else:
+        model, arguments = torch_weights.convert(test_torch_weights.kept(name)[0])
+        classes = arguments.pop("num_classes")
+    pooling = inference.Predictor(
+        model,
+        inference.Preprocessing(33, 36, (0.5,) * 3, (0.25,) * 3),
+        [f"class {label}" for label in range(classes)],
+        batch_size=8,
+        architecture=networks.Architecture("preact_resnet", arguments),
+    )
+    (result,) = inference.export(pooling, tmp_path / "onnx", ["onnx"])
+    assert result.difference <= 3e-6 < result.bound
+    pixels = np.concatenate([images(4, 33), np.arange(33 * 33 * 3, dtype=np.uint8).reshape(1, 33, 33, 3)])
+    expected, run = pooling.of_pixels(pixels), in_onnxruntime(tmp_path / "onnx")
+    assert np.ptp(expected, axis=0).max() > 1e-3  # what the images differ by is far more than what is allowed
+    np.testing.assert_allclose(run(pixels), expected, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(run(pixels[:1]), expected[:1], rtol=0, atol=3e-6)
+
+
+FUNCTIONS = """
+import importlib, inspect, pathlib, sys
+import jax, jax.numpy as jnp
+from nfjax.inference import _onnx
+
+def functions():
+    found = {}
+    for module in map(importlib.import_module, ("jax", "jax.lax", "jax.nn", "jax.numpy", "flax.nnx", "flax.linen")):
+        for name, value in vars(module).items():
+            inside = dir(value) if inspect.isclass(value) else ()
+            found[module.__name__, name] = {"": value, **{key: inspect.getattr_static(value, key) for key in inside}}
+    return found
+
+before = functions()
+shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 4), jnp.float32)
+for _ in range(2):
+    _onnx.write(lambda x: jnp.cumsum(jnp.pad(x, ((0, 0), (1, 1))), 1, jnp.float32), shape, pathlib.Path(sys.argv[1]))
+after = functions()
+print([(*name, key) for name, now in before.items() for key in now | after[name]
+       if callable(after[name].get(key)) and after[name][key] is not now.get(key)])
+"""
+
+
+def test_jax_and_flax_are_afterwards_what_they_were(tmp_path, in_onnxruntime):
+    """In a process of its own: jax2onnx replaces some functions once, when it loads its plugins."""
+    done = subprocess.run(
+        [sys.executable, "-c", FUNCTIONS, tmp_path / "model.onnx"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_what_onnx_cannot_hold_is_told(tmp_path, in_onnxruntime):
+    shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 4), jnp.float32)
+    with pytest.raises(
+        ValueError, match=r"cannot write .* as ONNX \(NotImplementedError: .*interior.*\); the formats safetensors and"
+    ):
+        _onnx.write(lambda x: jax.lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1))), shape, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_onnx_needs_float32(run, tmp_path):

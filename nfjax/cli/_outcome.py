@@ -43,6 +43,8 @@ EXTRAS = {
     "tensorflow_datasets": "tfds",
     "importlib_resources": "prepare",
     "jax2onnx": "onnx",
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
     "onnxruntime": "onnx",
     "tensorflow": "prepare",
     "gcsfs": "gcs",
