@@ -3,16 +3,19 @@
 import gc
 import importlib.metadata
 import os
+import threading
 
-# The tests compile far more than they compute. A flag that XLA does not know ends the process, and the second one is a
-# debugging aid that newer versions may have dropped.
+# The tests compile far more than they compute: with few passes, over few modules, and addresses in loops as they come. A
+# flag that XLA does not know ends the process, and the last one is a debugging aid that newer versions may have dropped.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=8"
+    " --xla_backend_extra_options=-disable-lsr"
     f"{' --xla_cpu_use_fusion_emitters=false' if importlib.metadata.version('jaxlib').startswith('0.10.') else ''}"
 )
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 from nfjax import config as configs
 
@@ -30,6 +33,24 @@ def _no_sharding(tracer):
 # so in a message that goes through all that was traced: two thirds of the time that 50 layers with batch norm take.
 if jax.__version_info__ < (0, 12):
     jax.core.Tracer.sharding = property(_no_sharding)
+
+
+class _Context(threading.local):
+    """What MLIR knows of its dialects, for some programs of a thread. Making it anew, as JAX does for every program
+    before 0.12, takes a fifth of the time of a small one, and the memory of all of them until it is collected.
+    """
+
+    made, programs = None, 0
+
+    def __call__(self, make=mlir.make_ir_context):
+        if self.made is None or self.programs == 50:  # it grows with what it has seen
+            self.made, self.programs = make(), 0
+        self.programs += 1
+        return self.made
+
+
+if jax.__version_info__ < (0, 12):
+    mlir.make_ir_context = _Context()
 
 TINY = 10  # the depth of the smallest network, one basic block per stage
 # Of `nfjax reproduce`: a run that takes a second, on made-up images.
