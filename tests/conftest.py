@@ -5,11 +5,12 @@ import importlib.metadata
 import os
 import threading
 
-# The tests compile far more than they compute: with few passes, over few modules, and addresses in loops as they come. A
-# flag that XLA does not know ends the process, and the last one is a debugging aid that newer versions may have dropped.
+# The tests compile far more than they compute: the same passes over fewer and larger modules, and fewer of them over
+# loops. Loops are vectorized, and products are added up in one rounding, as everywhere. A flag that XLA does not know
+# ends the process, and the last one is a debugging aid that newer versions may have dropped.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=8"
-    " --xla_backend_extra_options=-disable-lsr"
+    " --xla_backend_extra_options=-disable-lsr,-unroll-threshold=0"
     f"{' --xla_cpu_use_fusion_emitters=false' if importlib.metadata.version('jaxlib').startswith('0.10.') else ''}"
 )
 
