@@ -3,16 +3,20 @@
 import gc
 import importlib.metadata
 import os
+import threading
 
-# The tests compile far more than they compute. A flag that XLA does not know ends the process, and the second one is a
-# debugging aid that newer versions may have dropped.
+# The tests compile far more than they compute: the same passes over fewer and larger modules, and fewer of them over
+# loops. Loops are vectorized, and products are added up in one rounding, as everywhere. A flag that XLA does not know
+# ends the process, and the last one is a debugging aid that newer versions may have dropped.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=8"
+    " --xla_backend_extra_options=-disable-lsr,-unroll-threshold=0"
     f"{' --xla_cpu_use_fusion_emitters=false' if importlib.metadata.version('jaxlib').startswith('0.10.') else ''}"
 )
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 from nfjax import config as configs
 
@@ -30,6 +34,24 @@ def _no_sharding(tracer):
 # so in a message that goes through all that was traced: two thirds of the time that 50 layers with batch norm take.
 if jax.__version_info__ < (0, 12):
     jax.core.Tracer.sharding = property(_no_sharding)
+
+
+class _Context(threading.local):
+    """What MLIR knows of its dialects, for some programs of a thread. Making it anew, as JAX does for every program
+    before 0.12, takes a fifth of the time of a small one, and the memory of all of them until it is collected.
+    """
+
+    made, programs = None, 0
+
+    def __call__(self, make=mlir.make_ir_context):
+        if self.made is None or self.programs == 50:  # it grows with what it has seen
+            self.made, self.programs = make(), 0
+        self.programs += 1
+        return self.made
+
+
+if jax.__version_info__ < (0, 12):
+    mlir.make_ir_context = _Context()
 
 TINY = 10  # the depth of the smallest network, one basic block per stage
 # Of `nfjax reproduce`: a run that takes a second, on made-up images.
@@ -60,11 +82,12 @@ def _compile_once(tmp_path_factory):
 
 @pytest.fixture
 def tiny_config(monkeypatch):
-    """Two epochs of 16 steps on made-up images, with a network that compiles in a few seconds."""
+    """Two epochs of 16 steps on made-up images, with a network that compiles in a second or two."""
     config = configs.base()
     config.batch_size = 64
     config.epochs = 2
-    config.model.depth = TINY
+    # A block without and a block with a stride, which is less to compile than the smallest depth that has a name.
+    config.model.stage_sizes, config.model.block = (1, 1), "basic"
     config.model.width = 4
     config.data.source = "synthetic"
     config.data.image_size = 8

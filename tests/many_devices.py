@@ -5,15 +5,13 @@ import json
 import signal
 import sys
 
+import conftest  # noqa: F401 what makes tests compile sooner, and their strict promotion
 import jax
 from ml_collections import ConfigDict
 
 from nfjax import distributed, preemption
 from nfjax.training import loop as train
 from nfjax.training.progress import Progress
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def terminate_at(step):

@@ -8,6 +8,7 @@ of the caller's, because it has its own.
 """
 
 import contextlib
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,20 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 def explicit_sharding():
     with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))):
         yield
+
+
+@contextlib.contextmanager
+def checking_leaks():
+    """Behind each trace JAX collects garbage and looks through all objects: here through those made from now on, which
+    are the ones that can have leaked.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        with jax.checking_leaks():
+            yield
+    finally:
+        gc.unfreeze()
 
 
 def network(norm=None, remat=False):
@@ -116,7 +131,7 @@ RANDOM = (kernels, signal, others, training_step)
 EXACT = {
     "enable_x64": (lambda: jax.enable_x64(True), ALL),
     "disable_jit": (jax.disable_jit, ALL),
-    "check_tracer_leaks": (jax.checking_leaks, ALL),
+    "check_tracer_leaks": (checking_leaks, ALL),
     "debug_nans": (lambda: jax.debug_nans(True), ALL),
     "debug_infs": (lambda: jax.debug_infs(True), ALL),
     "enable_checks": (lambda: jax_config.enable_checks(True), ALL),

@@ -1,5 +1,6 @@
 """A run that is killed at any moment goes on as if nothing had happened: the short version of tests/chaos."""
 
+import dataclasses
 import json
 import pathlib
 import random
@@ -23,6 +24,8 @@ def examine(folder, name, epochs, aims, seed=0):
     """Kills are aimed at what is under way, not at times: a loaded machine changes nothing."""
     observing.make_images(folder / "images", 64, 16)
     setting = observing.settings(folder / "images", {name: epochs})[name]
+    small = ("--config.model.stage_sizes=(1,)", "--config.model.block=basic")  # less to compile in every start
+    setting = dataclasses.replace(setting, flags=(*setting.flags, *small))
     record = killing.examine(setting, folder, aims, random.Random(seed), {})
     assert record["differences"] == []
     assert [kill["aim"] for kill in record["kills"]] == aims

@@ -571,7 +571,10 @@ def test_dockerfile():
     assert (wrong.returncode, wrong.stderr) == (2, "ACCELERATOR=rocm: expected cpu, cuda12, cuda13 or tpu\n")
 
 
-SMALL = ("--config=configs/digits_convshort.py", "--config.model.width=4", "--config.epochs=1")
+SMALL = (
+    "--config=configs/digits_convshort.py", "--config.model.width=4", "--config.model.stage_sizes=(1,)",
+    "--config.model.block=basic", "--config.epochs=1",
+)  # fmt: skip
 
 
 def test_local_gpus_with_the_trainer(machine, tmp_path, free_port):

@@ -12,7 +12,8 @@ from nfjax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = "--config=configs/digits_convshort.py"
-SHORT = ("--config.epochs=2", "--config.model.width=4", "--config.checkpoint.every_epochs=1")
+SMALL = ("--config.model.width=4", "--config.model.stage_sizes=(1,1)", "--config.model.block=basic")
+SHORT = ("--config.epochs=2", "--config.checkpoint.every_epochs=1")
 
 
 def command(module, *arguments):
@@ -27,9 +28,9 @@ def run(module, *arguments):
 
 def test_train_evaluate_and_go_on(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
-    code, out, errors = run("main", DIGITS, workdir, *SHORT)
+    code, out, errors = run("main", DIGITS, workdir, *SHORT, *SMALL)
     assert (code, errors) == (0, "")
-    assert "model   ResNet-18 convshort without normalization, he_fan_out, width 4" in out
+    assert "model   ResNet 1-1 convshort without normalization, he_fan_out, width 4" in out
     assert "epoch 2/2  train loss" in out
     assert "curves" in out
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -38,22 +39,22 @@ def test_train_evaluate_and_go_on(tmp_path):
     assert code == 0
     assert "of 360 images" in out
 
-    code, out, _ = run("main", DIGITS, workdir, *SHORT)
+    code, out, _ = run("main", DIGITS, workdir, *SHORT, *SMALL)
     assert code == 0
     assert "already complete" in out
 
-    code, _, errors = run("main", DIGITS, workdir, *SHORT, "--config.seed=1")
+    code, _, errors = run("main", DIGITS, workdir, *SHORT, *SMALL, "--config.seed=1")
     assert code == 1
     assert "seed: 0 there, 1 now" in errors
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    arguments = (DIGITS, f"--workdir={tmp_path}", "--config.epochs=30", "--config.model.width=4")
+    arguments = (DIGITS, f"--workdir={tmp_path}", "--config.epochs=300", *SMALL)
     process = subprocess.Popen(
         command("main", *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
-        if line.startswith("epoch  2/30"):
+        if line.startswith("epoch   2/300"):
             break
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
@@ -68,16 +69,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     process.kill()
     process.communicate()
     assert f"resumed at step {step:,}" in out
-    assert "epoch  1/30" not in out
+    assert "epoch   1/300" not in out
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(tmp_path):
-    arguments = (DIGITS, f"--workdir={tmp_path}", "--config.epochs=400", "--config.model.width=4")
+    arguments = (DIGITS, f"--workdir={tmp_path}", "--config.epochs=4000", *SMALL)
     process = subprocess.Popen(
         command("main", *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
-        if line.startswith("epoch   1/400"):
+        if line.startswith("epoch    1/4000"):
             break
     # A second run in the same workdir is refused while this one is at work.
     code, _, errors = run("main", *arguments)
@@ -106,7 +107,13 @@ def test_sigterm_before_the_first_step(tmp_path):
 
 def test_a_disk_that_takes_no_more(tmp_path):
     """Files of more than 64 kB cannot be written: the first checkpoint fails, and the run ends with a message."""
-    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "", *command("main", DIGITS, f"--workdir={tmp_path}", *SHORT)]
+    limited = [
+        "bash",
+        "-c",
+        'ulimit -f 64; exec "$@"',
+        "",
+        *command("main", DIGITS, f"--workdir={tmp_path}", *SHORT, "--config.model.width=4"),
+    ]
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert f"nfjax: a checkpoint cannot be written to {tmp_path}/checkpoints" in done.stderr
@@ -119,6 +126,7 @@ def test_divergence_has_an_exit_code(tmp_path):
         DIGITS,
         f"--workdir={tmp_path}",
         *SHORT,
+        *SMALL,
         "--config.optim.learning_rate=1e6",
         "--config.model.residual=identity",
     )

@@ -11,7 +11,7 @@ import pytest
 from absl import logging
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-SMALL = {"DEPTH": 18, "WIDTH": 4, "IMAGE_SIZE": 8, "BATCH": 2, "SEEDS": 2}
+SMALL = {"DEPTH": 10, "WIDTH": 4, "IMAGE_SIZE": 8, "BATCH": 2, "SEEDS": 2}
 MAGIC = re.compile(r"^(\s*)[%!].*$", re.M)
 
 

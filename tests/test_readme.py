@@ -86,7 +86,7 @@ def test_training_command_of_the_readme(tmp_path):
     make_folder(tmp_path / "data", per_class=70, size=(32, 32))
     line = next(line for line in COMMANDS if "nfjax.main" in line)
     words = [word.replace("=DIR", f"={tmp_path}/data").replace("=runs/", f"={tmp_path}/") for word in shlex.split(line)]
-    words += ["--config.model.depth=18", "--config.model.width=4", "--config.epochs=1"]
+    words += ["--config.model.depth=10", "--config.model.width=4", "--config.epochs=1"]
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in COMMANDS if "nfjax.evaluate" in line)

@@ -14,6 +14,9 @@ from nfjax import initializers, layers, resnet
 from nfjax.residual import RESIDUALS, Rule
 from nfjax.resnet import PreActResNet
 
+# Two blocks in front of a transition, one behind it: all that a network of any depth consists of.
+SMALL = {"depth": None, "stage_sizes": (2, 1), "block": "basic"}
+
 
 def parameters(model):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -100,7 +103,7 @@ def test_every_combination_makes_a_network(depth, residual, norm):
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_without_norm_examples_are_independent(residual):
     """The output and the gradient of one example do not depend on the others in its batch."""
-    model = PreActResNet(18, residual, width=4, rngs=nnx.Rngs(0))
+    model = PreActResNet(residual=residual, width=4, rngs=nnx.Rngs(0), **SMALL)
     graph, state = nnx.split(model)
     first, second, other = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
 
@@ -123,7 +126,7 @@ def test_without_norm_examples_are_independent(residual):
 
 
 def test_with_batch_norm_examples_are_not_independent():
-    model = PreActResNet(18, "identity", "batch", width=4, rngs=nnx.Rngs(0))
+    model = PreActResNet(residual="identity", norm="batch", width=4, rngs=nnx.Rngs(0), **SMALL)
     first, second, other = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
     call = nnx.jit(lambda model, batch: model(batch)[0])
     model.train()
@@ -186,7 +189,8 @@ def test_pooling_has_derivatives_of_any_kind():
 
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_bfloat16_computes_in_bfloat16_over_float32_parameters(norm):
-    model = PreActResNet(18, "learnscalar", norm, width=8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    make = functools.partial(PreActResNet, residual="learnscalar", norm=norm, width=8, **SMALL)
+    model = make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
     # flax's BatchNorm itself promotes bfloat16 to float32 for its statistics.
@@ -194,7 +198,7 @@ def test_bfloat16_computes_in_bfloat16_over_float32_parameters(norm):
         block = nnx.eval_shape(lambda model: model.blocks[0](model.stem(images.astype(jnp.bfloat16))), model)
         assert block.dtype == jnp.bfloat16
         half = nnx.jit(lambda model: model(images))(model)
-    full = nnx.jit(lambda model: model(images))(PreActResNet(18, "learnscalar", norm, width=8, rngs=nnx.Rngs(0)))
+    full = nnx.jit(lambda model: model(images))(make(rngs=nnx.Rngs(0)))
     assert half.dtype == jnp.float32
     assert float(jnp.abs(half - full).max() / jnp.abs(full).max()) < 0.1
 
@@ -204,7 +208,7 @@ def test_rematerialized_blocks_give_the_same_gradient_and_keep_less(norm):
     images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
     outcomes, kept = [], []
     for remat in (False, True):
-        model = PreActResNet(18, "convshort", norm, width=8, remat=remat, rngs=nnx.Rngs(0))
+        model = PreActResNet(residual="convshort", norm=norm, width=8, remat=remat, rngs=nnx.Rngs(0), **SMALL)
         graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 
         def loss(params, graph=graph, stats=stats):
@@ -246,10 +250,10 @@ def test_effective_fan_out_knows_each_layer():
 def test_seeds_and_callables():
     images = jnp.ones((1, 8, 8, 3))
     call = nnx.jit(lambda model: model(images))
-    a, b, c = (call(PreActResNet(18, width=4, rngs=nnx.Rngs(seed))) for seed in (0, 0, 1))
+    a, b, c = (call(PreActResNet(width=4, rngs=nnx.Rngs(seed), **SMALL)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
     assert float(jnp.abs(a - c).max()) > 0
-    model = PreActResNet(18, width=4, init=jax.nn.initializers.constant(0.5), rngs=nnx.Rngs(0))
+    model = PreActResNet(width=4, init=jax.nn.initializers.constant(0.5), rngs=nnx.Rngs(0), **SMALL)
     assert float(model.stem.conv.kernel[...].min()) == 0.5
 
 
@@ -285,7 +289,7 @@ def test_bad_images(shape):
 
 
 def test_a_norm_of_ones_own():
-    model = PreActResNet(18, width=4, norm=functools.partial(nnx.GroupNorm, num_groups=2), rngs=nnx.Rngs(0))
+    model = PreActResNet(width=4, norm=functools.partial(nnx.GroupNorm, num_groups=2), rngs=nnx.Rngs(0), **SMALL)
     assert isinstance(model.blocks[0].activation.norm, nnx.GroupNorm)
     assert bool(jnp.isfinite(nnx.jit(lambda model: model(jnp.ones((1, 8, 8, 3))))(model)).all())
 

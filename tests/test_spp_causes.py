@@ -161,7 +161,7 @@ def test_saturated_units_are_told_of():
 
 
 def test_inputs_that_become_the_same():
-    found = causes(Stack(60, width=64, skip=False, init=initializers.he_normal("fan_in")), noise(64, 64))
+    found = causes(Stack(24, width=64, skip=False, init=initializers.he_normal("fan_in")), noise(64, 64))
     (cause,) = [cause for cause in found if "the same" in cause.what]
     assert "the cosine between the activations of two examples is" in cause.evidence
     assert cause.fatal

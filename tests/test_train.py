@@ -207,7 +207,7 @@ def test_signal_propagation_is_watched_and_changes_nothing(whole, tmp_path):
     images = preprocessing.make_normalize(config)(jnp.asarray(dataset.train.images[:64]))
     model = networks.build(config, len(dataset.class_names), rng.of_seed(config.seed, "init"))
     at_start = spp.scalars(spp.propagate(model, images, seed=config.seed))
-    assert len(at_start) == 2 * 4
+    assert len(at_start) == 2 * 2
     assert {name: watched[0][name] for name in at_start} == pytest.approx(at_start, rel=1e-4)
     assert watched[-1]["forward_var/blocks/0"] != watched[0]["forward_var/blocks/0"]
     config.log.signal_every_steps = None
@@ -435,7 +435,7 @@ def test_how_often_it_reports_may_change(whole):
     [
         ({"model.residual": "convshot"}, "unknown residual 'convshot'.*convshort"),
         ({"model.init": "he"}, "unknown init 'he'.*he_fan_out"),
-        ({"model.depth": 19}, "unknown depth 19.*18, 34"),
+        ({"model.depth": 19, "model.stage_sizes": None, "model.block": None}, "unknown depth 19.*18, 34"),
         ({"model.norm": "layer"}, "unknown norm 'layer'.*batch, group"),
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16': expected one of float32, bfloat16"),
         ({"data.mean": (0.5,)}, "expected three numbers"),

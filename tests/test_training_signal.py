@@ -140,7 +140,7 @@ def test_a_kernel_that_is_not_finite_is_named(tiny_config, tmp_path, monkeypatch
     as_functions = networks.as_functions
 
     def spoiled(model, *args):
-        kernel = model.blocks[2].branch.convolutions[1].kernel
+        kernel = model.blocks[1].branch.convolutions[1].kernel
         if isinstance(kernel.get_value(), jax.Array):  # and no shape, of which the settings are checked
             kernel[...] = jnp.full_like(kernel[...], jnp.inf)
         return as_functions(model, *args)
@@ -148,7 +148,7 @@ def test_a_kernel_that_is_not_finite_is_named(tiny_config, tmp_path, monkeypatch
     monkeypatch.setattr(networks, "as_functions", spoiled)
     monkeypatch.setattr(setup.workdirs, "note_parameters", lambda *args: None)  # clu's numbers of it warn
     found = message(tiny_config, tmp_path)
-    assert "before this step the parameter blocks/2/branch/convolutions/1/kernel was no longer finite" in found
+    assert "before this step the parameter blocks/1/branch/convolutions/1/kernel was no longer finite" in found
 
 
 def test_an_update_alone_is_told_without_a_measurement(tiny_config, tmp_path, capsys):
@@ -316,7 +316,7 @@ def test_what_a_run_tells_is_what_its_steps_did(tiny_config, tmp_path, parts, pe
     assert [record["step"] for record in watched] == [0, 4, 8, 12, 16]
     assert (tmp_path / "watched" / "signal.png").read_bytes().startswith(b"\x89PNG")
     assert not any(name.startswith(("update", "gradient")) for name in watched[0])
-    groups = ["stem", *(f"blocks/{i}" for i in range(4)), "classifier"]
+    groups = ["stem", *(f"blocks/{i}" for i in range(2)), "classifier"]
     for record in watched[1:]:
         assert sorted(name for name in record if name.startswith("update_ratio/")) == sorted(
             f"update_ratio/{group}" for group in groups
@@ -325,8 +325,8 @@ def test_what_a_run_tells_is_what_its_steps_did(tiny_config, tmp_path, parts, pe
         noise = {name for name in record if name.startswith("gradient_noise/")}
         assert noise >= {"gradient_noise/variance", "gradient_noise/square_norm"} if parts > 1 else noise == set()
     run, before, grads = step_of(tiny_config, tmp_path / "again", 12)
-    expected = spp.gradient_norms(grads)
-    ratios = spp.update_ratios(before, run.state.params)
+    expected = jax.jit(spp.gradient_norms)(grads)
+    ratios = jax.jit(spp.update_ratios)(before, run.state.params)
     for group in groups:
         assert watched[3][f"gradient_norm/{group}"] == pytest.approx(float(expected[group]), rel=1e-3)
         assert watched[3][f"update_ratio/{group}"] == pytest.approx(float(ratios[group]), rel=1e-3)
