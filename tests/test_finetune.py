@@ -257,6 +257,7 @@ def test_patterns(pattern, path, expected):
     [
         ({"freeze": "sten"}, r"optim\.freeze=sten: no parameter matches 'sten'.*There are activation, blocks/0, block"),
         ({"freeze": "stem,blocks/7"}, "no parameter matches 'blocks/7'"),
+        ({"freeze": ","}, r"optim\.freeze=',' has no pattern: expected some, such as"),
         ({"freeze": "**"}, r"optim\.freeze=\*\* freezes every parameter: expected one at least that learns"),
         ({"rate_by_pattern": "tail=2"}, r"optim\.rate_by_pattern=tail=2: no parameter matches 'tail'"),
         ({"rate_by_pattern": "head"}, "rate_by_pattern='head' has 'head': expected pattern=factor.*'head=10,blocks=1'"),

@@ -240,6 +240,60 @@ def test_a_bad_image_is_named_or_skipped(predictor, tmp_path):
 # ---------------------------------------------------------------- which network
 
 
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.ones((1, SIZE, SIZE, 3)) / 2, "dtype float64: expected uint8.*round"),
+        (np.full((1, SIZE, SIZE, 3), 300), "dtype int64: expected uint8"),
+        (np.zeros((1, 64, 64, 3), np.uint8), rf"\[1, 64, 64, 3\]: expected \[B, {SIZE}, {SIZE}, 3\]"),
+        (np.zeros((1, 3, SIZE, SIZE), np.uint8), r"expected .*; channels come last: images.transpose\(0, 2, 3, 1\)"),
+        (np.zeros((9, SIZE, SIZE, 3), np.uint8), "batch_size=8 images at most; a call of the predictor takes any"),
+        (np.zeros((SIZE, SIZE, 3), np.uint8), rf"expected \[B, {SIZE}, {SIZE}, 3\]"),
+    ],
+)
+def test_pixels_that_would_be_misread(predictor, pixels, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.of_pixels(pixels)
+
+
+def test_preprocessing_takes_what_it_says(predictor, paths):
+    data = paths[0].read_bytes()
+    expected = predictor.preprocessing.of_file(data)
+    for same in (bytearray(data), memoryview(data)):
+        np.testing.assert_array_equal(predictor.preprocessing.of_file(same), expected)
+    for other in (str(paths[0]), paths[0], arrays(1)[0], None):
+        with pytest.raises(TypeError, match="expected the bytes of an image file"):
+            predictor.preprocessing.of_file(other)
+    for wrong in (arrays(1)[0] / 255, arrays(1), arrays(1)[0, :, :, 0]):
+        with pytest.raises(ValueError, match=r"the image has the (dtype|shape)"):
+            predictor.preprocessing.of_pixels(wrong)
+
+
+def test_what_comes_before_an_error_is_predicted(predictor, paths, tmp_path, monkeypatch):
+    def broken():
+        yield from paths[:10]
+        raise RuntimeError("the camera is gone")
+
+    found = []
+    with pytest.raises(RuntimeError, match="the camera is gone"):
+        found.extend(prediction.image for prediction in predictor.stream(broken()))
+    assert found == paths[:10]
+    for bad, error in ((tmp_path / "no.jpg", FileNotFoundError), (5, TypeError)):
+        found.clear()
+        with pytest.raises(error):
+            found.extend(prediction.image for prediction in predictor.stream([*paths[:10], bad, *paths[10:]]))
+        assert found == paths[:10]
+
+
+def test_a_home_directory_and_things_that_only_look_like_images(predictor, paths, monkeypatch):
+    monkeypatch.setenv("HOME", str(paths[0].parent))
+    assert predictor(f"~/{paths[0].name}").top(2) == predictor(paths[0]).top(2)
+    with open(paths[0], "rb") as file, pytest.raises(TypeError, match=r"BufferedReader: expected a path, the bytes"):
+        predictor(file)
+    with pytest.raises(TypeError, match="dict: expected a path"):
+        predictor({paths[0]: 1})
+
+
 def test_step_average_and_dtype(run, predictor):
     images = arrays(4)
     averaged = nfjax.load(run[0], ema=True)
@@ -255,6 +309,9 @@ def test_step_average_and_dtype(run, predictor):
         nfjax.load(run[0], step=5)
     with pytest.raises(ValueError, match="batch_size=0: expected at least one image"):
         nfjax.load(run[0], batch_size=0)
+    for size in (1.5, True, "64", None):
+        with pytest.raises(ValueError, match=rf"batch_size={size!r}: expected at least one image"):
+            nfjax.load(run[0], batch_size=size)
 
 
 def test_what_is_no_model(run, tmp_path):
@@ -447,6 +504,7 @@ def test_wrong_arguments_end_with_2(run, arguments, message, capsys):
 def test_odd_names_break_neither_terminal_nor_spreadsheet(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = [b"=1+1.png", b"@a.png", b"c\x1b[31m.png", b"d\n.png", b"\xff.png", "猫.png".encode()]
+    names += ["9.41\u202fAM.png".encode(), "می\u200cخواهم.png".encode(), "\u202egnp.ä".encode()]
     for name in names:
         with open(name, "wb") as file:
             Image.fromarray(arrays(1)[0]).save(file, "PNG")
@@ -458,9 +516,19 @@ def test_odd_names_break_neither_terminal_nor_spreadsheet(run, tmp_path, monkeyp
     assert len(out.splitlines()) == len(names)
     assert _predictions.harmless("-b.png") == "'-b.png"
     cells = [row[0] for row in csv.reader(pathlib.Path("a.csv").read_text().splitlines())][1:]
-    assert cells == ["'=1+1.png", "'@a.png", r"c\x1b[31m.png", r"d\n.png", r"\xff.png", "猫.png"]
-    told = [json.loads(line)["file"] for line in pathlib.Path("a.jsonl").read_text().splitlines()]
-    assert told == ["=1+1.png", "@a.png", *cells[2:]]
+    assert cells == [
+        "'=1+1.png",
+        "'@a.png",
+        r"c\x1b[31m.png",
+        r"d\n.png",
+        r"\xff.png",
+        *map(os.fsdecode, names[5:8]),
+        r"\u202egnp.ä",
+    ]
+    lines = pathlib.Path("a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert not {"\x1b", "\u202e"} & set("".join(lines))
+    assert "猫" in lines[5]
+    assert [json.loads(line)["file"] for line in lines] == [os.fsdecode(name) for name in names]
 
 
 def test_columns_are_as_wide_as_they_look():

@@ -87,6 +87,20 @@ def test_what_does_not_fit_is_listed():
         torch_weights.convert({name: value for name, value in weights.items() if not name.startswith("head")})
 
 
+def test_batch_norm_without_its_statistics_is_not_taken_for_bit():
+    weights = {name: value for name, value in kept("small_basic")[0].items() if "running" not in name}
+    with pytest.raises(ValueError, match=r"norm.running_mean is missing, .*save model.state_dict\(\)"):
+        torch_weights.convert(weights)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(value):
+    weights = dict(kept("small_nf")[0])
+    weights["stem.conv.weight"] = np.full_like(weights["stem.conv.weight"], value)
+    with pytest.raises(ValueError, match=r"stem.conv.weight has values that are not finite"):
+        torch_weights.convert(weights)
+
+
 def test_files_that_hold_no_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         torch_weights.read(str(tmp_path / "none.pth"))

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from nfjax.data.loading.skips import printable
+
 __all__ = ["Assessment", "Calibration", "ClassScore"]
 BINS = 15  # of the confidences, as Guo et al. 2017 take
 SHOWN = 20  # classes in a printed table
@@ -196,7 +198,7 @@ class Assessment:
         others = confusion - np.diag(confusion.diagonal())
         rows = sorted(enumerate(self.by_class()), key=lambda row: (not row[1].images, row[1].accuracy))
         shown = rows[:SHOWN]
-        names = [_printable(name) for name in self.class_names]
+        names = [printable(name) for name in self.class_names]
         width = max([len("class"), *(len(names[label]) for label, _ in shown)])
         lines = [f"{'class':<{width}}  images  accuracy  precision  most often predicted instead"]
         for label, row in shown:
@@ -213,11 +215,6 @@ class Assessment:
             f"{calibration.error:.1%} ({len(calibration.images)} bins)"
         )
         return "\n".join(lines)
-
-
-def _printable(name: str) -> str:
-    """The name, without what a terminal would obey."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _or_none(value: float) -> float | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from nfjax import _contact_sheet as contact_sheet
 from nfjax import storage
 from nfjax.cli._parser import PICTURES, check_file
-from nfjax.data.loading.skips import printable
+from nfjax.data.loading.skips import is_obeyed, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,9 +58,11 @@ def json_lines(out: str, top: int) -> Iterator[Add]:
     with _writing(out) as part, open(part, "w", encoding="utf-8") as file:
 
         def add(prediction: Prediction) -> None:
-            found = [{"class": printable(name), "probability": round(share, 6)} for name, share in prediction.top(top)]
-            told = {"file": printable(prediction.image), "predictions": found}
-            file.write(json.dumps(told, ensure_ascii=False) + "\n")
+            found = [{"class": name, "probability": round(share, 6)} for name, share in prediction.top(top)]
+            told = json.dumps({"file": os.fspath(prediction.image), "predictions": found}, ensure_ascii=False)
+            # By JSON's own escapes, so that whoever reads it gets the names as they are.
+            letters = (json.dumps(letter)[1:-1] if is_obeyed(letter) else letter for letter in told)
+            file.write("".join(letters) + "\n")
 
         yield add
 

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     logging.set_verbosity(logging.ERROR)
     compilation.keep()
-    found = _of_model(arguments) if arguments.model else _of_run(arguments)
+    found = _on_images(arguments) if arguments.images else _of_run(arguments)
     print(f"\n{found.assessment}")
     for name in arguments.out:
         WRITERS[pathlib.Path(name).suffix.lower()](pathlib.Path(name), found)
@@ -72,9 +72,9 @@ def _of_run(arguments: argparse.Namespace) -> Assessed:
     """Of a checkpoint; its score is printed, and that of the average of its weights, if there is one."""
     from nfjax import evaluate
 
-    where = {"data_dir": arguments.data_dir, "split": arguments.split or "test", "images": arguments.images}
+    where = {"data_dir": arguments.data_dir, "split": arguments.split or "test"}
     found = evaluate.assess(arguments.workdir, arguments.step, **where, ema=arguments.ema)
-    what = "on other images" if arguments.images else f"{where['split']} accuracy"
+    what = f"{where['split']} accuracy"
     _print_score(f"step {found.step:,}: {what}", found)
     if not arguments.ema and found.has_average:
         averaged = evaluate.assess(arguments.workdir, found.step, **where, ema=True)
@@ -82,15 +82,19 @@ def _of_run(arguments: argparse.Namespace) -> Assessed:
     return found
 
 
-def _of_model(arguments: argparse.Namespace) -> Assessed:
+def _on_images(arguments: argparse.Namespace) -> Assessed:
+    """Of a run or an export, on a folder of images; those that cannot be read are named, and left out."""
     from nfjax import inference
 
     def skip(name: str, cause: str, detail: str) -> None:
         print(f"nfjax: {streams.printable(name)}: {cause}{f' ({detail})' if detail else ''}", file=sys.stderr)
 
-    predictor = inference.load(arguments.model, step=arguments.step, ema=arguments.ema, trust=arguments.trust)
+    # A workdir is of the user's own, as in training: its code is run without being asked for.
+    trust = arguments.trust or bool(arguments.workdir)
+    model = arguments.model or arguments.workdir
+    predictor = inference.load(model, step=arguments.step, ema=arguments.ema, trust=trust)
     found = inference.assess(predictor, arguments.images, skip)
-    _print_score("on these images", found)
+    _print_score(f"step {found.step:,}: on other images" if arguments.workdir else "on these images", found)
     return found
 
 

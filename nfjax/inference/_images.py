@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from nfjax.data.decoding import decode
 from nfjax.data.loading import skips
 from nfjax.data.sources.folder import FileReader
+from nfjax.inference import _arrays
 from nfjax.inference.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ def separate(images: Any) -> tuple[Iterator[Image], int | None]:
     """
     if _is_array(images):
         images = np.asarray(images)
-        _check_array(images, "the array", several=True)
+        _arrays.check(images, "the array", several=True)
         images = images if images.ndim == 4 else images[None]
     elif _is_one(images):
         images = [images]
-    elif not isinstance(images, Iterable):
+    elif not isinstance(images, Iterable) or isinstance(images, Mapping) or hasattr(images, "read"):
         raise TypeError(f"images of type {type(images).__name__}: {EXPECTED}, one or several of them")
     count = len(images) if isinstance(images, Sized) else None
     if count == 0:
@@ -62,50 +63,7 @@ def check(image: Any, name: str) -> None:
         if not _is_one(image):
             raise TypeError(f"{name} is of type {type(image).__name__}: {EXPECTED}")
         return
-    _check_array(np.asarray(image), name)
-
-
-def _check_array(array: np.ndarray, name: str, several: bool = False) -> None:
-    """several: whether it may be [B, H, W, 3]."""
-    if array.dtype != np.uint8:
-        raise ValueError(
-            f"{name} has the dtype {array.dtype}: expected uint8, levels from 0 to 255{_hint_of_dtype(array)}"
-        )
-    if array.ndim not in ((3, 4) if several else (3,)) or array.shape[-1] != 3:
-        expected = "[H, W, 3] or [B, H, W, 3]" if several else "[H, W, 3]"
-        raise ValueError(
-            f"{name} has the shape {list(array.shape)}: expected {expected}{_hint_of_shape(array, several)}"
-        )
-    if not array.size:
-        raise ValueError(f"{name} has the shape {list(array.shape)}: there are no pixels in it")
-
-
-def _hint_of_dtype(array: np.ndarray) -> str:
-    if array.dtype.kind == "f" and (finite := array[np.isfinite(array)]).size:
-        if finite.min() < 0:
-            return "; have they been normalised? A predictor does that itself, give it the pixels from before"
-        if finite.max() <= 1:
-            return "; pixels in [0, 1] become that by (255 * images).round().astype('uint8')"
-    if array.dtype.kind in "iuf":
-        return "; if the values are such levels, images.astype('uint8')"
-    return "; a list of paths is given as a list" if array.dtype.kind in "UO" else ""
-
-
-def _hint_of_shape(array: np.ndarray, several: bool) -> str:
-    if array.ndim == 4 and not several:
-        return "; several images in one array are given by themselves, in no list"
-    if array.ndim == 2:
-        return "; a grey image becomes that by numpy.stack([image] * 3, axis=-1)"
-    if array.ndim in (3, 4):
-        if array.shape[-3] == 3:
-            return f"; channels come last: images.transpose{(1, 2, 0) if array.ndim == 3 else (0, 2, 3, 1)}"
-        if array.shape[-1] == 1:
-            return "; grey images become that by images.repeat(3, axis=-1)"
-        if array.shape[-1] == 4:
-            return "; transparency is dropped by images[..., :3]"
-        if array.ndim == 3:
-            return "; grey images become that by numpy.stack([images] * 3, axis=-1)"
-    return ""
+    _arrays.check(np.asarray(image), name)
 
 
 def name_of(image: Image, number: int) -> str:
@@ -121,7 +79,7 @@ def pixels(image: Image, preprocessing: Preprocessing) -> np.ndarray:
         BadImageError: It is no image, or a damaged one.
     """
     if isinstance(image, str | os.PathLike):
-        image, _ = _read((os.fsencode(image), 0))
+        image, _ = _read((os.fsencode(os.path.expanduser(image)), 0))
     if isinstance(image, bytes | bytearray | memoryview):
         return preprocessing.of_file(bytes(image))
     if _is_array(image):

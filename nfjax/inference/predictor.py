@@ -18,7 +18,7 @@ from nfjax import _cpu, compilation
 from nfjax.data.decoding.decode import BadImageError
 from nfjax.data.loading import skips
 from nfjax.data.loading.pool import default_workers
-from nfjax.inference import _images
+from nfjax.inference import _arrays, _images
 from nfjax.inference._images import Image
 from nfjax.inference.predictions import Prediction, Predictions
 from nfjax.inference.preprocessing import Preprocessing
@@ -88,10 +88,11 @@ class Predictor:
             origin: For the card that `nfjax.inference.export` writes.
 
         Raises:
-            ValueError: batch_size is not positive, or the model returns another number of logits than there are names.
+            ValueError: batch_size is no positive whole number, or the model returns another number of logits than there
+                are names.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least one image")
+        if not isinstance(batch_size, int | np.integer) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected at least one image, and a whole number of them")
         self.preprocessing, self.class_names = preprocessing, tuple(class_names)
         self.architecture, self.origin = architecture, origin
         devices = jax.local_devices()
@@ -125,7 +126,9 @@ class Predictor:
         return Predictions(np.stack(rows), self.class_names)
 
     def stream(self, images: Image | Iterable[Image], skip: Skip | None = None) -> Iterator[Prediction]:
-        """The predictions one by one, in order, while the next images are decoded: a few batches are held in memory.
+        """The predictions one by one, in order, while the next images are decoded: a few batches are held in memory,
+        and of a generator, the first prediction comes when two batches have been asked for, or its end. An error comes
+        behind the predictions of all images before it.
 
         Args:
             images: As of a call.
@@ -138,14 +141,24 @@ class Predictor:
         given, count = _images.separate(images)
         size = self.batch_size if count is None else self._size_for(count)
         decoded = self._decoded(given, size, skip)
-        before = None
-        while batch := list(itertools.islice(decoded, size)):
+        before = failure = None
+        while failure is None:
+            batch = []
+            try:
+                for one in itertools.islice(decoded, size):
+                    batch.append(one)
+            except Exception as error:  # raised when what came before it is predicted
+                failure = error
+            if not batch:
+                break
             now = batch, self._dispatch(np.stack([pixels for *_, pixels in batch]), size)
             if before is not None:  # only now, so that the device is never idle while the host decodes
                 yield from self._fetched(*before)
             before = now
         if before is not None:
             yield from self._fetched(*before)
+        if failure is not None:
+            raise failure
 
     def function(self) -> Callable[[jax.Array], jax.Array]:
         """Images uint8 [B, S, S, 3] -> probabilities float32 [B, classes], a pure function with the weights inside."""
@@ -153,7 +166,18 @@ class Predictor:
         return lambda images: self._probabilities(params, batch_stats, images)
 
     def of_pixels(self, images: np.ndarray) -> np.ndarray:
-        """float32 [B, classes] of what the network sees, uint8 [B, S, S, 3], `batch_size` at most."""
+        """float32 [B, classes] of what the network sees, uint8 [B, S, S, 3], `batch_size` at most.
+
+        Raises:
+            ValueError: It is something else; `preprocessing` makes it of files and of images of any size.
+        """
+        side = self.preprocessing.image_size
+        _arrays.check(images, "the array", several=True)
+        if images.shape[1:] != (side, side, 3) or len(images) > self.batch_size:
+            raise ValueError(
+                f"the array has the shape {list(images.shape)}: expected [B, {side}, {side}, 3], batch_size="
+                f"{self.batch_size} images at most; a call of the predictor takes any number of images of any size"
+            )
         return np.asarray(self._dispatch(images, self._size_for(len(images))))[: len(images)]
 
     def _probabilities(self, params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
@@ -189,15 +213,27 @@ class Predictor:
             else:  # any file may be bad in any way
                 skip(name, *skips.explained(error))
 
+        def submit(number: int, image: Image) -> None:
+            name = _images.name_of(image, number)
+            _images.check(image, name)
+            waiting.append((name, image, pool.submit(_images.pixels, image, self.preprocessing)))
+
+        failure = None
         try:
-            for number, image in enumerate(images):
-                name = _images.name_of(image, number)
-                _images.check(image, name)
-                waiting.append((name, image, pool.submit(_images.pixels, image, self.preprocessing)))
+            numbered = enumerate(images)
+            while failure is None:
+                try:
+                    submit(*next(numbered))
+                except StopIteration:
+                    break
+                except Exception as error:  # of the iterator, or no image: what came before it is not lost
+                    failure = error
                 if len(waiting) >= 2 * ahead:
                     yield from first()
             while waiting:
                 yield from first()
+            if failure is not None:
+                raise failure
         finally:
             pool.shutdown(cancel_futures=True)
 

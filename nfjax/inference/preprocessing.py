@@ -10,6 +10,7 @@ import numpy as np
 
 from nfjax import augment
 from nfjax.data.decoding import crops
+from nfjax.inference import _arrays
 
 LARGEST = 2**14  # pixels of a side
 
@@ -43,16 +44,26 @@ class Preprocessing:
         if min(map(np.float32, self.std)) <= 0:
             raise ValueError(f"std={self.std}: expected three positive numbers")
 
-    def of_file(self, data: bytes) -> np.ndarray:
+    def of_file(self, data: bytes | bytearray | memoryview) -> np.ndarray:
         """The middle of an image file, uint8 [image_size, image_size, 3]: the pixels with which the run was scored.
 
         Raises:
             BadImageError: It is no image, or a damaged one.
+            TypeError: These are no bytes.
         """
-        return self._crop()(data).copy()
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(
+                f"{type(data).__name__}: expected the bytes of an image file, as of Path(name).read_bytes()"
+            )
+        return self._crop()(bytes(data)).copy()
 
     def of_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """The middle of an image [H, W, 3] in uint8, as of the same image in a file without loss, such as a PNG."""
+        """The middle of an image [H, W, 3] in uint8, as of the same image in a file without loss, such as a PNG.
+
+        Raises:
+            ValueError: It has another dtype or shape.
+        """
+        _arrays.check(pixels, "the image")
         return self._crop().of_pixels(pixels).copy()
 
     def normalize(self, images: jax.Array) -> jax.Array:

@@ -79,7 +79,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{file} {what}: expected a file of weights, such as resnetv2_50.safetensors")
     ending = file.suffix.lower()
     if ending == ".safetensors":
         places = _safetensors.read_places(file)
@@ -130,6 +131,7 @@ def convert(weights: Mapping[str, Any], **settings: Any) -> tuple[resnet.PreActR
     """
     given = {name.removeprefix("module."): np.asarray(value) for name, value in weights.items()}
     given = {name: value for name, value in given.items() if not name.endswith(_IGNORED)}
+    _check_finite(given)
     layout, sizes = _recognize(given)
     found = {**layout.settings, **_shape(given, layout, sizes)}
     # Nothing is drawn: every value comes from the file.
@@ -163,6 +165,13 @@ def convert(weights: Mapping[str, Any], **settings: Any) -> tuple[resnet.PreActR
     return model, found
 
 
+def _check_finite(given: Mapping[str, np.ndarray]) -> None:
+    """ReLU and pooling can hide a NaN, so that every image would get the same prediction."""
+    for name, value in given.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ValueError(f"{name} has values that are not finite: the weights are damaged")
+
+
 class _Noting(dict):
     """Weights below a prefix; those that are read are noted."""
 
@@ -189,6 +198,7 @@ def _recognize(given: Mapping[str, np.ndarray]) -> tuple[Layout, tuple[int, ...]
         if blocks and layout.mark in given:
             sizes = tuple(len(blocks[stage]) for stage in range(len(blocks)))
             if all(sizes):
+                _check_norms(given, layout, sizes)
                 return layout, sizes
     shown = ", ".join(list(given)[:SHOWN]) or "nothing"
     post = (
@@ -197,6 +207,16 @@ def _recognize(given: Mapping[str, np.ndarray]) -> tuple[Layout, tuple[int, ...]
         else ""
     )
     raise ValueError(f"expected the names of timm's resnetv2 or nf_resnet networks, found {shown}{post}")
+
+
+def _check_norms(given: Mapping[str, np.ndarray], layout: Layout, sizes: tuple[int, ...]) -> None:
+    """BiT is known by having no running statistics, and so is a batch norm that has lost them."""
+    first = layout.prefix.format(stage=0, index=0)
+    if layout is LAYOUTS["bit"] and f"{first}conv3.weight" not in given:
+        raise ValueError(
+            "norm.running_mean is missing, and the blocks are not the bottlenecks of BiT, whose norms have none: save "
+            "model.state_dict(), which has what parameters alone leave out"
+        )
 
 
 def _shape(given: Mapping[str, np.ndarray], layout: Layout, sizes: tuple[int, ...]) -> dict[str, Any]:

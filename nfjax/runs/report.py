@@ -66,7 +66,8 @@ def finish(
         raise ValueError(
             f"the run in {folder} is complete, but its metrics.jsonl holds no epoch: was it changed or moved?"
         )
-    last, best = epochs[-1], max(epochs, key=lambda record: record["test_accuracy"])
+    # Of equal ones the last, as the checkpoint that is kept as the best one.
+    last, best = epochs[-1], max(reversed(epochs), key=lambda record: record["test_accuracy"])
     saved = next((record["test_accuracy"] for record in epochs if record["step"] == best_step), last["test_accuracy"])
     summary = {
         "steps": last["step"],

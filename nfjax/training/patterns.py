@@ -57,9 +57,16 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(f"{found}.*" if parts[-1] == "**" else f"{found[:-1]}(?:/.*)?")
 
 
-def parse(text: str | None) -> tuple[str, ...]:
-    """The patterns in a text, separated by commas; none of None."""
-    return tuple(filter(None, (part.strip().strip("/") for part in (text or "").split(","))))
+def parse(field: str, text: str | None) -> tuple[str, ...]:
+    """The patterns in a text, separated by commas; none of None.
+
+    Raises:
+        ValueError: There is a text, and no pattern in it.
+    """
+    found = tuple(filter(None, (part.strip().strip("/") for part in (text or "").split(","))))
+    if text is not None and not found:
+        raise ValueError(f"{field}={text!r} has no pattern: expected some, such as --config.{field}='stem,blocks/0'")
+    return found
 
 
 def parse_factors(field: str, text: str | None) -> dict[str, float]:

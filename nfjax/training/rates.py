@@ -15,7 +15,7 @@ from nfjax.training import networks, patterns
 
 def frozen(config: ConfigDict) -> tuple[str, ...]:
     """The patterns of the parameters that stay as they are."""
-    found = patterns.parse(config.optim.freeze)
+    found = patterns.parse("optim.freeze", config.optim.freeze)
     return tuple(_with_head(config, found)) if patterns.HEAD in found else found
 
 

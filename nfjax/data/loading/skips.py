@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import unicodedata
 from collections.abc import Callable, Mapping
 
 from absl import logging
@@ -15,6 +16,7 @@ from nfjax import storage
 from nfjax.data.decoding.decode import BadImageError
 
 FILE = "skipped.jsonl"
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # of writing, from here on
 GONE_AFTER = 32  # images that cannot be read, and not one in between that can: the data is gone
 
 
@@ -127,12 +129,19 @@ def explained(error: Exception) -> tuple[str, str]:
 
 
 def printable(name: str | bytes) -> str:
-    """A file name as text, whatever bytes it is made of; what a terminal would obey is escaped."""
+    """A file name as text, whatever bytes it is made of; what a terminal would obey is escaped, letter by letter."""
     return _escaped(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def _escaped(text: str) -> str:
-    return text if text.isprintable() else ascii(text)[1:-1]
+    if text.isprintable():
+        return text
+    return "".join(ascii(letter)[1:-1] if is_obeyed(letter) else letter for letter in text)
+
+
+def is_obeyed(letter: str) -> bool:
+    """Whether it moves the cursor, turns the direction of writing, or is no character."""
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _DIRECTIONS
 
 
 @dataclasses.dataclass(frozen=True)
