@@ -2,6 +2,8 @@
 is no such export, or lies, is refused.
 """
 
+import dataclasses
+import errno
 import functools
 import json
 import pathlib
@@ -524,4 +526,134 @@ def test_an_export_that_differs_is_not_written(predictor, tmp_path, monkeypatch)
     monkeypatch.setitem(formats.FORMATS, "wrong", formats.Format("model.wrong", wrong, {"float32": 1e-3}))
     with pytest.raises(ValueError, match=r"model.wrong gives probabilities that differ .* 1.0e-02, more than 1e-03"):
         inference.export(predictor, tmp_path / "a", ["wrong"])
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- where it is written
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_what_no_export_writes_is_never_lost(predictor, copy):
+    (copy / ".git").mkdir()
+    (copy / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (copy / "notes.txt").write_text("mine")
+    before = contents(copy)
+    with pytest.raises(
+        FileExistsError, match=r"copy is an export, and holds what no export .* lost: \.git, notes\.txt; m"
+    ):
+        inference.export(predictor, copy, ["safetensors"], overwrite=True)
+    assert contents(copy) == before
+    shutil.rmtree(copy / ".git")
+    (copy / "notes.txt").unlink()
+    (copy / "model.onnx").write_text("of an export with other formats")
+    inference.export(predictor, copy, ["safetensors"], overwrite=True)
+    assert {path.name for path in copy.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    (copy / "model.onnx").mkdir()
+    with pytest.raises(FileExistsError, match=r"lost: model\.onnx; m"):
+        inference.check_export(copy, overwrite=True)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Sets what happens while an export is written."""
+
+    def setter(happens):
+        def text(*arguments, _text=_card.text):
+            happens()
+            return _text(*arguments)
+
+        monkeypatch.setattr(_card, "text", text)
+
+    return setter
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_was_made_meanwhile_stays(predictor, copy, tmp_path, meanwhile, overwrite):
+    out = copy if overwrite else tmp_path / "out"
+
+    def happens():
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("mine")
+
+    meanwhile(happens)
+    message = (
+        "holds what no export writes, which would be lost: mine.txt" if overwrite else "out exists, and is no export"
+    )
+    with pytest.raises(FileExistsError, match=message):
+        inference.export(predictor, out, ["safetensors"], overwrite=overwrite)
+    assert (out / "mine.txt").read_text() == "mine"
+    assert (out / "config.json").exists() == overwrite
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", out.name}
+
+
+def test_of_two_exports_at_once_one_is_refused(predictor, exported, tmp_path, meanwhile):
+    meanwhile(lambda: shutil.copytree(exported, tmp_path / "out"))
+    with pytest.raises(FileExistsError, match="out is an export already"):
+        inference.export(predictor, tmp_path / "out", ["safetensors"])
+    assert contents(tmp_path / "out") == contents(exported)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(predictor, copy, tmp_path, monkeypatch):
+    def rename(path, target, _rename=pathlib.Path.rename):
+        if path.suffix == ".part":
+            raise OSError(errno.EIO, "odd")
+        return _rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    before = contents(copy)
+    with pytest.raises(OSError, match=rf"{copy} cannot be written \(Input/output error\)"):
+        inference.export(predictor, copy, ["safetensors"], overwrite=True)
+    assert contents(copy) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_link_to_an_export_stays_one(predictor, copy, tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "link"
+    link.symlink_to(copy)
+    (copy / "model.safetensors").unlink()
+    inference.export(predictor, link, ["safetensors"], overwrite=True)
+    assert link.is_symlink()
+    assert (copy / "model.safetensors").exists()
+    assert [path.name for path in link.parent.iterdir()] == ["link"]
+    (tmp_path / "links" / "to_nothing").symlink_to(tmp_path / "new")
+    inference.export(predictor, tmp_path / "links" / "to_nothing", ["safetensors"])
+    assert nfjax.load(tmp_path / "new").class_names == predictor.class_names
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", "links", "new"}
+
+
+@pytest.mark.parametrize("out", ["", ".", "../here", "/"])
+def test_folders_that_cannot_be_replaced(run, tmp_path, monkeypatch, capsys, out):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(inference, "load", None)  # nothing is computed
+    assert export(run, f"--out={out}") == 1
+    what = "a mount point" if out == "/" else "the one that you are in"
+    assert f"the folder {out or '.'!r} is {what}, which cannot be replaced: choose one in it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("writes", ["safetensors", "stablehlo"])
+def test_a_full_disk_is_told_by_the_name_that_was_given(predictor, tmp_path, monkeypatch, writes):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(OSError, match=rf"^\[Errno 28\] {tmp_path}/out cannot be written \(No space left on device\)$"):
+        inference.export(predictor, tmp_path / "out", [writes])
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_architecture_are_told_by_the_name_that_was_given(predictor, tmp_path):
+    other = object.__new__(inference.Predictor)
+    other.__dict__.update(vars(predictor))
+    other.architecture = dataclasses.replace(predictor.architecture, arguments={"depth": TINY, "width": 4})
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path}/out/model.safetensors is of another network than {tmp_path}/out/"
+    ):
+        inference.export(other, tmp_path / "out", ["safetensors"])
     assert not list(tmp_path.iterdir())
