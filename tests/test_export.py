@@ -384,6 +384,29 @@ def header(**places):
 
 
 def place(begin, end, shape=(2,), dtype="F32"):
+        (
+            {"network__arguments": {"stage_sizes": [2, 10**6], "block": "basic"}},
+            "1,000,002 blocks: expected at most 64 fo",
+        ),
+        (
+            {"network__arguments": {"stage_sizes": [1] * 64, "block": "basic", "width": 2}},
+            "width=2: no array of model.saf",
+        ),
+        (
+            {"network__arguments": {"stage_sizes": 5, "block": "basic"}},
+            "config.json describes no network that can be b",
+        ),
+        (
+            {"network__arguments": {"depth": 10, "width": 10**12}},
+            "width=1000000000000: no array of model.safetensors is as",
+        ),
+        ({"network__arguments": {"depth": 10, "width": 2**80}}, "describes no network that can be built: width="),
+        ({"network__arguments": {"depth": 10, "remat": "x"}}, "can be built: remat='x': expected true or false"),
+        (
+            {"network__arguments": {"depth": 10, "remat": float("nan")}},
+            "can be built: remat=nan: expected true or false",
+        ),
+        ({"network__arguments": {"depth": 10, "remat": None}}, "can be built: remat=None: expected true or false"),
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
