@@ -323,6 +323,31 @@ def test_the_card_tells_what_it_is(predictor, exported):
     assert "dir" not in predictor.origin.settings["data"]
 
 
+@pytest.mark.parametrize(
+    ("init_from", "shown"),
+    [
+        ("/home/me/runs/first_1", r"first\_1"),
+        ("hf://me/it@main", "hf://me/it@main"),
+        ("gs://mine/a/", "a"),
+        ("..", ".."),
+    ],
+)
+def test_the_card_tells_with_what_it_began(predictor, run, init_from, shown):
+    config = files.read_config(run[0])
+    with config.unlocked():
+        config.init_from, config.optim.freeze, config.optim.clip_norm = init_from, "stem", 0.5
+    told = deployment.settings(config)
+    assert told["init_from"] == shown.replace("\\", "")
+    for settings in (told, told | {"init_from": init_from}):  # also one that an earlier version has exported
+        origin = dataclasses.replace(predictor.origin, settings=settings)
+        card = _card._training(origin, "")
+        assert f" It began with the weights of {shown}: their license, and that of the images on which they" in card
+        assert "| optim.freeze | stem |" in card
+        assert "| optim.clip_norm | 0.5 |" in card
+        assert "/home" not in card
+    assert "It began" not in _card._training(predictor.origin, "")
+
+
 def test_names_are_no_markup(predictor):
     assert _card._plain("<b>*a*</b>|`x`\x1b") == r"\<b\>\*a\*\</b\>\|\`x\`\\x1b"
     assert _card._code("a=(`x`, *b_c*)\x1b") == "`a=('x', *b_c*)\\x1b`"
@@ -359,31 +384,6 @@ def rewrite(folder, **changes):
         ({"network__arguments": {"depth": 11}}, "config.json describes no network that can be built: .*depth"),
         ({"network__arguments": {"wdith": 2}}, "config.json describes no network that can be built: .*wdith"),
         ({"network__name": "resnet12"}, "config.json describes no network that can be built: unknown model"),
-        ({"network__dtype": "float8"}, "config.json describes no network that can be built: unknown model.dtype"),
-        ({"network__name": "os:system"}, "names 'os:system': .*to import that module.*--trust"),
-        ({"network__arguments": {"residual": "os:system"}}, "names 'os:system': .*to import that module"),
-        ({"preprocessing__resize": 4}, "image_size=8, resize=4: expected 1 <= image_size <= resize"),
-        ({"preprocessing__image_size": 10**9}, "config.json does not hold what it should: Expected `int` <="),
-        ({"preprocessing__std": [0, 0.1, 0.1]}, "expected three positive numbers"),
-        ({"preprocessing__mean": [0.5]}, "config.json does not hold what it should"),
-        ({"preprocessing__path": "/etc/passwd"}, "config.json does not hold what it should: .*unknown field"),
-        ({"weights": "../../secret"}, "config.json does not hold what it should: .*unknown field"),
-        ({"weights_sha256": "0" * 64}, "safetensors is not the file that .*config.json tells of"),
-    ],
-)
-def test_settings_that_are_not_what_they_should_be(copy, changes, message):
-    rewrite(copy, **changes)
-    with pytest.raises(ValueError, match=message) as found:
-        nfjax.load(copy)
-    assert str(copy) in str(found.value)
-
-
-def header(**places):
-    text = json.dumps(places).encode()
-    return struct.pack("<Q", len(text)) + text
-
-
-def place(begin, end, shape=(2,), dtype="F32"):
         (
             {"network__arguments": {"stage_sizes": [2, 10**6], "block": "basic"}},
             "1,000,002 blocks: expected at most 64 fo",
@@ -407,6 +407,34 @@ def place(begin, end, shape=(2,), dtype="F32"):
             "can be built: remat=nan: expected true or false",
         ),
         ({"network__arguments": {"depth": 10, "remat": None}}, "can be built: remat=None: expected true or false"),
+        ({"network__dtype": "float8"}, "config.json describes no network that can be built: unknown model.dtype"),
+        ({"network__name": "os:system"}, "names 'os:system': .*to import that module.*--trust"),
+        ({"network__arguments": {"residual": "os:system"}}, "names 'os:system': .*to import that module"),
+        ({"preprocessing__resize": 4}, "image_size=8, resize=4: expected 1 <= image_size <= resize"),
+        ({"preprocessing__image_size": 10**9}, "config.json does not hold what it should: Expected `int` <="),
+        ({"preprocessing__std": [0, 0.1, 0.1]}, "expected three positive numbers"),
+        ({"preprocessing__mean": [0.5]}, "config.json does not hold what it should"),
+        ({"preprocessing__path": "/etc/passwd"}, "config.json does not hold what it should: .*unknown field"),
+        ({"weights": "../../secret"}, "config.json does not hold what it should: .*unknown field"),
+        ({"weights_sha256": "0" * 64}, "safetensors is not the file that .*config.json tells of"),
+    ],
+)
+def test_settings_that_are_not_what_they_should_be(copy, changes, message):
+    rewrite(copy, **changes)
+    with pytest.raises(ValueError, match=message) as found:
+        nfjax.load(copy)
+    assert str(copy) in str(found.value)
+
+
+KINDS = ("params", "batch_stats")
+
+
+def header(**places):
+    text = json.dumps(places).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def place(begin, end, shape=(2,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
@@ -449,9 +477,6 @@ def test_a_file_of_weights_that_lies(copy, data, message):
     (copy / "model.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match=message) as found:
         nfjax.load(copy)
-KINDS = ("params", "batch_stats")
-
-
     assert str(copy / "model.safetensors") in str(found.value)
 
 
@@ -472,6 +497,49 @@ def test_weights_of_another_type_or_missing(copy, exported):
     path.mkdir()
     with pytest.raises(ValueError, match="it is no ordinary file"):
         nfjax.load(copy)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["params/stem/conv/kernel", "batch_stats/blocks/0/activation/norm/var"])
+def test_weights_that_are_not_finite(predictor, copy, tmp_path, name, value):
+    """Of which ReLU or a maximum may hide every trace."""
+    path = copy / "model.safetensors"
+    found = _safetensors.decode(path.read_bytes(), _safetensors.read_places(path))
+    found[name] = found[name].copy()
+    found[name].flat[1] = value
+    path.write_bytes(_safetensors.encode(found))
+    rewrite(copy, weights_sha256=None)
+    with pytest.raises(
+        ValueError, match=rf"safetensors: its weights are damaged: '{name}' holds numbers that are not f"
+    ):
+        nfjax.load(copy)
+    damaged = object.__new__(inference.Predictor)
+    damaged.__dict__.update(vars(predictor))
+    of_kind = {kind: {part.partition("/")[2]: found[part] for part in found if part.startswith(kind)} for kind in KINDS}
+    damaged.params, damaged.batch_stats = (of_kind[kind] for kind in KINDS)
+    with pytest.raises(ValueError, match=rf"^{name} holds numbers that are not finite .* weights are damaged.*--step"):
+        inference.export(damaged, tmp_path / "out", ["safetensors"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in _safetensors.DTYPES.values() if dtype is not np.bool_])
+def test_every_type_of_number_may_be_asked_whether_it_is_finite(dtype):
+    numbers = np.ones(3, dtype)
+    assert _folder._not_finite({"a": numbers}) is None
+    if jnp.issubdtype(dtype, jnp.inexact):
+        assert _folder._not_finite({"a": numbers, "b": np.full(2, np.nan, dtype), "c": numbers * np.nan}) == "b"
+
+
+def test_an_export_is_no_workdir(exported, tmp_path, capsys):
+    assert cli.run(["evaluate", f"--workdir={exported}"]) == 1
+    message = (
+        f"{exported} is an export, and not the workdir of a run: nfjax evaluate takes it with --model={exported} --im"
+    )
+    assert message in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    with pytest.raises(ValueError, match=rf"{exported} is an export, .* by --config.init_from={exported}"):
+        loop.train(configs.base(), str(exported))
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
 
 
 def test_what_a_run_has_and_an_export_has_not(exported):
@@ -522,49 +590,6 @@ def test_the_command(run, tmp_path, capsys):
     assert f"{tmp_path}/a is an export already: choose another folder, or overwrite it" in capsys.readouterr().err
     assert (tmp_path / "a" / "README.md").read_bytes() == before
     assert export(run, f"--out={tmp_path}/a", "--format=safetensors", "--overwrite", "--ema") == 0
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["params/stem/conv/kernel", "batch_stats/blocks/0/activation/norm/var"])
-def test_weights_that_are_not_finite(predictor, copy, tmp_path, name, value):
-    """Of which ReLU or a maximum may hide every trace."""
-    path = copy / "model.safetensors"
-    found = _safetensors.decode(path.read_bytes(), _safetensors.read_places(path))
-    found[name] = found[name].copy()
-    found[name].flat[1] = value
-    path.write_bytes(_safetensors.encode(found))
-    rewrite(copy, weights_sha256=None)
-    with pytest.raises(
-        ValueError, match=rf"safetensors: its weights are damaged: '{name}' holds numbers that are not f"
-    ):
-        nfjax.load(copy)
-    damaged = object.__new__(inference.Predictor)
-    damaged.__dict__.update(vars(predictor))
-    of_kind = {kind: {part.partition("/")[2]: found[part] for part in found if part.startswith(kind)} for kind in KINDS}
-    damaged.params, damaged.batch_stats = (of_kind[kind] for kind in KINDS)
-    with pytest.raises(ValueError, match=rf"^{name} holds numbers that are not finite .* weights are damaged.*--step"):
-        inference.export(damaged, tmp_path / "out", ["safetensors"])
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("dtype", [dtype for dtype in _safetensors.DTYPES.values() if dtype is not np.bool_])
-def test_every_type_of_number_may_be_asked_whether_it_is_finite(dtype):
-    numbers = np.ones(3, dtype)
-    assert _folder._not_finite({"a": numbers}) is None
-    if jnp.issubdtype(dtype, jnp.inexact):
-        assert _folder._not_finite({"a": numbers, "b": np.full(2, np.nan, dtype), "c": numbers * np.nan}) == "b"
-
-
-def test_an_export_is_no_workdir(exported, tmp_path, capsys):
-    assert cli.run(["evaluate", f"--workdir={exported}"]) == 1
-    message = (
-        f"{exported} is an export, and not the workdir of a run: nfjax evaluate takes it with --model={exported} --im"
-    )
-    assert message in capsys.readouterr().err
-    before = {path.name: path.read_bytes() for path in exported.iterdir()}
-    with pytest.raises(ValueError, match=rf"{exported} is an export, .* by --config.init_from={exported}"):
-        loop.train(configs.base(), str(exported))
-    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
-
-
     assert nfjax.load(tmp_path / "a").origin.ema
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").touch()
