@@ -2,6 +2,8 @@
 is no such export, or lies, is refused.
 """
 
+import dataclasses
+import errno
 import functools
 import json
 import pathlib
@@ -20,8 +22,10 @@ from flax import nnx
 
 import nfjax
 from nfjax import cli, inference, storage
+from nfjax import config as configs
 from nfjax.inference import _card, _folder, _onnx, _safetensors, formats, torch_weights
-from nfjax.training import networks
+from nfjax.runs import files
+from nfjax.training import deployment, loop, networks
 from tests import photographs, test_torch_weights, toys
 from tests.conftest import TINY
 from tests.photographs import SIZE
@@ -319,6 +323,31 @@ def test_the_card_tells_what_it_is(predictor, exported):
     assert "dir" not in predictor.origin.settings["data"]
 
 
+@pytest.mark.parametrize(
+    ("init_from", "shown"),
+    [
+        ("/home/me/runs/first_1", r"first\_1"),
+        ("hf://me/it@main", "hf://me/it@main"),
+        ("gs://mine/a/", "a"),
+        ("..", ".."),
+    ],
+)
+def test_the_card_tells_with_what_it_began(predictor, run, init_from, shown):
+    config = files.read_config(run[0])
+    with config.unlocked():
+        config.init_from, config.optim.freeze, config.optim.clip_norm = init_from, "stem", 0.5
+    told = deployment.settings(config)
+    assert told["init_from"] == shown.replace("\\", "")
+    for settings in (told, told | {"init_from": init_from}):  # also one that an earlier version has exported
+        origin = dataclasses.replace(predictor.origin, settings=settings)
+        card = _card._training(origin, "")
+        assert f" It began with the weights of {shown}: their license, and that of the images on which they" in card
+        assert "| optim.freeze | stem |" in card
+        assert "| optim.clip_norm | 0.5 |" in card
+        assert "/home" not in card
+    assert "It began" not in _card._training(predictor.origin, "")
+
+
 def test_names_are_no_markup(predictor):
     assert _card._plain("<b>*a*</b>|`x`\x1b") == r"\<b\>\*a\*\</b\>\|\`x\`\\x1b"
     assert _card._code("a=(`x`, *b_c*)\x1b") == "`a=('x', *b_c*)\\x1b`"
@@ -355,6 +384,29 @@ def rewrite(folder, **changes):
         ({"network__arguments": {"depth": 11}}, "config.json describes no network that can be built: .*depth"),
         ({"network__arguments": {"wdith": 2}}, "config.json describes no network that can be built: .*wdith"),
         ({"network__name": "resnet12"}, "config.json describes no network that can be built: unknown model"),
+        (
+            {"network__arguments": {"stage_sizes": [2, 10**6], "block": "basic"}},
+            "1,000,002 blocks: expected at most 64 fo",
+        ),
+        (
+            {"network__arguments": {"stage_sizes": [1] * 64, "block": "basic", "width": 2}},
+            "width=2: no array of model.saf",
+        ),
+        (
+            {"network__arguments": {"stage_sizes": 5, "block": "basic"}},
+            "config.json describes no network that can be b",
+        ),
+        (
+            {"network__arguments": {"depth": 10, "width": 10**12}},
+            "width=1000000000000: no array of model.safetensors is as",
+        ),
+        ({"network__arguments": {"depth": 10, "width": 2**80}}, "describes no network that can be built: width="),
+        ({"network__arguments": {"depth": 10, "remat": "x"}}, "can be built: remat='x': expected true or false"),
+        (
+            {"network__arguments": {"depth": 10, "remat": float("nan")}},
+            "can be built: remat=nan: expected true or false",
+        ),
+        ({"network__arguments": {"depth": 10, "remat": None}}, "can be built: remat=None: expected true or false"),
         ({"network__dtype": "float8"}, "config.json describes no network that can be built: unknown model.dtype"),
         ({"network__name": "os:system"}, "names 'os:system': .*to import that module.*--trust"),
         ({"network__arguments": {"residual": "os:system"}}, "names 'os:system': .*to import that module"),
@@ -372,6 +424,9 @@ def test_settings_that_are_not_what_they_should_be(copy, changes, message):
     with pytest.raises(ValueError, match=message) as found:
         nfjax.load(copy)
     assert str(copy) in str(found.value)
+
+
+KINDS = ("params", "batch_stats")
 
 
 def header(**places):
@@ -442,6 +497,49 @@ def test_weights_of_another_type_or_missing(copy, exported):
     path.mkdir()
     with pytest.raises(ValueError, match="it is no ordinary file"):
         nfjax.load(copy)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["params/stem/conv/kernel", "batch_stats/blocks/0/activation/norm/var"])
+def test_weights_that_are_not_finite(predictor, copy, tmp_path, name, value):
+    """Of which ReLU or a maximum may hide every trace."""
+    path = copy / "model.safetensors"
+    found = _safetensors.decode(path.read_bytes(), _safetensors.read_places(path))
+    found[name] = found[name].copy()
+    found[name].flat[1] = value
+    path.write_bytes(_safetensors.encode(found))
+    rewrite(copy, weights_sha256=None)
+    with pytest.raises(
+        ValueError, match=rf"safetensors: its weights are damaged: '{name}' holds numbers that are not f"
+    ):
+        nfjax.load(copy)
+    damaged = object.__new__(inference.Predictor)
+    damaged.__dict__.update(vars(predictor))
+    of_kind = {kind: {part.partition("/")[2]: found[part] for part in found if part.startswith(kind)} for kind in KINDS}
+    damaged.params, damaged.batch_stats = (of_kind[kind] for kind in KINDS)
+    with pytest.raises(ValueError, match=rf"^{name} holds numbers that are not finite .* weights are damaged.*--step"):
+        inference.export(damaged, tmp_path / "out", ["safetensors"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in _safetensors.DTYPES.values() if dtype is not np.bool_])
+def test_every_type_of_number_may_be_asked_whether_it_is_finite(dtype):
+    numbers = np.ones(3, dtype)
+    assert _folder._not_finite({"a": numbers}) is None
+    if jnp.issubdtype(dtype, jnp.inexact):
+        assert _folder._not_finite({"a": numbers, "b": np.full(2, np.nan, dtype), "c": numbers * np.nan}) == "b"
+
+
+def test_an_export_is_no_workdir(exported, tmp_path, capsys):
+    assert cli.run(["evaluate", f"--workdir={exported}"]) == 1
+    message = (
+        f"{exported} is an export, and not the workdir of a run: nfjax evaluate takes it with --model={exported} --im"
+    )
+    assert message in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    with pytest.raises(ValueError, match=rf"{exported} is an export, .* by --config.init_from={exported}"):
+        loop.train(configs.base(), str(exported))
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
 
 
 def test_what_a_run_has_and_an_export_has_not(exported):
@@ -524,4 +622,134 @@ def test_an_export_that_differs_is_not_written(predictor, tmp_path, monkeypatch)
     monkeypatch.setitem(formats.FORMATS, "wrong", formats.Format("model.wrong", wrong, {"float32": 1e-3}))
     with pytest.raises(ValueError, match=r"model.wrong gives probabilities that differ .* 1.0e-02, more than 1e-03"):
         inference.export(predictor, tmp_path / "a", ["wrong"])
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- where it is written
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_what_no_export_writes_is_never_lost(predictor, copy):
+    (copy / ".git").mkdir()
+    (copy / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (copy / "notes.txt").write_text("mine")
+    before = contents(copy)
+    with pytest.raises(
+        FileExistsError, match=r"copy is an export, and holds what no export .* lost: \.git, notes\.txt; m"
+    ):
+        inference.export(predictor, copy, ["safetensors"], overwrite=True)
+    assert contents(copy) == before
+    shutil.rmtree(copy / ".git")
+    (copy / "notes.txt").unlink()
+    (copy / "model.onnx").write_text("of an export with other formats")
+    inference.export(predictor, copy, ["safetensors"], overwrite=True)
+    assert {path.name for path in copy.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    (copy / "model.onnx").mkdir()
+    with pytest.raises(FileExistsError, match=r"lost: model\.onnx; m"):
+        inference.check_export(copy, overwrite=True)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Sets what happens while an export is written."""
+
+    def setter(happens):
+        def text(*arguments, _text=_card.text):
+            happens()
+            return _text(*arguments)
+
+        monkeypatch.setattr(_card, "text", text)
+
+    return setter
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_was_made_meanwhile_stays(predictor, copy, tmp_path, meanwhile, overwrite):
+    out = copy if overwrite else tmp_path / "out"
+
+    def happens():
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("mine")
+
+    meanwhile(happens)
+    message = (
+        "holds what no export writes, which would be lost: mine.txt" if overwrite else "out exists, and is no export"
+    )
+    with pytest.raises(FileExistsError, match=message):
+        inference.export(predictor, out, ["safetensors"], overwrite=overwrite)
+    assert (out / "mine.txt").read_text() == "mine"
+    assert (out / "config.json").exists() == overwrite
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", out.name}
+
+
+def test_of_two_exports_at_once_one_is_refused(predictor, exported, tmp_path, meanwhile):
+    meanwhile(lambda: shutil.copytree(exported, tmp_path / "out"))
+    with pytest.raises(FileExistsError, match="out is an export already"):
+        inference.export(predictor, tmp_path / "out", ["safetensors"])
+    assert contents(tmp_path / "out") == contents(exported)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_older_export_comes_back_where_the_new_one_cannot_take_its_place(predictor, copy, tmp_path, monkeypatch):
+    def rename(path, target, _rename=pathlib.Path.rename):
+        if path.suffix == ".part":
+            raise OSError(errno.EIO, "odd")
+        return _rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    before = contents(copy)
+    with pytest.raises(OSError, match=rf"{copy} cannot be written \(Input/output error\)"):
+        inference.export(predictor, copy, ["safetensors"], overwrite=True)
+    assert contents(copy) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_link_to_an_export_stays_one(predictor, copy, tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "link"
+    link.symlink_to(copy)
+    (copy / "model.safetensors").unlink()
+    inference.export(predictor, link, ["safetensors"], overwrite=True)
+    assert link.is_symlink()
+    assert (copy / "model.safetensors").exists()
+    assert [path.name for path in link.parent.iterdir()] == ["link"]
+    (tmp_path / "links" / "to_nothing").symlink_to(tmp_path / "new")
+    inference.export(predictor, tmp_path / "links" / "to_nothing", ["safetensors"])
+    assert nfjax.load(tmp_path / "new").class_names == predictor.class_names
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", "links", "new"}
+
+
+@pytest.mark.parametrize("out", ["", ".", "../here", "/"])
+def test_folders_that_cannot_be_replaced(run, tmp_path, monkeypatch, capsys, out):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(inference, "load", None)  # nothing is computed
+    assert export(run, f"--out={out}") == 1
+    what = "a mount point" if out == "/" else "the one that you are in"
+    assert f"the folder {out or '.'!r} is {what}, which cannot be replaced: choose one in it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("writes", ["safetensors", "stablehlo"])
+def test_a_full_disk_is_told_by_the_name_that_was_given(predictor, tmp_path, monkeypatch, writes):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(OSError, match=rf"^\[Errno 28\] {tmp_path}/out cannot be written \(No space left on device\)$"):
+        inference.export(predictor, tmp_path / "out", [writes])
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_architecture_are_told_by_the_name_that_was_given(predictor, tmp_path):
+    other = object.__new__(inference.Predictor)
+    other.__dict__.update(vars(predictor))
+    other.architecture = dataclasses.replace(predictor.architecture, arguments={"depth": TINY, "width": 4})
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path}/out/model.safetensors is of another network than {tmp_path}/out/"
+    ):
+        inference.export(other, tmp_path / "out", ["safetensors"])
     assert not list(tmp_path.iterdir())

@@ -134,7 +134,7 @@ def test_an_export_is_a_source_like_its_run(source, tmp_path):
     own = {
         name: tuple(value) if isinstance(value, list | tuple) else value for name, value in run.preprocessing.items()
     }
-    assert exported.preprocessing == own | {"resize": exported.preprocessing["resize"]}
+    assert exported.preprocessing == own | {"resize": None}  # its images are arrays, which nothing resizes
     assert exported.settings["width"] == 4
     weights = tmp_path / "exported" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
@@ -143,6 +143,27 @@ def test_an_export_is_a_source_like_its_run(source, tmp_path):
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="was exported without --format=safetensors"):
         exported.read()
+
+
+@pytest.mark.parametrize("resize", [None, 12])
+def test_of_an_export_images_are_resized_as_of_its_run(source, tmp_path, resize):
+    run, folder = tmp_path / "run", tmp_path / "exported"
+    shutil.copytree(source, run)
+    config, described = (json.loads((run / name).read_text()) for name in ("config.json", "data.json"))
+    config["data"]["resize"] = resize
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "data.json").write_text(json.dumps(described | {"identity": {}}))  # as of files, which are resized
+    inference.export(nfjax.load(run), folder, ["safetensors"])
+    assert nfjax.load(folder).preprocessing.resize == (resize or 8)
+    assert pretrained.find(str(folder)).preprocessing["resize"] == resize
+    for size in (6, 10):
+        resolved = []
+        for path in (run, folder):
+            config = small()
+            config.init_from, config.data.image_size = str(path), size
+            resolved.append(pretrained.resolve(config).data)
+        assert resolved[0].resize == resolved[1].resize == resize
+        assert resolved[0] == resolved[1]
 
 
 def test_what_is_set_wins_over_the_source_and_is_told(tuned, capsys):

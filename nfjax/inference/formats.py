@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nfjax import _streams as streams
 from nfjax._names import lookup
 from nfjax.inference import _card, _folder, _onnx
 from nfjax.inference._card import Compared
@@ -56,7 +57,7 @@ def _as_safetensors(predictor: Predictor, path: pathlib.Path) -> Probabilities:
         before, after = (_folder.arrays_by_name(one.params, one.batch_stats) for one in (predictor, again))
         for name, array in before.items():
             if np.asarray(array).tobytes() != np.asarray(after[name]).tobytes():
-                raise ValueError(f"{path}: {name} is not the same after it was read again")
+                raise ValueError(f"{path.name}: {name} is not the same after it was read again")
         return again.of_pixels(images)
 
     return probabilities
@@ -114,7 +115,7 @@ def export(
         formats: Names in `FORMATS`.
         licence: Of the weights, for the card; None where it is not known.
         data_name: What the run's images are, for the card, such as "CIFAR-10"; likewise.
-        overwrite: Whether an export that is there already is replaced.
+        overwrite: Whether an export that is there already is replaced, if nothing else lies in its folder.
 
     Returns:
         What the comparison of each file gave.
@@ -122,7 +123,8 @@ def export(
     Raises:
         ValueError: There is no such format; the network cannot be exported, or differs from what was written by more
             than the format's bound. Nothing is left behind.
-        FileExistsError: There is a folder already.
+        FileExistsError: There is a folder already, or one was made there meanwhile; that is left as it is.
+        OSError: The folder cannot be written.
         ImportError: A package that a format needs is not installed.
     """
     chosen = check_export(out, formats, overwrite)
@@ -131,8 +133,8 @@ def export(
             "this predictor was made of a model, and does not say what that is built from: give Predictor an "
             "architecture, or export a run"
         )
-    out = pathlib.Path(os.path.expanduser(out))
-    with _replacing(out) as part:
+    _folder.check_finite(predictor)
+    with _replacing(pathlib.Path(os.path.expanduser(out)), overwrite) as part:
         written = {name: one.write(predictor, part / one.file) for name, one in chosen.items()}
         _folder.write(part, predictor)
         results = _compared(predictor, {name: (part / chosen[name].file, reads) for name, reads in written.items()})
@@ -188,12 +190,25 @@ def check_export(
 
 
 def _check_free(out: pathlib.Path, overwrite: bool) -> None:
+    here = os.path.realpath(out) == os.path.realpath(os.curdir)
+    if here or os.path.ismount(out):
+        what = "the one that you are in" if here else "a mount point"
+        raise FileExistsError(
+            f"the folder {str(out)!r} is {what}, which cannot be replaced: choose one in it, such as {out / 'exported'}"
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not _is_export(out):
         raise FileExistsError(f"{out} exists, and is no export: choose another folder")
     if not overwrite:
         raise FileExistsError(f"{out} is an export already: choose another folder, or overwrite it (--overwrite)")
+    ours = {_folder.SETTINGS, _card.FILE, *(one.file for one in FORMATS.values())}
+    if others := sorted(path.name for path in out.iterdir() if path.name not in ours or path.is_dir()):
+        named = ", ".join(map(streams.printable, others[:5])) + (f" and {len(others) - 5} more" if others[5:] else "")
+        raise FileExistsError(
+            f"{out} is an export, and holds what no export writes, which would be lost: {named}; move that elsewhere, "
+            "or choose another folder"
+        )
 
 
 def _is_export(folder: pathlib.Path) -> bool:
@@ -204,24 +219,53 @@ def _is_export(folder: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `out`, which takes its place when the block has ended and all of it is on the disk."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+def _replacing(out: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A temporary folder, which takes the place of `out` when the block has ended and all of it is on the disk."""
+    place = pathlib.Path(os.path.realpath(out))  # a link stays, and leads to the new one
+    with _named(out):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".part", dir=place.parent))
     try:
-        yield part
-        for path in part.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        part.chmod(0o777 & ~_umask())
-        before = part.with_suffix(".before")
-        if out.exists():
-            out.rename(before)
-        part.rename(out)
-        shutil.rmtree(before, ignore_errors=True)
-    except BaseException:
+        with _named(out, part):
+            yield part
+            for path in part.iterdir():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            part.chmod(0o777 & ~_umask())
+        _check_free(out, overwrite)  # again: it took a while
+        with _named(out, part):
+            _move(part, place)
+    finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _move(part: pathlib.Path, place: pathlib.Path) -> None:
+    """Gives a folder the name `place`, from which an older export goes when that is done."""
+    before = part.with_suffix(".before")
+    if place.exists() and any(place.iterdir()):
+        place.rename(before)
+    try:
+        part.rename(place)  # which fails where there is something again
+    except BaseException:
+        if before.exists():
+            before.rename(place)
         raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named(out: pathlib.Path, part: pathlib.Path | None = None) -> Iterator[None]:
+    """Errors name the folder that was asked for, in place of the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"{out} cannot be written ({os.strerror(error.errno)})") from error
+    except ValueError as error:
+        if str(part) not in str(error):
+            raise
+        raise ValueError(str(error).replace(str(part), str(out))) from error
 
 
 def _umask() -> int:

@@ -125,6 +125,8 @@ def of_export(path: str) -> Source | None:
         return None
     settings = _folder.read(folder)
     made, prepared = _folder.architecture(settings), _folder.preprocessing(settings, folder / _folder.SETTINGS)
+    # An export has a number in any case; the run that it is of had none, and none follows another image_size.
+    resize = None if prepared.resize == prepared.image_size else prepared.resize
 
     def read() -> Weights:
         found = _folder.read_weights(folder, settings)
@@ -138,7 +140,7 @@ def of_export(path: str) -> Source | None:
         f"{made.name} {', '.join(f'{name}={value}' for name, value in made.arguments.items() if value is not None)}",
         {"name": made.name} | {name: value for name, value in made.arguments.items() if name in NETWORK},
         tuple(settings.class_names),
-        {name: getattr(prepared, name) for name in PREPROCESSING},
+        {name: getattr(prepared, name) for name in PREPROCESSING} | {"resize": resize},
         read,
     )
 
