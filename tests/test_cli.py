@@ -228,7 +228,7 @@ def test_a_config_by_its_name_with_arguments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").write_text("from nfjax import config\n\ndef get_config():\n    return config.imagenet()\n")
     assert settings.load("cifar10").data.image_size == 224  # a file comes first
-    known = r"cifar10, .*, imagenet_convshort, nf_resnet18_cifar10, nf_resnet50_imagenet$"
+    known = r"cifar10, .*, imagenet_convshort, nf_resnet14_cifar10, nf_resnet18_cifar10, nf_resnet50_imagenet$"
     with pytest.raises(FileNotFoundError, match=rf"no file imagenet .*, or one of {known}"):
         settings.load("imagenet")
 
