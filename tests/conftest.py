@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import inspect
 import os
 import threading
 
@@ -50,7 +51,8 @@ class _Context(threading.local):
         return self.made
 
 
-if jax.__version_info__ < (0, 12):
+# This file is imported by two names, and one of them is enough.
+if jax.__version_info__ < (0, 12) and inspect.isfunction(mlir.make_ir_context):
     mlir.make_ir_context = _Context()
 
 TINY = 10  # the depth of the smallest network, one basic block per stage

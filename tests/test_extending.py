@@ -17,6 +17,7 @@ from test_train import assert_resumes_exactly, records
 from nfjax import evaluate, spp
 from nfjax.runs import metrics
 from nfjax.training import checks, keywords, loop, networks, optimizers, preprocessing, rng, schedules
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -24,6 +25,11 @@ def config(tiny_config):
     tiny_config.augment.flip, tiny_config.augment.crop_padding = False, 0
     tiny_config.batch_size, tiny_config.optim.learning_rate = 32, 0.1
     return tiny_config
+
+
+def of_four_blocks(config):
+    """The smallest network that has a depth by name, for what depends on the number of blocks."""
+    config.model.update({"depth": TINY, "stage_sizes": None, "block": None})
 
 
 NETWORKS = {"NNX": "toys:network", "Linen": "toys:LinenNetwork"}
@@ -121,6 +127,7 @@ def test_scores_are_summed_in_float32(config, tmp_path):
 
 
 def test_rules_initializers_and_schedules_of_ones_own_by_name(config):
+    of_four_blocks(config)
     config.model.residual, config.model.init = "toys:depth_scaled", "jax.nn.initializers:ones"
     config.model.arguments, config.optim.schedule = "activation='jax.nn:silu'", "toys:square_root"
     checks.check(config)
@@ -294,6 +301,7 @@ def choose(config, name):
 
 @pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "optax:lion", "toys:sign_descent"])
 def test_every_optimizer_trains(config, tmp_path, name):
+    of_four_blocks(config)
     choose(config, name)
     loop.train(config, str(tmp_path))
     logged = [record for record in records(tmp_path) if record["kind"] == "train"]
