@@ -22,8 +22,9 @@ from flax import nnx
 
 import nfjax
 from nfjax import cli, inference, storage
+from nfjax import config as configs
 from nfjax.inference import _card, _folder, _onnx, _safetensors, formats, torch_weights
-from nfjax.training import networks
+from nfjax.training import loop, networks
 from tests import photographs, test_torch_weights, toys
 from tests.conftest import TINY
 from tests.photographs import SIZE
@@ -376,6 +377,9 @@ def test_settings_that_are_not_what_they_should_be(copy, changes, message):
     assert str(copy) in str(found.value)
 
 
+KINDS = ("params", "batch_stats")
+
+
 def header(**places):
     text = json.dumps(places).encode()
     return struct.pack("<Q", len(text)) + text
@@ -444,6 +448,49 @@ def test_weights_of_another_type_or_missing(copy, exported):
     path.mkdir()
     with pytest.raises(ValueError, match="it is no ordinary file"):
         nfjax.load(copy)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["params/stem/conv/kernel", "batch_stats/blocks/0/activation/norm/var"])
+def test_weights_that_are_not_finite(predictor, copy, tmp_path, name, value):
+    """Of which ReLU or a maximum may hide every trace."""
+    path = copy / "model.safetensors"
+    found = _safetensors.decode(path.read_bytes(), _safetensors.read_places(path))
+    found[name] = found[name].copy()
+    found[name].flat[1] = value
+    path.write_bytes(_safetensors.encode(found))
+    rewrite(copy, weights_sha256=None)
+    with pytest.raises(
+        ValueError, match=rf"safetensors: its weights are damaged: '{name}' holds numbers that are not f"
+    ):
+        nfjax.load(copy)
+    damaged = object.__new__(inference.Predictor)
+    damaged.__dict__.update(vars(predictor))
+    of_kind = {kind: {part.partition("/")[2]: found[part] for part in found if part.startswith(kind)} for kind in KINDS}
+    damaged.params, damaged.batch_stats = (of_kind[kind] for kind in KINDS)
+    with pytest.raises(ValueError, match=rf"^{name} holds numbers that are not finite .* weights are damaged.*--step"):
+        inference.export(damaged, tmp_path / "out", ["safetensors"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in _safetensors.DTYPES.values() if dtype is not np.bool_])
+def test_every_type_of_number_may_be_asked_whether_it_is_finite(dtype):
+    numbers = np.ones(3, dtype)
+    assert _folder._not_finite({"a": numbers}) is None
+    if jnp.issubdtype(dtype, jnp.inexact):
+        assert _folder._not_finite({"a": numbers, "b": np.full(2, np.nan, dtype), "c": numbers * np.nan}) == "b"
+
+
+def test_an_export_is_no_workdir(exported, tmp_path, capsys):
+    assert cli.run(["evaluate", f"--workdir={exported}"]) == 1
+    message = (
+        f"{exported} is an export, and not the workdir of a run: nfjax evaluate takes it with --model={exported} --im"
+    )
+    assert message in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    with pytest.raises(ValueError, match=rf"{exported} is an export, .* by --config.init_from={exported}"):
+        loop.train(configs.base(), str(exported))
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
 
 
 def test_what_a_run_has_and_an_export_has_not(exported):

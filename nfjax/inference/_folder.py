@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from nfjax.training import networks
 
 SETTINGS = files.CONFIG  # of the same name as a run's; the version tells them apart
 WEIGHTS = "model.safetensors"
-VERSION = "nfjax_format"
+VERSION = files.EXPORT
 NEWEST = 1
 MOST_CLASSES = 2**20
 _WAY_OUT = "export the network again, or copy the folder again"
@@ -194,6 +195,27 @@ def write_weights(folder: pathlib.Path, params: Any, batch_stats: Any) -> None:
     storage.write_bytes(folder / WEIGHTS, _safetensors.encode(named))
 
 
+def check_finite(predictor: Predictor) -> None:
+    """ValueError where a predictor's state has a number that is not finite."""
+    if name := _not_finite(arrays_by_name(predictor.params, predictor.batch_stats)):
+        raise ValueError(
+            f"{name} holds numbers that are not finite (NaN or infinity): the network's weights are damaged, as those "
+            "of a training that diverged; export an earlier checkpoint (--step=N)"
+        )
+
+
+def _not_finite(arrays: dict[str, Any]) -> str | None:
+    """The name of the first array that holds NaN or infinity."""
+    floats = (name for name, array in arrays.items() if jax.numpy.issubdtype(array.dtype, jax.numpy.inexact))
+    return next((name for name in floats if not np.isfinite(np.asarray(arrays[name])).all()), None)
+
+
+def sizes(folder: pathlib.Path) -> list[int]:
+    """How many numbers each array of an export has, which is read from the header; errors as of `read_weights`."""
+    _check_there(folder)
+    return [math.prod(place.shape) for place in _safetensors.read_places(folder / WEIGHTS).values()]
+
+
 def load_weights(folder: pathlib.Path, model: nnx.Module, settings: Settings) -> None:
     """Sets the parameters and the rest of the state of a network that has shapes in place of them.
 
@@ -242,7 +264,12 @@ def _decode(folder: pathlib.Path, settings: Settings, places: dict[str, _safeten
             f"{path} is not the file that {folder / SETTINGS} tells of. If it was changed on purpose, remove "
             f"weights_sha256 there; else {_WAY_OUT}"
         )
-    return _safetensors.decode(data, places)
+    arrays = _safetensors.decode(data, places)
+    if name := _not_finite(arrays):
+        raise storage.DamagedFileError(
+            f"{path}: its weights are damaged: {name!r} holds numbers that are not finite (NaN or infinity); {_WAY_OUT}"
+        )
+    return arrays
 
 
 def _check_same(path: pathlib.Path, settings: Settings, expected: dict[str, Any], found: dict[str, Any]) -> None:

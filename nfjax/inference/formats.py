@@ -133,6 +133,7 @@ def export(
             "this predictor was made of a model, and does not say what that is built from: give Predictor an "
             "architecture, or export a run"
         )
+    _folder.check_finite(predictor)
     with _replacing(pathlib.Path(os.path.expanduser(out)), overwrite) as part:
         written = {name: one.write(predictor, part / one.file) for name, one in chosen.items()}
         _folder.write(part, predictor)

@@ -19,6 +19,7 @@ from nfjax import storage
 CONFIG = "config.json"
 DATA = "data.json"
 VERSIONS = "versions.json"
+EXPORT = "nfjax_format"  # what tells the config.json of an export from that of a run
 
 
 # Fields that had another name: (section, name then) -> (name now, {value then: value now}).
@@ -61,7 +62,8 @@ class Described:
 def read_config(folder: pathlib.Path) -> ConfigDict:
     """The resolved config of the run in `folder`, locked; what was no field yet when it was written has its default.
 
-    Raises FileNotFoundError if there is none, storage.DamagedFileError if it is damaged.
+    Raises FileNotFoundError if there is none, storage.DamagedFileError if it is damaged, ValueError if the folder is an
+    export.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -76,10 +78,17 @@ def read_config(folder: pathlib.Path) -> ConfigDict:
 
 
 def read_settings(folder: pathlib.Path) -> dict[str, Any]:
-    """config.json, with the names that fields have today. Raises storage.DamagedFileError, FileNotFoundError."""
+    """config.json, with the names that fields have today. Raises storage.DamagedFileError, FileNotFoundError, and
+    ValueError where it is that of an export, which is not damaged.
+    """
     way_out = "the training command of this run, started again, mends it"
-    storage.read_json(folder / CONFIG, _Sections, way_out)
     settings = storage.read_json(folder / CONFIG, dict[str, Any], way_out)
+    if EXPORT in settings:
+        raise ValueError(
+            f"{folder} is an export, and not the workdir of a run: nfjax evaluate takes it with --model={folder} "
+            f"--images=DIR, and a training in a workdir of its own begins with it by --config.init_from={folder}"
+        )
+    storage.read_json(folder / CONFIG, _Sections, way_out)
     for (section, before), (now, values) in RENAMED.items():
         if before in settings[section]:
             value = settings[section].pop(before)
