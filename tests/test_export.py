@@ -358,6 +358,29 @@ def rewrite(folder, **changes):
         ({"network__arguments": {"depth": 11}}, "config.json describes no network that can be built: .*depth"),
         ({"network__arguments": {"wdith": 2}}, "config.json describes no network that can be built: .*wdith"),
         ({"network__name": "resnet12"}, "config.json describes no network that can be built: unknown model"),
+        (
+            {"network__arguments": {"stage_sizes": [2, 10**6], "block": "basic"}},
+            "1,000,002 blocks: expected at most 64 fo",
+        ),
+        (
+            {"network__arguments": {"stage_sizes": [1] * 64, "block": "basic", "width": 2}},
+            "width=2: no array of model.saf",
+        ),
+        (
+            {"network__arguments": {"stage_sizes": 5, "block": "basic"}},
+            "config.json describes no network that can be b",
+        ),
+        (
+            {"network__arguments": {"depth": 10, "width": 10**12}},
+            "width=1000000000000: no array of model.safetensors is as",
+        ),
+        ({"network__arguments": {"depth": 10, "width": 2**80}}, "describes no network that can be built: width="),
+        ({"network__arguments": {"depth": 10, "remat": "x"}}, "can be built: remat='x': expected true or false"),
+        (
+            {"network__arguments": {"depth": 10, "remat": float("nan")}},
+            "can be built: remat=nan: expected true or false",
+        ),
+        ({"network__arguments": {"depth": 10, "remat": None}}, "can be built: remat=None: expected true or false"),
         ({"network__dtype": "float8"}, "config.json describes no network that can be built: unknown model.dtype"),
         ({"network__name": "os:system"}, "names 'os:system': .*to import that module.*--trust"),
         ({"network__arguments": {"residual": "os:system"}}, "names 'os:system': .*to import that module"),

@@ -6,12 +6,15 @@ import os
 import pathlib
 
 from nfjax import _streams as streams
+from nfjax import resnet
 from nfjax.data import remote
 from nfjax.inference import _folder, hub
 from nfjax.inference.predictor import BATCH_SIZE, Origin, Predictor
 from nfjax.inference.preprocessing import Preprocessing
 from nfjax.runs import files, metrics, mirror
 from nfjax.training import deployment, networks, rng
+
+SMALL_BLOCKS, SMALL_HEAD = 64, 2**24  # of an export's network, which is built in any case
 
 
 def load(
@@ -97,7 +100,9 @@ def _of_export(folder: pathlib.Path, dtype: str | None, batch_size: int, trust: 
         architecture.check_dtype(dtype)
         architecture = networks.Architecture(architecture.name, architecture.arguments, dtype)
     preprocessing = _folder.preprocessing(settings, folder / _folder.SETTINGS)
+    sizes = _folder.sizes(folder)
     try:
+        _check_arguments(architecture, len(settings.class_names), sizes)
         model = architecture.shapes(len(settings.class_names), preprocessing.image_size)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / _folder.SETTINGS} describes no network that can be built: {error}") from error
@@ -111,6 +116,24 @@ def _of_export(folder: pathlib.Path, dtype: str | None, batch_size: int, trust: 
         architecture=architecture,
         origin=_folder.origin(settings),
     )
+
+
+def _check_arguments(made: networks.Architecture, classes: int, sizes: list[int]) -> None:
+    """ValueError where a network of nfjax would be far larger than its weights, whose `sizes` these are: to build it,
+    only to find that they are of another one, could take hours; or where an argument has a kind that it never looks at.
+    """
+    given = made.arguments
+    if not made.is_ours():
+        return
+    if not isinstance(given.get("remat", False), bool):
+        raise ValueError(f"remat={given['remat']!r}: expected true or false")
+    stages, width = given.get("stage_sizes"), given.get("width")
+    stages = (1,) if stages is None else resnet.stages(None, stages, "basic")[1]
+    most = min(networks.MOST_BLOCKS, max(SMALL_BLOCKS, len(sizes)))
+    if sum(stages) > most:
+        raise ValueError(f"stage_sizes has {sum(stages):,} blocks: expected at most {most:,} for {len(sizes):,} arrays")
+    if isinstance(width, int) and width * 2 ** (len(stages) - 1) * classes > max([SMALL_HEAD, *sizes]):
+        raise ValueError(f"width={width}: no array of {_folder.WEIGHTS} is as large as the head would be")
 
 
 def _check_trusted(folder: pathlib.Path, architecture: networks.Architecture, trust: bool) -> None:
