@@ -24,7 +24,8 @@ import nfjax
 from nfjax import cli, inference, storage
 from nfjax import config as configs
 from nfjax.inference import _card, _folder, _onnx, _safetensors, formats, torch_weights
-from nfjax.training import loop, networks
+from nfjax.runs import files
+from nfjax.training import deployment, loop, networks
 from tests import photographs, test_torch_weights, toys
 from tests.conftest import TINY
 from tests.photographs import SIZE
@@ -320,6 +321,31 @@ def test_the_card_tells_what_it_is(predictor, exported):
     assert str(exported.parent) not in everything
     assert "photographs" not in predictor.origin.settings["data"].values()
     assert "dir" not in predictor.origin.settings["data"]
+
+
+@pytest.mark.parametrize(
+    ("init_from", "shown"),
+    [
+        ("/home/me/runs/first_1", r"first\_1"),
+        ("hf://me/it@main", "hf://me/it@main"),
+        ("gs://mine/a/", "a"),
+        ("..", ".."),
+    ],
+)
+def test_the_card_tells_with_what_it_began(predictor, run, init_from, shown):
+    config = files.read_config(run[0])
+    with config.unlocked():
+        config.init_from, config.optim.freeze, config.optim.clip_norm = init_from, "stem", 0.5
+    told = deployment.settings(config)
+    assert told["init_from"] == shown.replace("\\", "")
+    for settings in (told, told | {"init_from": init_from}):  # also one that an earlier version has exported
+        origin = dataclasses.replace(predictor.origin, settings=settings)
+        card = _card._training(origin, "")
+        assert f" It began with the weights of {shown}: their license, and that of the images on which they" in card
+        assert "| optim.freeze | stem |" in card
+        assert "| optim.clip_norm | 0.5 |" in card
+        assert "/home" not in card
+    assert "It began" not in _card._training(predictor.origin, "")
 
 
 def test_names_are_no_markup(predictor):

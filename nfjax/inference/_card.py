@@ -11,15 +11,18 @@ import jax
 
 from nfjax.data.loading.skips import printable
 from nfjax.inference.predictor import Origin, Predictor
+from nfjax.training import deployment
 
 FILE = "README.md"
 MOST_NAMES = 50  # of classes that are listed
 # What of the run's settings is told, of those that there are.
 TOLD = (
-    "seed", "batch_size", "epochs", "data.source", "data.share", "optim.name", "optim.learning_rate", "optim.schedule",
-    "optim.momentum", "optim.weight_decay", "optim.label_smoothing", "optim.ema_decay", "augment.crop_padding",
-    "augment.flip", "augment.resized_crop_scale", "augment.rand_operations",
-    "augment.mixup_alpha", "augment.cutmix_alpha", "augment.erasing_probability",
+    "seed", "batch_size", "epochs", "data.source", "data.share", "data.balance_classes", "model.rescale", "optim.name",
+    "optim.arguments", "optim.learning_rate", "optim.warmup_epochs", "optim.schedule", "optim.layer_decay",
+    "optim.rate_by_pattern", "optim.freeze", "optim.momentum", "optim.weight_decay", "optim.clip_norm",
+    "optim.adaptive_clip", "optim.label_smoothing", "optim.class_weights", "optim.ema_decay", "augment.crop_padding",
+    "augment.flip", "augment.resized_crop_scale", "augment.rand_operations", "augment.mixup_alpha",
+    "augment.cutmix_alpha", "augment.erasing_probability",
 )  # fmt: skip
 OPENED = {
     "safetensors": """\
@@ -184,17 +187,26 @@ def _classes(names: Sequence[str]) -> str:
 
 def _training(origin: Origin, of_what: str) -> str:
     flat = dict(_flat(origin.settings))
-    off = (None, 0.0, False)
+    off = (None, 0.0, False, "")
     told = [name for name in TOLD if name in flat and (flat[name] not in off or name == "seed")]
     rows = [f"| {name} | {_plain(flat[name])} |" for name in told]
     return "\n".join(
         [
-            f"On {origin.training_images:,} images{of_what}, for {origin.step:,} steps.",
+            f"On {origin.training_images:,} images{of_what}, for {origin.step:,} steps.{_beginning(flat)}",
             "",
             "| setting | |",
             "|---|---|",
             *rows,
         ]
+    )
+
+
+def _beginning(settings: dict[str, Any]) -> str:
+    if not (source := settings.get("init_from")):
+        return ""
+    return (
+        f" It began with the weights of {_plain(deployment.source_name(str(source)))}: their license, and that of the "
+        "images on which they were trained, may bind these weights, too."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,18 @@ def computing_in(config: ConfigDict, dtype: str | None) -> ConfigDict:
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:
-    """All settings of the run as JSON has them, but for the folder of its images, which tells of the machine alone."""
+    """All settings of the run as JSON has them, without what tells of the machine alone: the folder of its images, and
+    the folders above the network that it began with.
+    """
     told = json.loads(json.dumps(config.to_dict()))
     del told["data"]["dir"]
+    if told["init_from"]:
+        told["init_from"] = source_name(told["init_from"])
     return told
+
+
+def source_name(init_from: str) -> str:
+    """What may be told elsewhere of the network that a run began with: the address on the Hugging Face Hub, or the last
+    part of a path.
+    """
+    return init_from if init_from.startswith("hf://") else pathlib.PurePath(init_from).name or init_from
