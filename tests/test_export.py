@@ -410,6 +410,12 @@ def rewrite(folder, **changes):
         ({"network__dtype": "float8"}, "config.json describes no network that can be built: unknown model.dtype"),
         ({"network__name": "os:system"}, "names 'os:system': .*to import that module.*--trust"),
         ({"network__arguments": {"residual": "os:system"}}, "names 'os:system': .*to import that module"),
+        ({"network__name": "nfjax.evaluate:evaluate"}, "names 'nfjax.evaluate:evaluate': .*to import that module"),
+        (
+            {"network__arguments": {"depth": 10, "residual": "nfjax.cli:main"}},
+            "names 'nfjax.cli:main': .*to import that",
+        ),
+        ({"network__arguments": {"depth": 10, "residual": "nfjax.layers:nothing"}}, "can be built: .*has no function"),
         ({"preprocessing__resize": 4}, "image_size=8, resize=4: expected 1 <= image_size <= resize"),
         ({"preprocessing__image_size": 10**9}, "config.json does not hold what it should: Expected `int` <="),
         ({"preprocessing__std": [0, 0.1, 0.1]}, "expected three positive numbers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from nfjax.training import keywords, patterns, ranges
 from nfjax.training.ranges import Range
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-OURS = __name__.partition(".")[0]  # whose code may be run without being asked for
+# Whose functions may be called by name without being asked for: they make parts of networks, and nothing else.
+OURS = re.compile(r"nfjax\.(initializers|layers|residual|resnet)[.:]")
 MOST_BLOCKS = 2048  # of a network, with which tracing still takes minutes only
 # The fields of `config.model` that our networks take, and which of them are the shape of one of a given depth.
 FIELDS = ("depth", "stage_sizes", "block", "residual", "norm", "init", "stem", "width", "remat")
@@ -143,10 +145,10 @@ class Architecture:
             )
 
     def code(self) -> list[str]:
-        """The "package.module:function"s by which somebody's own code is run where the network is built."""
+        """The "package.module:function"s by which other code than that of our networks is run where one is built."""
         named = [self.name, *(self.arguments.values() if self.is_ours() else ())]
         own = [name for name in named if isinstance(name, str) and ":" in name]
-        return [name for name in own if not name.startswith(f"{OURS}.")]
+        return [name for name in own if not OURS.match(name)]
 
 
 def architecture(config: ConfigDict) -> Architecture:
