@@ -37,7 +37,7 @@ from nfjax import preemption, storage
 
 CASES = (
     "speed", "epoch", "startup", "building", "checkpoints", "signal_propagation", "input_pipeline", "augmentation",
-    "finetune",
+    "finetune", "predict", "formats",
 )  # fmt: skip
 DEPTHS = (10, 18, 34, 50, 101, 152)  # of the networks that every side has
 INTERPRETERS = {"torch": "--torch-python", "torchvision": "--torch-python", "tf": "--tf-python"}

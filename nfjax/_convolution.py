@@ -91,6 +91,10 @@ def conv_general_dilated(
             cuda=functools.partial(_over_cells, window=window, precision=precision),
             default=functools.partial(_convolution, window=window, precision=precision),
         )
+    ways = {"window": window, "precision": precision}
+    if math.prod(x.shape[1:3]) < math.prod(kernel.shape[:2]):
+        on_cpu, other = functools.partial(_over_patches, **ways), functools.partial(_convolution, **ways)
+        return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=other)
     return _convolution(x, kernel, window, precision)
 
 
@@ -138,6 +142,31 @@ def _product(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -
     x = x[:, :: window.strides[0], :: window.strides[1]]
     product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=precision)
     return product.reshape(*x.shape[:-1], -1)
+
+
+def _over_patches(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
+    """A convolution as the product of a kernel and of what it sees at each place. Of images smaller than the kernel, as
+    at the end of a network for small ones, XLA takes image and kernel for each other on a CPU, and needs up to 90 times
+    as long.
+    """
+    strides, padding, dilation = window
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = kernel.shape[:2]
+    sizes = [
+        (n - (k - 1) * d - 1) // s + 1
+        for n, k, d, s in zip(x.shape[1:3], kernel.shape, dilation, strides, strict=False)
+    ]
+
+    def seen(row: int, column: int) -> jax.Array:
+        starts = (row * dilation[0], column * dilation[1])
+        along = (slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, sizes, strides, strict=True))
+        return x[:, *along]
+
+    patches = jnp.concatenate([seen(i, j) for i in range(rows) for j in range(columns)], axis=-1)
+    product = jax.lax.dot(
+        patches.reshape(-1, patches.shape[-1]), kernel.reshape(-1, kernel.shape[-1]), precision=precision
+    )
+    return product.reshape(len(x), *sizes, -1)
 
 
 def _over_cells(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import runner, tables, turns
 from benchmarks.cases import speed
+from tests import photographs
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -348,6 +349,42 @@ def test_cases_run_in_small(name, tmp_path, capsys):
         assert following["first_step"] < first["first_step"]
     if name == "checkpoints":
         assert records[0]["all"]["written"][0] >= records[0]["all"]["call"][0]
+
+
+def test_predictions_in_small(tmp_path):
+    """Both roles by nfjax itself, with weights that timm has made: what is compared is the same."""
+    from test_torch_weights import kept
+
+    from benchmarks.cases import predict
+    from nfjax.inference import _safetensors
+
+    photographs.write(tmp_path / "set", per_class=3)
+    (tmp_path / "small_basic.safetensors").write_bytes(_safetensors.encode(kept("small_basic")[0]))
+    flags = [f"--images={tmp_path / 'set'}", f"--weights={tmp_path / 'small_basic.safetensors'}", "--sides=first-run"]
+    runner.main([f"--out={tmp_path}", "predict", *flags, "--rounds=1", "--image-size=33", "--batch=4"])
+    (record,) = runner.read(tmp_path / "predict.jsonl")
+    assert (record["network"], record["images"]) == ("small_basic", 12)
+    assert record["sides"]["first-run"] | {"seconds": 0} == {"seconds": 0, "same": 1.0, "difference": 0.0}
+    assert record["sides"]["first-run"]["seconds"][0] > 0.5
+    with pytest.raises(SystemExit, match="timm's sides need --timm-script; without it: --sides=first-run,next-run"):
+        runner.main([f"--out={tmp_path}", "predict", f"--images={tmp_path}", "--torch-python=python"])
+    with pytest.raises(turns.LostError, match="2 images against 1"):
+        predict.agreement({"a": (0, 1.0), "b": (0, 1.0)}, {"a": (0, 1.0)})
+    assert predict.agreement({"a": (0, 0.5), "b": (1, 1.0)}, {"a": (0, 0.75), "b": (0, 1.0)}) == {
+        "same": 0.5,
+        "difference": 0.25,
+    }
+
+
+def test_formats_in_small(tmp_path):
+    pytest.importorskip("jax2onnx", reason='jax2onnx is not installed: pip install "nfjax[onnx]"')
+    runner.main([f"--out={tmp_path}", "formats", "--sides=onnx", "--rounds=1", "--batch=2"])
+    (record,) = runner.read(tmp_path / "formats.jsonl")
+    assert record["way"] == "ONNX, by onnxruntime"
+    assert 700_000 < record["bytes"] < 2**20
+    assert record["difference"] < 1e-4
+    assert record["first"] > 0
+    assert record["images_per_second"] > 1
 
 
 def test_crops_in_small(tmp_path):

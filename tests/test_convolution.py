@@ -32,6 +32,8 @@ WINDOWS = {
     "stem": (5, (16, 16), (7, 7), (2, 2), ((3, 3), (3, 3)), (1, 1)),
     "uneven": (18, (7, 6), (2, 3), (3, 1), ((1, 0), (2, 1)), (1, 1)),
     "dilated": (19, (9, 9), (3, 3), (1, 2), ((2, 2), (2, 2)), (2, 2)),
+    "smaller": (20, (2, 2), (3, 3), (1, 1), "SAME", (1, 1)),
+    "smaller, odd": (7, (3, 5), (5, 4), (2, 1), ((4, 5), (3, 3)), (2, 1)),
     "1x1": (6, (5, 5), (1, 1), (2, 2), "VALID", (1, 1)),
     "pixels": (6, (5, 5), (1, 1), (1, 1), "VALID", (1, 1)),
 }
@@ -101,6 +103,20 @@ def test_sums_over_groups_are_not_rounded_to_bfloat16(form, monkeypatch, name):
     plain, ours = (jax.jit(functools.partial(TRANSFORMATIONS["reverse"], f))(x, w) for f in calls(settings))
     assert {leaf.dtype for leaf in ours} == {jnp.dtype(jnp.bfloat16)}
     assert difference(ours, plain) < 0.005
+
+
+def test_images_smaller_than_the_kernel_are_products_on_a_cpu_only():
+    """XLA's own convolution of these takes up to 90 times as long there."""
+    x, w, settings = arguments("smaller")
+    traced = jax.jit(calls(settings)[1]).trace(x, w)
+    found = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
+    assert {platform: "stablehlo.convolution" in text for platform, text in found.items()} == {
+        "cpu": False,
+        "cuda": True,
+        "tpu": True,
+    }
+    x, w, settings = arguments("few")  # whose images are larger
+    assert "stablehlo.convolution" in jax.jit(calls(settings)[1]).lower(x, w).as_text()
 
 
 def test_the_form_is_that_of_the_platform_it_is_lowered_for(form):
