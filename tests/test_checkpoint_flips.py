@@ -12,6 +12,7 @@ from test_train import interrupt_at
 from nfjax import evaluate, preemption
 from nfjax.runs import checkpoint, checksums
 from nfjax.training import loop as train
+from tests.conftest import TINY
 
 KINDS = (
     "_CHECKPOINT_METADATA",
@@ -202,7 +203,8 @@ def test_older_checkpoints_are_read_and_compared_as_far_as_they_go(saved_before,
 
 @pytest.fixture
 def run(tiny_config, tmp_path, monkeypatch):
-    """A run that was stopped at step 3."""
+    """A run that was stopped at step 3, of a network whose arrays lie in one file that is larger than all others."""
+    tiny_config.model.update({"depth": TINY, "stage_sizes": None, "block": None})
     tiny_config.log.every_steps = 2
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
