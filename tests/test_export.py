@@ -531,9 +531,9 @@ def test_weights_that_are_not_finite(predictor, copy, tmp_path, name, value):
 @pytest.mark.parametrize("dtype", [dtype for dtype in _safetensors.DTYPES.values() if dtype is not np.bool_])
 def test_every_type_of_number_may_be_asked_whether_it_is_finite(dtype):
     numbers = np.ones(3, dtype)
-    assert _folder._not_finite({"a": numbers}) is None
+    assert _folder.not_finite({"a": numbers}) is None
     if jnp.issubdtype(dtype, jnp.inexact):
-        assert _folder._not_finite({"a": numbers, "b": np.full(2, np.nan, dtype), "c": numbers * np.nan}) == "b"
+        assert _folder.not_finite({"a": numbers, "b": np.full(2, np.nan, dtype), "c": numbers * np.nan}) == "b"
 
 
 def test_an_export_is_no_workdir(exported, tmp_path, capsys):

@@ -197,15 +197,17 @@ def write_weights(folder: pathlib.Path, params: Any, batch_stats: Any) -> None:
 
 def check_finite(predictor: Predictor) -> None:
     """ValueError where a predictor's state has a number that is not finite."""
-    if name := _not_finite(arrays_by_name(predictor.params, predictor.batch_stats)):
+    if name := not_finite(arrays_by_name(predictor.params, predictor.batch_stats)):
         raise ValueError(
             f"{name} holds numbers that are not finite (NaN or infinity): the network's weights are damaged, as those "
             "of a training that diverged; export an earlier checkpoint (--step=N)"
         )
 
 
-def _not_finite(arrays: dict[str, Any]) -> str | None:
-    """The name of the first array that holds NaN or infinity."""
+def not_finite(arrays: dict[str, Any]) -> str | None:
+    """The name of the first array that holds NaN or infinity. ReLU and pooling can hide these, and every image then
+    gets the same prediction.
+    """
     floats = (name for name, array in arrays.items() if jax.numpy.issubdtype(array.dtype, jax.numpy.inexact))
     return next((name for name in floats if not np.isfinite(np.asarray(arrays[name])).all()), None)
 
@@ -265,7 +267,7 @@ def _decode(folder: pathlib.Path, settings: Settings, places: dict[str, _safeten
             f"weights_sha256 there; else {_WAY_OUT}"
         )
     arrays = _safetensors.decode(data, places)
-    if name := _not_finite(arrays):
+    if name := not_finite(arrays):
         raise storage.DamagedFileError(
             f"{path}: its weights are damaged: {name!r} holds numbers that are not finite (NaN or infinity); {_WAY_OUT}"
         )

@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from nfjax import _names, initializers, resnet
-from nfjax.inference import _safetensors
+from nfjax.inference import _folder, _safetensors
 
 SHOWN = 5  # names in a message
 _IGNORED = "num_batches_tracked"  # which batch norm of PyTorch counts and does not use
@@ -131,7 +131,8 @@ def convert(weights: Mapping[str, Any], **settings: Any) -> tuple[resnet.PreActR
     """
     given = {name.removeprefix("module."): np.asarray(value) for name, value in weights.items()}
     given = {name: value for name, value in given.items() if not name.endswith(_IGNORED)}
-    _check_finite(given)
+    if name := _folder.not_finite(given):
+        raise ValueError(f"{name} has values that are not finite: the weights are damaged")
     layout, sizes = _recognize(given)
     found = {**layout.settings, **_shape(given, layout, sizes)}
     # Nothing is drawn: every value comes from the file.
@@ -163,13 +164,6 @@ def convert(weights: Mapping[str, Any], **settings: Any) -> tuple[resnet.PreActR
     nnx.update(model, nnx.from_flat_state(values))
     model.eval()
     return model, found
-
-
-def _check_finite(given: Mapping[str, np.ndarray]) -> None:
-    """ReLU and pooling can hide a NaN, so that every image would get the same prediction."""
-    for name, value in given.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise ValueError(f"{name} has values that are not finite: the weights are damaged")
 
 
 class _Noting(dict):
